@@ -1,0 +1,91 @@
+"""Stage 0: get a single-cell data set and write it in the one form that the later stages read.
+
+reads   a data set from the network, from inside scanpy, or from a path of yours
+writes  data/counts.h5ad: cells x genes, raw counts, obs["cell_type"] where the source has labels
+run     python _0_download_data.py
+time    GSE130148: 1 minute after its download of 30 MB; pbmc68k_reduced: seconds
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+
+from lib import datasets, options, readers
+from lib.counts import fingerprint, write_counts
+from lib.files import folder, report, user_path
+
+# Data set
+DATASET = "GSE130148"  # GSE130148 (the paper's), pbmc68k_reduced (needs no network), or a path of yours
+CELL_TYPE_KEY: str | None = None  # column with the cell types, in obs or in LABELS_FILE; none: the one called like it
+LABELS_FILE: str | None = None  # csv or tsv with barcodes and cell types, for counts that come without
+ORIENTATION: Literal["auto", "genes_in_rows", "cells_in_rows"] = "auto"  # of a csv or tsv of counts; auto: by its gene names
+
+# Gene lengths, for TPM that divides by them (stage 2)
+GENE_LENGTHS: str | None = "auto"  # auto: those that come with the data set; none; or a table (GeneLength.txt, or gene and length in bp)
+
+# Where things are
+GEO_URL = "https://ftp.ncbi.nlm.nih.gov/geo/series/GSE130nnn/GSE130148/suppl"  # of the two files of GSE130148
+GENE_LENGTH_URL = "https://github.com/poseidonchan/TAPE/raw/main/data/GeneLength.txt"  # the table that the original uses
+DATA_DIR = "data"  # folder; data/raw holds the files as they were downloaded
+
+
+def main() -> None:
+    data = folder(DATA_DIR)
+    source = load()
+    adata = source.adata
+    if LABELS_FILE is not None:
+        labels = readers.read_labels(user_path(LABELS_FILE), adata.obs_names, CELL_TYPE_KEY)
+        adata.obs = adata.obs.drop(columns=labels.columns, errors="ignore").join(labels)
+    if source.gene_length_file is not None:
+        add_gene_lengths(adata, source.gene_length_file)
+    adata.uns["dataset"] = DATASET if DATASET in datasets.NAMES else Path(DATASET).name
+    adata.uns["source"] = source.description
+    adata.uns["counts_id"] = fingerprint(adata)
+
+    print(f"{adata.n_obs:,} cells x {adata.n_vars:,} genes, {adata.X.nnz / adata.X.shape[0] / adata.X.shape[1]:.1%} of the counts above zero")
+    if "cell_type" in adata.obs:
+        print(adata.obs["cell_type"].value_counts(dropna=False).to_string())
+    else:
+        print("no cell types came with the data: stage 1 will cluster the cells")
+    write_counts(adata, data / "counts.h5ad")
+    report("stage 0", [data / "counts.h5ad"], "python _1_split_train_test.py")
+
+
+def load() -> datasets.Source:
+    """The data set by its name, or from the user's path."""
+    lengths = None if GENE_LENGTHS in ("auto", None) else user_path(GENE_LENGTHS)
+    if DATASET in datasets.NAMES:
+        source = datasets.load(DATASET, folder(f"{DATA_DIR}/raw"), GEO_URL, GENE_LENGTH_URL)
+        return source if GENE_LENGTHS == "auto" else source._replace(gene_length_file=lengths)
+    try:
+        path = user_path(DATASET)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"DATASET = {DATASET!r} is neither one of {', '.join(datasets.NAMES)} nor a path: {error}") from error
+    adata = readers.read_dataset(path, ORIENTATION)
+    if LABELS_FILE is None:
+        take_labels_from_obs(adata)
+    return datasets.Source(adata, str(path), lengths)
+
+
+def take_labels_from_obs(adata) -> None:
+    """Put the column of `obs` that holds the cell types, if there is one, into obs["cell_type"]."""
+    key = CELL_TYPE_KEY
+    if key is None:
+        named_alike = [c for c in adata.obs if c.lower().replace("_", "").replace(".", "").replace(" ", "") == "celltype"]
+        if not named_alike:
+            return
+        key = named_alike[0]
+    if key not in adata.obs:
+        raise ValueError(f"obs has no column {key!r}; it has {', '.join(adata.obs.columns) or 'none'}: set CELL_TYPE_KEY to one of them, or LABELS_FILE")
+    adata.obs["cell_type"] = readers.clean_labels(adata.obs[key])
+
+
+def add_gene_lengths(adata, path: Path) -> None:
+    lengths = readers.read_gene_lengths(path).reindex(adata.var_names)
+    adata.var["gene_length_bp"] = pd.to_numeric(lengths)
+    print(f"{path.name}: lengths for {lengths.notna().sum():,} of {adata.n_vars:,} genes")
+
+
+if __name__ == "__main__":
+    options.run(globals())

@@ -1,0 +1,1 @@
+"""What two or more stages share: the data contract, the models, their likelihoods, metrics and figures."""

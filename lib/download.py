@@ -1,0 +1,112 @@
+"""Files fetched over HTTP so that what stands in the folder is always the whole file."""
+
+import gzip
+import time
+import zlib
+from pathlib import Path
+
+import requests
+from tqdm import tqdm
+
+ATTEMPTS = 6
+FIRST_WAIT_S = 1.0  # doubled after every attempt that brought nothing new
+TIMEOUT_S = 30
+CHUNK_BYTES = 1 << 18
+
+
+def fetch(url: str, path: Path) -> Path:
+    """Download `url` to `path`, unless it is there already.
+
+    A cut connection is resumed where it ended (HTTP Range), with back-off between attempts; a server that ignores Range
+    starts the file again. The file gets its name only when it is whole and is what its name says.
+
+    Raises
+    ------
+    ConnectionError
+        If it cannot be had: it says what to put where by hand.
+    ValueError
+        If the server sends something else (an HTML page, a broken gzip file).
+    """
+    if path.exists():
+        check_file(path, path)
+        print(f"{path.name}: using the file in {path.parent}")
+        return path
+    partial = path.with_name(path.name + ".part")
+    wait = FIRST_WAIT_S
+    reason = ""
+    for attempt in range(1, ATTEMPTS + 1):
+        before = partial.stat().st_size if partial.exists() else 0
+        try:
+            _download(url, partial)
+            check_file(partial, path)
+            partial.replace(path)
+            return path
+        except requests.HTTPError as error:
+            reason = f"the server answered {error.response.status_code} {error.response.reason}"
+            if error.response.status_code < 500 and error.response.status_code != 429:
+                break
+        except (requests.RequestException, OSError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        except ValueError:
+            partial.unlink()
+            raise
+        if partial.exists() and partial.stat().st_size > before:
+            wait = FIRST_WAIT_S
+        if attempt < ATTEMPTS:
+            print(f"{path.name}: {reason}; attempt {attempt + 1} of {ATTEMPTS} in {wait:.0f} s")
+            time.sleep(wait)
+            wait *= 2
+    raise ConnectionError(
+        f"{url} could not be downloaded ({reason}). Without a network: fetch it in another way, save it as {path}, and run this again"
+    )
+
+
+def _download(url: str, partial: Path) -> None:
+    """One attempt; appends to `partial` if the server goes on where the last attempt ended."""
+    have = partial.stat().st_size if partial.exists() else 0
+    # Without "identity" a server may compress once more, and the byte ranges would be those of the compressed stream.
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
+        if response.status_code == 416:  # nothing after what we have: it is whole, or it is not this file; the check tells
+            total = response.headers.get("Content-Range", "").rpartition("/")[2]
+            if total == str(have):
+                return
+            partial.unlink()
+            raise requests.ConnectionError("the half file does not fit the server's; starting again")
+        response.raise_for_status()
+        resumed = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        start = have if resumed else 0
+        length = response.headers.get("Content-Length")
+        total = start + int(length) if length else None
+        with (
+            open(partial, "ab" if resumed else "wb") as file,
+            tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=url.rpartition("/")[2]) as progress,
+        ):
+            for chunk in response.iter_content(CHUNK_BYTES):
+                file.write(chunk)
+                progress.update(len(chunk))
+    if total is not None and partial.stat().st_size < total:
+        raise requests.ConnectionError(f"the connection ended after {partial.stat().st_size:,} of {total:,} bytes")
+
+
+def check_file(file: Path, named: Path) -> None:
+    """
+    Raises
+    ------
+    ValueError
+        If the file is an HTML page, empty, or a gzip file whose checksum fails.
+    """
+    with open(file, "rb") as stream:
+        head = stream.read(512)
+    if not head:
+        raise ValueError(f"{named.name} is empty; delete {file} and run this again")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise ValueError(f"{named.name} is a web page, not data (it starts with {head[:40]!r}); expected the file itself at {named}")
+    if named.suffix != ".gz":
+        return
+    try:
+        with gzip.open(file) as stream:
+            while stream.read(1 << 22):
+                pass
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{named.name} is not a whole gzip file ({error}); delete {file} and run this again") from error

@@ -1,0 +1,168 @@
+"""The constants at the top of a stage script, offered as command-line options of the same name.
+
+A stage declares `EPOCHS = 300  # passes over the data`; `python stage.py --epochs 50` sets it for one run. A comment that
+stands alone above a block of constants is the heading of that block in `--help`; the comment beside a constant is its help.
+A constant whose type its value cannot show (None, a choice) carries an annotation: `BULK_FILE: str | None = None`.
+"""
+
+import argparse
+import ast
+import io
+import sys
+import tokenize
+import traceback
+import types
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from lib.files import ROOT
+
+
+class Constant(NamedTuple):
+    name: str
+    type: Any
+    group: str
+    comment: str
+
+
+def run(module: dict[str, Any]) -> None:
+    """Run a stage: its constants from the command line, then its `main()`; an error is told in one line, not in a traceback."""
+    from_command_line(module)
+    try:
+        module["main"]()
+    except (ValueError, OSError) as error:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(str(ROOT))]
+        print(f"\nerror: {error}\n(from {frames[-1].filename}, line {frames[-1].lineno})", file=sys.stderr)
+        sys.exit(1)
+
+
+def from_command_line(module: dict[str, Any], arguments: list[str] | None = None) -> None:
+    """Set the UPPER_CASE constants of a script from the command line.
+
+    Parameters
+    ----------
+    module
+        `globals()` of the script; its constants are replaced in place.
+    arguments
+        The words of the command line; None takes those of this process.
+
+    Raises
+    ------
+    SystemExit
+        For an unknown option, a value of a wrong type, a constant edited to a wrong type, and for `--help`.
+    """
+    with open(module["__file__"], encoding="utf-8") as file:
+        constants = read_constants(file.read(), module)
+    parser = argparse.ArgumentParser(
+        description=module["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    groups = {}
+    for constant in constants:
+        default = module[constant.name]
+        if not _fits(default, constant.type):
+            parser.error(f"{constant.name} = {default!r} in {module['__file__']} is not {_describe(constant.type)}")
+        if constant.group not in groups:
+            groups[constant.group] = parser.add_argument_group(constant.group)
+        _add_option(groups[constant.group], constant, default)
+    for name, value in vars(parser.parse_args(arguments)).items():
+        module[name] = value
+
+
+def read_constants(source: str, module: dict[str, Any]) -> list[Constant]:
+    """The UPPER_CASE assignments at the top level of a script, in order, with their types, headings and comments."""
+    inline, alone = {}, {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            text = token.string.lstrip("# ").rstrip()
+            (alone if not token.line[: token.start[1]].strip() else inline)[token.start[0]] = text
+    constants, group = [], "constants"
+    last_line = 0
+    for node in ast.parse(source).body:
+        target = node.target if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [None])[0]
+        if isinstance(target, ast.Name) and target.id.isupper():
+            headings = [alone[line] for line in range(last_line + 1, node.lineno) if line in alone]
+            group = " ".join(headings) or group
+            annotation = module.get("__annotations__", {}).get(target.id)
+            constants.append(
+                Constant(target.id, annotation or _type_of(module[target.id]), group, inline.get(node.end_lineno, ""))
+            )
+        last_line = node.end_lineno
+    return constants
+
+
+def _type_of(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple[type(value[0]), ...]
+    return type(value)
+
+
+def _members(kind: Any) -> list[Any]:
+    """The alternatives of a union, or the type alone."""
+    return list(get_args(kind)) if get_origin(kind) in (Union, types.UnionType) else [kind]
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    for member in _members(kind):
+        if get_origin(member) is Literal and value in get_args(member):
+            return True
+        if get_origin(member) is tuple and isinstance(value, tuple):
+            return all(_fits(item, get_args(member)[0]) for item in value)
+        if member is types.NoneType and value is None:
+            return True
+        if member is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return True
+        if isinstance(member, type) and member is not float and type(value) is member:
+            return True
+    return False
+
+
+def _describe(kind: Any) -> str:
+    names = []
+    for member in _members(kind):
+        if get_origin(member) is Literal:
+            names += [repr(choice) for choice in get_args(member)]
+        elif get_origin(member) is tuple:
+            names.append(f"a list of {get_args(member)[0].__name__}")
+        else:
+            names.append({types.NoneType: "none", int: "a whole number", float: "a number", str: "text"}.get(member, member.__name__))
+    return " or ".join(names)
+
+
+def _parser_of(kind: Any):
+    """A function from one word of the command line to a value of the type."""
+
+    def parse(word: str) -> Any:
+        for member in sorted(_members(kind), key=lambda m: m is str):  # text last: it takes everything
+            if member is types.NoneType:
+                if word.lower() == "none":
+                    return None
+            elif get_origin(member) is Literal:
+                if word in get_args(member):
+                    return word
+            else:
+                try:
+                    return member(word)
+                except ValueError:
+                    continue
+        raise argparse.ArgumentTypeError(f"got {word!r}, expected {_describe(kind)}")
+
+    return parse
+
+
+def _add_option(group: Any, constant: Constant, default: Any) -> None:
+    option = "--" + constant.name.lower().replace("_", "-")
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default).lower() if default is None else default
+    text = f"{constant.comment} [{shown}]".strip().replace("%", "%%")
+    arguments = {"dest": constant.name, "default": default, "help": text}
+    if constant.type is bool:
+        group.add_argument(option, action=argparse.BooleanOptionalAction, **arguments)
+    elif get_origin(constant.type) is tuple:
+        item = get_args(constant.type)[0]
+        group.add_argument(option, nargs="+", type=_parser_of(item), action=_StoreTuple, metavar=item.__name__.upper(), **arguments)
+    else:
+        metavar = constant.name.split("_")[-1]
+        group.add_argument(option, type=_parser_of(constant.type), metavar=metavar, **arguments)
+
+
+class _StoreTuple(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, tuple(values))
