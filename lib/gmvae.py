@@ -1,0 +1,276 @@
+"""The Gaussian-mixture VAE of fig. 1: single-cell counts per cell type, learned and generated.
+
+The generative model of one cell, y its type, l its library size, x its counts:
+
+    y                ~ Categorical(p(y))
+    z | y            ~ Normal(mean(y), variance(y))                        p(z|y)
+    log l | z, y     ~ Normal(mean(z), scale(y)^2)                         p(l|z)
+    x | z, l         ~ ZINB or NB(mu = l softmax(f(z)), theta)             p(x|z)
+
+q(y|x) and q(z|x,y) are its encoders. A labelled cell is trained on its own type's bound, exactly; a cell without a label on
+the sum over all types weighted by q(y|x) (Kingma et al. 2014, "Semi-supervised learning with deep generative models", eqs.
+6-7), which is K times the work.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lib.batches import Batch, CellDataset
+from lib.likelihoods import gaussian_kl, gaussian_log_prob, log_theta_by_moments, nb_log_prob, type_profiles, zinb_log_prob
+
+LOG_THETA_RANGE = (math.log(1e-3), math.log(1e6))
+GENERATED_AT_ONCE = 512  # cells; each block has a random stream of its own
+
+
+class SparseLinear(nn.Module):
+    """A linear layer whose input is sparse: genes to n_out."""
+
+    def __init__(self, n_genes: int, n_out: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(n_genes, n_out) / math.sqrt(n_genes))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
+
+
+def mlp(sizes: tuple[int, ...], dropout: float = 0.0) -> nn.Sequential:
+    """Linear layers with LayerNorm, ReLU and dropout after each."""
+    layers = []
+    for n_in, n_out in zip(sizes, sizes[1:]):
+        layers += [nn.Linear(n_in, n_out), nn.LayerNorm(n_out), nn.ReLU(), nn.Dropout(dropout)]
+    return nn.Sequential(*layers)
+
+
+class Tower(nn.Module):
+    """(genes + extra)-hidden-...-n_out."""
+
+    def __init__(self, n_genes: int, n_extra: int, hidden: tuple[int, ...], n_out: int, dropout: float):
+        super().__init__()
+        self.genes = SparseLinear(n_genes, hidden[0])
+        self.extra = nn.Linear(n_extra, hidden[0])
+        self.rest = nn.Sequential(nn.LayerNorm(hidden[0]), nn.ReLU(), nn.Dropout(dropout), mlp(hidden, dropout), nn.Linear(hidden[-1], n_out))
+
+    def forward(self, x: torch.Tensor, extra: torch.Tensor) -> torch.Tensor:
+        return self.rest(self.genes(x) + self.extra(extra))
+
+
+@dataclass
+class Likelihood:
+    """Parameters of p(x|z) for some cells."""
+
+    log_mu: torch.Tensor  # (n_cells, n_genes)
+    log_theta: torch.Tensor  # (n_genes,), or (n_cells, n_genes) with a dispersion head
+    zi_logits: torch.Tensor | None  # (n_cells, n_genes), None for NB
+
+    def log_prob(self, batch: Batch) -> torch.Tensor:
+        """log p(x|z) per cell, summed over genes, in nats."""
+        if self.zi_logits is None:
+            return nb_log_prob(batch, self.log_mu, self.log_theta)
+        return zinb_log_prob(batch, self.log_mu, self.log_theta, self.zi_logits)
+
+    def sample(self, generator: torch.Generator) -> torch.Tensor:
+        """Counts, (n_cells, n_genes): a Poisson draw whose rate is a gamma draw, and extra zeros for ZINB."""
+        theta = self.log_theta.exp().expand_as(self.log_mu)
+        rate = torch._standard_gamma(theta.contiguous(), generator=generator) * (self.log_mu - self.log_theta).exp()
+        counts = torch.poisson(rate, generator=generator)
+        if self.zi_logits is not None:
+            dropped = torch.rand(counts.shape, generator=generator, device=counts.device) < torch.sigmoid(self.zi_logits)
+            counts = counts.masked_fill(dropped, 0.0)
+        return counts
+
+
+class GMVAE(nn.Module):
+    """
+    Parameters
+    ----------
+    n_genes, n_cell_types
+        Sizes of the data.
+    n_latent
+        Dimensions of z.
+    hidden
+        Layers of q(z|x,y) from the genes down; p(x|z) has the same in reverse. q(y|x) and p(z|y) have the first alone.
+    likelihood
+        "zinb" or "nb".
+    dispersion
+        "gene": one theta a gene; "gene-cell": a head of the decoder, as in the paper.
+    dropout
+        In the encoders and the decoder.
+    """
+
+    def __init__(
+        self, n_genes: int, n_cell_types: int, n_latent: int = 32, hidden: tuple[int, ...] = (128, 64),
+        likelihood: str = "zinb", dispersion: str = "gene", dropout: float = 0.1,
+    ):  # fmt: skip
+        super().__init__()
+        self.arguments = dict(
+            n_genes=n_genes, n_cell_types=n_cell_types, n_latent=n_latent, hidden=tuple(hidden),
+            likelihood=likelihood, dispersion=dispersion, dropout=dropout,
+        )  # fmt: skip
+        self.n_genes, self.n_cell_types, self.n_latent = n_genes, n_cell_types, n_latent
+        self.q_y_x = Tower(n_genes, 1, hidden[:1], n_cell_types, dropout)
+        self.q_z_xy_mean = Tower(n_genes, n_cell_types + 1, hidden, n_latent, dropout)
+        self.q_z_xy_log_var = Tower(n_genes, n_cell_types + 1, hidden, n_latent, dropout)
+        self.p_z_y_mean = nn.Sequential(nn.Linear(n_cell_types, hidden[0]), nn.ReLU(), nn.Linear(hidden[0], n_latent))
+        self.p_z_y_log_var = nn.Sequential(nn.Linear(n_cell_types, hidden[0]), nn.ReLU(), nn.Linear(hidden[0], n_latent))
+        self.p_x_z = mlp((n_latent, *reversed(hidden)), dropout)
+        self.p_x_z_log_mean = nn.Linear(hidden[0], n_genes)
+        self.p_x_z_zi_logits = nn.Linear(hidden[0], n_genes) if likelihood == "zinb" else None
+        self.p_x_z_log_theta = nn.Linear(hidden[0], n_genes) if dispersion == "gene-cell" else None
+        self.log_theta = nn.Parameter(torch.zeros(n_genes))  # of each gene; the head, where there is one, adds to it
+        self.p_l_z_mean = nn.Linear(n_latent, 1)
+        self.log_library_scale = nn.Parameter(torch.zeros(n_cell_types))
+        self.register_buffer("library_median", torch.tensor(1.0))
+        self.register_buffer("type_frequency", torch.full((n_cell_types,), 1 / n_cell_types))
+
+    @torch.no_grad()
+    def initialise(self, counts: sp.csr_matrix, cell_type_idx: np.ndarray) -> None:
+        """Start where the data are: mean profile, dispersion and library sizes of the training cells."""
+        library_size = np.asarray(counts.sum(axis=1)).ravel()
+        self.library_median.fill_(float(np.median(library_size)))
+        n_per_type = np.bincount(cell_type_idx[cell_type_idx >= 0], minlength=self.n_cell_types)
+        self.type_frequency.copy_(torch.from_numpy((n_per_type + 1) / (n_per_type + 1).sum()))
+        profiles = type_profiles(counts, cell_type_idx, self.n_cell_types)
+        mean_profile = (n_per_type + 1) / (n_per_type + 1).sum() @ profiles
+        self.p_x_z_log_mean.bias.copy_(torch.from_numpy(np.log(mean_profile)))
+        self.p_x_z_log_mean.weight.mul_(0.1)
+        self.log_theta.copy_(torch.from_numpy(log_theta_by_moments(counts, cell_type_idx, profiles)))
+        if self.p_x_z_log_theta is not None:
+            nn.init.zeros_(self.p_x_z_log_theta.weight), nn.init.zeros_(self.p_x_z_log_theta.bias)
+        if self.p_x_z_zi_logits is not None:
+            nn.init.zeros_(self.p_x_z_zi_logits.weight), nn.init.constant_(self.p_x_z_zi_logits.bias, -4.0)
+        nn.init.zeros_(self.p_l_z_mean.bias)
+        self.log_library_scale.fill_(float(np.log(np.log(library_size).std() + 1e-2)))
+
+    def log_library(self, library_size: torch.Tensor) -> torch.Tensor:
+        """log(l / median l of the training cells), (n_cells, 1)."""
+        return (library_size / self.library_median).log()[:, None]
+
+    def one_hot(self, cell_type_idx: torch.Tensor) -> torch.Tensor:
+        return F.one_hot(cell_type_idx, self.n_cell_types).float()
+
+    def q_y(self, batch: Batch) -> torch.Tensor:
+        """q(y|x) as logits, (n_cells, n_cell_types)."""
+        return self.q_y_x(batch.log_normalized(float(self.library_median)), self.log_library(batch.library_size))
+
+    def q_z(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """q(z|x,y): mean and log-variance, each (n_cells, n_latent)."""
+        x = batch.log_normalized(float(self.library_median))
+        extra = torch.cat([self.one_hot(batch.cell_type_idx), self.log_library(batch.library_size)], dim=1)
+        return self.q_z_xy_mean(x, extra), self.q_z_xy_log_var(x, extra).clamp(-10, 6)
+
+    def p_z(self, cell_type_idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """p(z|y): mean and log-variance, each (n_cells, n_latent)."""
+        y = self.one_hot(cell_type_idx)
+        return self.p_z_y_mean(y), self.p_z_y_log_var(y).clamp(-10, 6)
+
+    def p_x(self, z: torch.Tensor, library_size: torch.Tensor) -> Likelihood:
+        """p(x|z,l). z: (n_cells, n_latent); library_size: (n_cells,)."""
+        h = self.p_x_z(z)
+        log_mu = F.log_softmax(self.p_x_z_log_mean(h).float(), dim=1) + library_size.log()[:, None]
+        log_theta = self.log_theta if self.p_x_z_log_theta is None else self.log_theta + self.p_x_z_log_theta(h).float()
+        zi_logits = None if self.p_x_z_zi_logits is None else self.p_x_z_zi_logits(h).float()
+        return Likelihood(log_mu, log_theta.clamp(*LOG_THETA_RANGE), zi_logits)
+
+    def p_l(self, z: torch.Tensor, cell_type_idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """p(log l|z,y), l relative to the median: mean and log-variance, each (n_cells,)."""
+        return self.p_l_z_mean(z)[:, 0], 2 * self.log_library_scale[cell_type_idx]
+
+    def elbo_terms(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
+        """The parts of the bound on log p(x, l | y) of cells whose type is given; each (n_cells,), in nats.
+
+        `reconstruction_loss` = -log p(x|z,l), `library_loss` = -log p(log l|z,y), `kl_z` = KL(q(z|x,y) || p(z|y)), at one z
+        drawn from q(z|x,y).
+        """
+        q_mean, q_log_var = self.q_z(batch)
+        p_mean, p_log_var = self.p_z(batch.cell_type_idx)
+        z = q_mean + (0.5 * q_log_var).exp() * torch.randn(q_mean.shape, generator=generator, device=q_mean.device)
+        l_mean, l_log_var = self.p_l(z, batch.cell_type_idx)
+        return {
+            "reconstruction_loss": -self.p_x(z, batch.library_size).log_prob(batch),
+            "library_loss": -gaussian_log_prob(self.log_library(batch.library_size)[:, 0], l_mean, l_log_var),
+            "kl_z": gaussian_kl(q_mean, q_log_var, p_mean, p_log_var),
+        }
+
+    def loss(self, batch: Batch, kl_weight: float = 1.0, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
+        """Mean loss per cell and its parts, in nats; `loss` is what to minimise.
+
+        Labelled cells: reconstruction + library + kl_weight x kl_z, and -log q(y|x) of their label (`kl_y`, the KL between
+        the label and q(y|x)). Cells of unknown type: the same bound for every type, weighted by q(y|x), and
+        kl_weight x KL(q(y|x) || p(y)).
+        """
+        unknown = batch.cell_type_idx < 0
+        log_q_y = F.log_softmax(self.q_y(batch).float(), dim=1)
+        if not unknown.any():
+            terms = self.elbo_terms(batch, generator)
+            terms["kl_y"] = F.nll_loss(log_q_y, batch.cell_type_idx, reduction="none")
+            return self._mean(terms, kl_weight, kl_weight_y=1.0)
+        terms = {name: 0.0 for name in ("reconstruction_loss", "library_loss", "kl_z")}
+        weights = torch.where(unknown[:, None], log_q_y.exp(), self.one_hot(batch.cell_type_idx.clamp_min(0)))
+        for k in range(self.n_cell_types):
+            for name, value in self.elbo_terms(batch.of_type(k), generator).items():
+                terms[name] = terms[name] + weights[:, k] * value
+        kl_to_prior = (log_q_y.exp() * (log_q_y - self.type_frequency.log())).sum(dim=1)
+        of_label = F.nll_loss(log_q_y, batch.cell_type_idx.clamp_min(0), reduction="none")
+        terms["kl_y"] = torch.where(unknown, kl_to_prior, of_label)
+        return self._mean(terms, kl_weight, kl_weight_y=torch.where(unknown, kl_weight, 1.0))
+
+    @staticmethod
+    def _mean(terms: dict[str, torch.Tensor], kl_weight: float, kl_weight_y) -> dict[str, torch.Tensor]:
+        bound = terms["reconstruction_loss"] + terms["library_loss"] + kl_weight * terms["kl_z"]
+        return {"loss": (bound + kl_weight_y * terms["kl_y"]).mean()} | {k: v.mean().detach() for k, v in terms.items()}
+
+    @torch.no_grad()
+    def log_likelihood(self, dataset: CellDataset, n_samples: int = 50, batch_size: int = 128, seed: int = 0) -> np.ndarray:
+        """log p(x | y, l) of every cell of known type, in nats: importance-weighted bound of Burda et al. 2016, eq. 8.
+
+        log 1/S sum_s p(x|z_s,l) p(z_s|y) / q(z_s|x,y), z_s ~ q. It rises to the likelihood as n_samples grows.
+        """
+        generator = torch.Generator(dataset.device).manual_seed(seed)
+        log_likelihood = []
+        for batch in dataset.in_order(batch_size):
+            q_mean, q_log_var = self.q_z(batch)
+            p_mean, p_log_var = self.p_z(batch.cell_type_idx)
+            weights = []
+            for _ in range(n_samples):
+                z = q_mean + (0.5 * q_log_var).exp() * torch.randn(q_mean.shape, generator=generator, device=q_mean.device)
+                log_ratio = gaussian_log_prob(z, p_mean, p_log_var) - gaussian_log_prob(z, q_mean, q_log_var)
+                weights.append(self.p_x(z, batch.library_size).log_prob(batch) + log_ratio.sum(dim=1))
+            log_likelihood.append(torch.logsumexp(torch.stack(weights), dim=0) - math.log(n_samples))
+        return torch.cat(log_likelihood).cpu().numpy()
+
+    @torch.no_grad()
+    def sample(self, cell_type_idx: np.ndarray, seed: int, noise_factor: float = 1.0) -> sp.csr_matrix:
+        """New cells of the given types.
+
+        Parameters
+        ----------
+        cell_type_idx
+            (n_cells,) type of each cell wanted.
+        seed
+            The same seed gives the same cells; each block of cells has a stream of its own.
+        noise_factor
+            Multiplies the standard deviation of p(z|y): below 1 cells closer to their type's middle, above 1 wider.
+
+        Returns
+        -------
+        n_cells x n_genes, raw counts, CSR.
+        """
+        device = self.log_theta.device
+        blocks = []
+        for number, start in enumerate(range(0, len(cell_type_idx), GENERATED_AT_ONCE)):
+            stream = np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]
+            generator = torch.Generator(device).manual_seed(int(stream >> np.uint64(1)))
+            y = torch.from_numpy(np.asarray(cell_type_idx[start : start + GENERATED_AT_ONCE], dtype=np.int64)).to(device)
+            p_mean, p_log_var = self.p_z(y)
+            z = p_mean + noise_factor * (0.5 * p_log_var).exp() * torch.randn(p_mean.shape, generator=generator, device=device)
+            l_mean, l_log_var = self.p_l(z, y)
+            log_library = l_mean + (0.5 * l_log_var).exp() * torch.randn(l_mean.shape, generator=generator, device=device)
+            counts = self.p_x(z, log_library.exp() * self.library_median).sample(generator)
+            blocks.append(sp.csr_matrix(counts.cpu().numpy()))
+        return sp.vstack(blocks, format="csr") if blocks else sp.csr_matrix((0, self.n_genes), dtype=np.float32)

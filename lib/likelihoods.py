@@ -1,0 +1,117 @@
+"""Log-likelihoods of counts, in nats.
+
+`mu` is the mean, `theta` the inverse dispersion: variance = mu + mu^2 / theta. Both are passed as logarithms. Of the terms
+of the negative binomial only one is not zero where the count is zero, so only that one is computed for all genes; the
+others, with their special functions, are computed at the non-zero counts alone (5-10 % of the entries), in float64: in
+float32 the difference lgamma(x + theta) - lgamma(theta) loses 0.9 nats per entry at theta = 1e6.
+"""
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+import torch.nn.functional as F
+
+from lib.batches import Batch
+
+
+def nb_log_prob(batch: Batch, log_mu: torch.Tensor, log_theta: torch.Tensor) -> torch.Tensor:
+    """log NB(x; mu, theta) per cell, summed over genes.
+
+    With d = log mu - log theta, the logarithm of one entry is -theta softplus(d) where x = 0; where x > 0 it gains
+    lgamma(x + theta) - lgamma(theta) - lgamma(x + 1) + x (d - softplus(d)).
+
+    Parameters
+    ----------
+    batch
+        Counts x.
+    log_mu
+        (n_cells, n_genes).
+    log_theta
+        (n_genes,) or (n_cells, n_genes).
+
+    Returns
+    -------
+    (n_cells,) float64 as far as float32 inputs allow.
+    """
+    d = log_mu - log_theta
+    at_zero = (-F.softplus(d) * log_theta.exp()).sum(dim=1)
+    gained = _gain_where_positive(batch, d, log_theta)
+    return at_zero.double().index_add(0, batch.cells, gained)
+
+
+def zinb_log_prob(batch: Batch, log_mu: torch.Tensor, log_theta: torch.Tensor, zi_logits: torch.Tensor) -> torch.Tensor:
+    """log ZINB(x; mu, theta, pi) per cell, summed over genes; pi = sigmoid(zi_logits) is the share of extra zeros.
+
+    x = 0: log(pi + (1 - pi) NB(0)); x > 0: log(1 - pi) + log NB(x). Shapes as in `nb_log_prob`; zi_logits as log_mu.
+    """
+    d = log_mu - log_theta
+    nb_zero = -F.softplus(d) * log_theta.exp()
+    zero_or_dropped = torch.logaddexp(zi_logits, nb_zero)
+    at_zero = (zero_or_dropped - F.softplus(zi_logits)).sum(dim=1)
+    entries = (batch.cells, batch.genes)
+    gained = _gain_where_positive(batch, d, log_theta) + (nb_zero[entries] - zero_or_dropped[entries]).double()
+    return at_zero.double().index_add(0, batch.cells, gained)
+
+
+def _gain_where_positive(batch: Batch, d: torch.Tensor, log_theta: torch.Tensor) -> torch.Tensor:
+    """(n_entries,) float64: log NB(x) - log NB(0) at the non-zero counts."""
+    x = batch.counts.double()
+    at_gene = log_theta[batch.genes] if log_theta.dim() == 1 else log_theta[batch.cells, batch.genes]
+    theta = at_gene.double().exp()
+    d = d[batch.cells, batch.genes].double()
+    return torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1) + x * (d - F.softplus(d))
+
+
+def gaussian_kl(q_mean: torch.Tensor, q_log_var: torch.Tensor, p_mean: torch.Tensor, p_log_var: torch.Tensor) -> torch.Tensor:
+    """KL(q || p) of two Gaussians with diagonal covariance, summed over the last dimension, in nats."""
+    variance_ratio = (q_log_var - p_log_var).exp()
+    shift = (q_mean - p_mean).square() * (-p_log_var).exp()
+    return 0.5 * (p_log_var - q_log_var + variance_ratio + shift - 1).sum(dim=-1)
+
+
+def gaussian_log_prob(x: torch.Tensor, mean: torch.Tensor, log_var: torch.Tensor) -> torch.Tensor:
+    """log N(x; mean, exp(log_var)), elementwise."""
+    return -0.5 * ((x - mean).square() * (-log_var).exp() + log_var + float(np.log(2 * np.pi)))
+
+
+def type_profiles(counts: sp.csr_matrix, cell_type_idx: np.ndarray, n_cell_types: int) -> np.ndarray:
+    """Mean expression of each type as a fraction of its counts, cell types x genes, rows sum to 1, no zeros.
+
+    A gene that was not seen in a type gets the share that one more cell with the profile of all cells would give it.
+    """
+    labelled = cell_type_idx >= 0
+    indicator = sp.csr_matrix(
+        (np.ones(labelled.sum()), (cell_type_idx[labelled], np.flatnonzero(labelled))), shape=(n_cell_types, counts.shape[0])
+    )
+    sums = (indicator @ counts.astype(np.float64)).toarray()
+    overall = np.asarray(counts.sum(axis=0), dtype=np.float64).ravel() + 0.5  # half a count: no gene is impossible
+    sums += overall / overall.sum() * (counts.sum() / counts.shape[0])
+    return sums / sums.sum(axis=1, keepdims=True)
+
+
+def log_theta_by_moments(counts: sp.csr_matrix, cell_type_idx: np.ndarray, profiles: np.ndarray) -> np.ndarray:
+    """log theta of every gene, from the variance that is left within the types.
+
+    1 / theta = sum((x - mu)^2 - mu) / sum(mu^2) over cells, mu = library size x profile of the cell's type. Genes with few
+    counts say little of their own, so each estimate is averaged with the estimate over all genes, which counts as much as
+    ten expected coincidences (sum of mu^2).
+
+    Returns
+    -------
+    (n_genes,), within [log 0.01, log 10,000].
+    """
+    labelled = np.flatnonzero(cell_type_idx >= 0)
+    counts, cell_type_idx = counts[labelled].astype(np.float64), cell_type_idx[labelled]
+    library_size = np.asarray(counts.sum(axis=1)).ravel()
+    n_cell_types = len(profiles)
+    sum_l = np.bincount(cell_type_idx, library_size, n_cell_types)
+    sum_l2 = np.bincount(cell_type_idx, library_size**2, n_cell_types)
+    sum_mu, sum_mu2 = sum_l @ profiles, sum_l2 @ profiles**2
+    # sum (x - mu)^2 = sum x^2 - 2 sum x mu + sum mu^2, the first two over the non-zero counts only
+    weighted = sp.csr_matrix((library_size, (cell_type_idx, np.arange(len(labelled)))), shape=(n_cell_types, len(labelled))) @ counts
+    sum_x_mu = np.asarray(weighted.multiply(profiles).sum(axis=0)).ravel()
+    sum_x2 = np.asarray(counts.multiply(counts).sum(axis=0)).ravel()
+    excess = sum_x2 - 2 * sum_x_mu + sum_mu2 - sum_mu
+    overall = max(excess.sum() / sum_mu2.sum(), 1e-4)
+    inverse = (excess + 10 * overall) / (sum_mu2 + 10)
+    return -np.log(np.clip(inverse, 1e-4, 1e2))

@@ -1,0 +1,156 @@
+"""Bulk samples made of single cells, whose composition is therefore known.
+
+A mixture is a row of a sparse matrix, mixtures x cells, that says how often each cell is in it; the mixtures' counts are
+that matrix times the cells' counts. Nothing loops over cells.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Iterator
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from lib.files import require
+
+BLOCK = 250  # mixtures computed at a time and thread: 250 x 16,000 genes are 32 MB
+
+
+def largest_remainder(proportions: np.ndarray, totals: np.ndarray | int) -> np.ndarray:
+    """Whole numbers in these proportions whose row sums are exactly `totals` (Hamilton's method).
+
+    Parameters
+    ----------
+    proportions
+        Samples x cell types, non-negative, rows sum to 1.
+    totals
+        Number of cells of each sample, or one for all.
+    """
+    quotas = proportions * np.reshape(totals, (-1, 1))
+    counts = np.floor(quotas + 1e-9).astype(np.int64)
+    missing = np.broadcast_to(totals, len(counts)) - counts.sum(axis=1)
+    rank = np.argsort(np.argsort(-(quotas - counts), axis=1, kind="stable"), axis=1)
+    return counts + (rank < missing[:, None])
+
+
+def draw_proportions(n_samples: int, composition: np.ndarray, shares: dict[str, float], rng: np.random.Generator) -> np.ndarray:
+    """Compositions to mix, drawn in four ways so that no one pattern is learned.
+
+    Parameters
+    ----------
+    composition
+        Of the reference cells, one number a type, summing to 1.
+    shares
+        What part of the samples is drawn "sparse" (a random half of the types is absent), "rare" (a random half of the
+        types makes up 5 % at most) or "near" (the reference's own composition, varied); the rest is uniform on the simplex.
+
+    Returns
+    -------
+    Samples x cell types, rows sum to 1.
+    """
+    n_types = len(composition)
+    proportions = rng.dirichlet(np.ones(n_types), n_samples)
+    edges = (np.cumsum([shares["sparse"], shares["rare"], shares["near"]]) * n_samples).round().astype(int)
+    sparse, rare, near = (slice(a, b) for a, b in zip([0, *edges], edges))
+    subset = rng.random((n_samples, n_types)) < 0.5
+    subset[np.arange(n_samples), rng.integers(0, n_types, n_samples)] = False  # at least one type is neither absent nor rare
+    proportions[sparse] = np.where(subset[sparse], 0, proportions[sparse])
+    proportions[rare] = np.where(subset[rare], proportions[rare] * 0.05, proportions[rare])
+    proportions[near] = rng.dirichlet(20 * composition + 1e-3, edges[2] - edges[1])
+    return rng.permutation(proportions / proportions.sum(axis=1, keepdims=True))
+
+
+def draw_cells(cells_per_type: np.ndarray, cell_type_idx: np.ndarray, rng: np.random.Generator) -> sp.csr_matrix:
+    """A mixing matrix: cells of each type drawn with replacement.
+
+    Parameters
+    ----------
+    cells_per_type
+        Samples x cell types, whole numbers.
+    cell_type_idx
+        Type of each cell; -1 for a cell that is in no mixture.
+
+    Returns
+    -------
+    Samples x cells, float32; each row sums to the sample's number of cells.
+
+    Raises
+    ------
+    ValueError
+        If a type is asked for that has no cells.
+    """
+    n_samples = len(cells_per_type)
+    rows, columns = [], []
+    for k in range(cells_per_type.shape[1]):
+        pool = np.flatnonzero(cell_type_idx == k)
+        n_draws = cells_per_type[:, k]
+        if len(pool) == 0 and n_draws.any():
+            raise ValueError(f"cell type number {k} has no cells to mix, expected at least one")
+        if n_draws.any():
+            rows.append(np.repeat(np.arange(n_samples), n_draws))
+            columns.append(pool[rng.integers(0, len(pool), n_draws.sum())])
+    rows, columns = np.concatenate(rows), np.concatenate(columns)
+    return sp.csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=(n_samples, len(cell_type_idx)))
+
+
+def simulate(cells_per_type: np.ndarray, cell_type_idx: np.ndarray, counts: sp.csr_matrix, seed: int) -> Iterator[np.ndarray]:
+    """Pseudo-bulk counts of random mixtures, in blocks: at most `BLOCK` samples x genes, float32.
+
+    Each block has a random stream of its own, so the result depends neither on the number of threads nor on their order.
+    """
+    starts = range(0, len(cells_per_type), BLOCK)
+    seeds = np.random.SeedSequence(seed).spawn(len(starts))
+
+    def block(start: int, stream: np.random.SeedSequence) -> np.ndarray:
+        mixing = draw_cells(cells_per_type[start : start + BLOCK], cell_type_idx, np.random.default_rng(stream))
+        return (mixing @ counts).toarray()
+
+    n_threads = os.cpu_count() or 1
+    with ThreadPoolExecutor(n_threads) as pool:
+        for first in range(0, len(starts), n_threads):  # a few blocks at a time, so that memory stays bounded
+            yield from pool.map(block, starts[first : first + n_threads], seeds[first : first + n_threads])
+
+
+def tpm(counts: np.ndarray, gene_length_bp: np.ndarray | None = None) -> np.ndarray:
+    """Transcripts per million: (count / length) scaled so that each sample sums to 1,000,000.
+
+    Parameters
+    ----------
+    counts
+        Samples x genes.
+    gene_length_bp
+        One length a gene, in base pairs. None for UMI counts, which count molecules whatever their length: counts per million.
+
+    Raises
+    ------
+    ValueError
+        For a sample without counts.
+    """
+    rate = np.asarray(counts, dtype=np.float64)
+    if gene_length_bp is not None:
+        rate = rate / gene_length_bp
+    total = rate.sum(axis=1, keepdims=True)
+    if (total <= 0).any():
+        raise ValueError(f"{np.sum(total <= 0)} of {len(total)} bulk samples have no counts in these genes; expected at least one each")
+    return rate * (1e6 / total)
+
+
+def read_test_mixtures(data_folder: Path, split_id: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """TPM and true proportions of the mixtures of test cells (stage 2); refused if they are of another split.
+
+    The header of the sample column names the split, so the tables know where they belong.
+    """
+    tables = []
+    for name in ("tpm", "proportions"):
+        path = require(data_folder / f"pseudobulk_test_{name}.csv", "_2_make_pseudobulk.py")
+        table = pd.read_csv(path, index_col=0)
+        if table.index.name != sample_header(split_id):
+            raise ValueError(f"{path} does not belong to data/test.h5ad: it is of {table.index.name!r}, expected {sample_header(split_id)!r}; run _2_make_pseudobulk.py again")
+        tables.append(table)
+    return tuple(tables)
+
+
+def sample_header(split_id: str) -> str:
+    return f"sample of split {split_id}"
