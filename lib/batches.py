@@ -30,7 +30,7 @@ class Batch:
         values = torch.log1p(self.counts * (target / self.library_size)[self.cells])
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-            return torch.sparse_csr_tensor(self.indptr, self.genes, values, (self.n_cells, self.n_genes))
+            return torch.sparse_csr_tensor(self.indptr, self.genes, values, (self.n_cells, self.n_genes), check_invariants=False)
 
     def of_type(self, cell_type_idx: int) -> "Batch":
         """The same cells, taken for cells of one type."""

@@ -36,7 +36,8 @@ class SparseLinear(nn.Module):
         self.weight = nn.Parameter(torch.randn(n_genes, n_out) / math.sqrt(n_genes))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.weight
+        with torch.autocast(x.device.type, enabled=False):  # sparse products have no half precision everywhere
+            return x @ self.weight
 
 
 def mlp(sizes: tuple[int, ...], dropout: float = 0.0) -> nn.Sequential:
@@ -223,7 +224,7 @@ class GMVAE(nn.Module):
     @staticmethod
     def _mean(terms: dict[str, torch.Tensor], kl_weight: float, kl_weight_y) -> dict[str, torch.Tensor]:
         bound = terms["reconstruction_loss"] + terms["library_loss"] + kl_weight * terms["kl_z"]
-        return {"loss": (bound + kl_weight_y * terms["kl_y"]).mean()} | {k: v.mean().detach() for k, v in terms.items()}
+        return {"loss": (bound + kl_weight_y * terms["kl_y"]).mean(), "elbo": -(terms["reconstruction_loss"] + terms["library_loss"] + terms["kl_z"]).mean().detach()} | {k: v.mean().detach() for k, v in terms.items()}
 
     @torch.no_grad()
     def log_likelihood(self, dataset: CellDataset, n_samples: int = 50, batch_size: int = 128, seed: int = 0) -> np.ndarray:

@@ -11,7 +11,7 @@ import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 
-from lib.batches import Batch
+from lib.batches import Batch, CellDataset
 
 
 def nb_log_prob(batch: Batch, log_mu: torch.Tensor, log_theta: torch.Tensor) -> torch.Tensor:
@@ -74,10 +74,10 @@ def gaussian_log_prob(x: torch.Tensor, mean: torch.Tensor, log_var: torch.Tensor
     return -0.5 * ((x - mean).square() * (-log_var).exp() + log_var + float(np.log(2 * np.pi)))
 
 
-def type_profiles(counts: sp.csr_matrix, cell_type_idx: np.ndarray, n_cell_types: int) -> np.ndarray:
+def type_profiles(counts: sp.csr_matrix, cell_type_idx: np.ndarray, n_cell_types: int, prior_cells: float = 1.0) -> np.ndarray:
     """Mean expression of each type as a fraction of its counts, cell types x genes, rows sum to 1, no zeros.
 
-    A gene that was not seen in a type gets the share that one more cell with the profile of all cells would give it.
+    To each type's cells are added `prior_cells` cells with the profile of all cells: no gene is impossible in a type.
     """
     labelled = cell_type_idx >= 0
     indicator = sp.csr_matrix(
@@ -85,7 +85,7 @@ def type_profiles(counts: sp.csr_matrix, cell_type_idx: np.ndarray, n_cell_types
     )
     sums = (indicator @ counts.astype(np.float64)).toarray()
     overall = np.asarray(counts.sum(axis=0), dtype=np.float64).ravel() + 0.5  # half a count: no gene is impossible
-    sums += overall / overall.sum() * (counts.sum() / counts.shape[0])
+    sums += prior_cells * counts.sum() / counts.shape[0] * overall / overall.sum()
     return sums / sums.sum(axis=1, keepdims=True)
 
 
@@ -115,3 +115,25 @@ def log_theta_by_moments(counts: sp.csr_matrix, cell_type_idx: np.ndarray, profi
     overall = max(excess.sum() / sum_mu2.sum(), 1e-4)
     inverse = (excess + 10 * overall) / (sum_mu2 + 10)
     return -np.log(np.clip(inverse, 1e-4, 1e2))
+
+
+@torch.no_grad()
+def nb_per_type_log_likelihood(train: CellDataset, test: CellDataset, batch_size: int = 256) -> np.ndarray:
+    """log p(x | y, l) of each test cell, in nats, under a model without latent variables: x ~ NB(l x profile of type y, theta).
+
+    The baseline of the GMVAE. It is given what helps it most: profiles shrunk to the mean of all cells by the number of
+    `prior_cells` that serves the test cells best.
+    """
+    n_cell_types = int(max(train.cell_type_idx.max(), test.cell_type_idx.max())) + 1
+    profiles = type_profiles(train.counts, train.cell_type_idx, n_cell_types)
+    log_theta = torch.from_numpy(log_theta_by_moments(train.counts, train.cell_type_idx, profiles)).float().to(train.device)
+    candidates = []
+    for prior_cells in (1, 3, 10, 30, 100):
+        shrunk = type_profiles(train.counts, train.cell_type_idx, n_cell_types, prior_cells)
+        log_profiles = torch.from_numpy(np.log(shrunk)).float().to(train.device)
+        per_batch = [
+            nb_log_prob(batch, log_profiles[batch.cell_type_idx] + batch.library_size.log()[:, None], log_theta)
+            for batch in test.in_order(batch_size)
+        ]
+        candidates.append(torch.cat(per_batch).cpu().numpy())
+    return max(candidates, key=np.mean)

@@ -51,12 +51,12 @@ def from_command_line(module: dict[str, Any], arguments: list[str] | None = None
         For an unknown option, a value of a wrong type, a constant edited to a wrong type, and for `--help`.
     """
     with open(module["__file__"], encoding="utf-8") as file:
-        constants = read_constants(file.read(), module)
+        declared = read_constants(file.read(), module)
     parser = argparse.ArgumentParser(
         description=module["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     groups = {}
-    for constant in constants:
+    for constant in declared:
         default = module[constant.name]
         if not _fits(default, constant.type):
             parser.error(f"{constant.name} = {default!r} in {module['__file__']} is not {_describe(constant.type)}")
@@ -67,6 +67,11 @@ def from_command_line(module: dict[str, Any], arguments: list[str] | None = None
         module[name] = value
 
 
+def constants(module: dict[str, Any]) -> dict[str, Any]:
+    """The constants of a script as they stand, to be kept with what it makes."""
+    return {name: value for name, value in module.items() if name.isupper() and not name.startswith("_")}
+
+
 def read_constants(source: str, module: dict[str, Any]) -> list[Constant]:
     """The UPPER_CASE assignments at the top level of a script, in order, with their types, headings and comments."""
     inline, alone = {}, {}
@@ -74,7 +79,7 @@ def read_constants(source: str, module: dict[str, Any]) -> list[Constant]:
         if token.type == tokenize.COMMENT:
             text = token.string.lstrip("# ").rstrip()
             (alone if not token.line[: token.start[1]].strip() else inline)[token.start[0]] = text
-    constants, group = [], "constants"
+    found, group = [], "constants"
     last_line = 0
     for node in ast.parse(source).body:
         target = node.target if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [None])[0]
@@ -82,11 +87,11 @@ def read_constants(source: str, module: dict[str, Any]) -> list[Constant]:
             headings = [alone[line] for line in range(last_line + 1, node.lineno) if line in alone]
             group = " ".join(headings) or group
             annotation = module.get("__annotations__", {}).get(target.id)
-            constants.append(
+            found.append(
                 Constant(target.id, annotation or _type_of(module[target.id]), group, inline.get(node.end_lineno, ""))
             )
         last_line = node.end_lineno
-    return constants
+    return found
 
 
 def _type_of(value: Any) -> Any:

@@ -65,3 +65,22 @@ def dot_size(n_cells: int) -> float:
 def umap_axes(axes) -> None:
     axes.set(xlabel="UMAP 1", ylabel="UMAP 2", xticks=[], yticks=[], aspect="equal", adjustable="datalim")
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def training(history: pd.DataFrame, best_epoch: int, unit: str, path: Path) -> None:
+    """Training and held-out loss by epoch, and the parts of the loss that are logged."""
+    parts = [c.removeprefix("train_") for c in history if c.startswith("train_") and f"held_out_{c.removeprefix('train_')}" in history]
+    parts = ["loss"] + [p for p in parts if p not in ("loss", "elbo")]
+    n_columns = min(3, len(parts))
+    n_rows = -(-len(parts) // n_columns)
+    figure = Figure(figsize=(4 * n_columns, 3 * n_rows), layout="constrained")
+    for axes, part in zip(np.ravel(figure.subplots(n_rows, n_columns, squeeze=False)), parts):
+        axes.plot(history["epoch"], history[f"train_{part}"], c=NEUTRAL, label="train")
+        axes.plot(history["epoch"], history[f"held_out_{part}"], c=ORIGINAL, label="held out")
+        axes.axvline(best_epoch, c="k", lw=0.8, ls=":", label=f"best epoch ({best_epoch})")
+        axes.set(title=part.replace("_", " "), xlabel="epoch", ylabel=unit)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in figure.axes[len(parts):]:
+        axes.remove()
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    save(figure, path)

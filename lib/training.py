@@ -1,0 +1,197 @@
+"""What both trainings share: the epochs, early stopping, checkpoints to use and to resume, the history and its picture.
+
+A checkpoint is a plain dict of tensors and builtins that loads with `weights_only=True`. `<name>.pt` holds the weights that
+were best on held-out data, to use; `<name>_last.pt` holds, besides, all that a later run needs to go on as if it had not
+stopped.
+"""
+
+import copy
+import datetime
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+import pandas as pd
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from lib import plots
+from lib.counts import check_same_names, check_same_split
+from lib.files import replacing, require
+
+SAVE_EVERY_S = 60
+FREE_TO_CHANGE = {"EPOCHS", "PATIENCE", "RESUME", "DATA_DIR", "MODELS_DIR", "FIG_DIR"}  # between a run and its resumption
+
+
+def pick_device(name: str) -> torch.device:
+    """
+    Raises
+    ------
+    ValueError
+        If CUDA is asked for and is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("DEVICE is cuda, but this torch sees no GPU; set it to auto or cpu")
+    return torch.device(name)
+
+
+def load_checkpoint(path: Path, stage: str) -> dict[str, Any]:
+    """
+    Raises
+    ------
+    FileNotFoundError
+        If the stage that trains it was not run.
+    """
+    return torch.load(require(path, stage), map_location="cpu", weights_only=True)
+
+
+def check_checkpoint(checkpoint: dict[str, Any], path: Path, stage: str, gene_names: list[str], cell_types: list[str], split_id: str, data: object) -> None:
+    """
+    Raises
+    ------
+    ValueError
+        If a model was trained on other genes, other cell types, or another split than `data`, naming both sides.
+    """
+    check_same_names(checkpoint["cell_types"], path, list(cell_types), data, "cell types", f"{stage} again")
+    check_same_names(checkpoint["gene_names"], path, list(gene_names), data, "genes", f"{stage} again")
+    check_same_split(checkpoint["split_id"], path, split_id, data, stage)
+
+
+class Trainer:
+    """Runs the epochs of one model.
+
+    Parameters
+    ----------
+    name
+        Of the files in `models_dir`: `<name>.pt`, `<name>_last.pt`, `<name>_history.csv`.
+    model, optimizer, generator
+        What an epoch changes: weights, the optimizer's state, and the random stream of batches and noise.
+    about
+        What a checkpoint says of itself: model arguments, constants, gene names, cell types, split.
+    patience
+        Epochs without a better held-out loss after which training stops; the learning rate is cut to 0.3 after a third of them.
+    """
+
+    def __init__(
+        self, name: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator,
+        about: dict[str, Any], models_dir: Path, patience: int,
+    ):  # fmt: skip
+        self.name, self.model, self.optimizer, self.generator = name, model, optimizer, generator
+        self.about, self.models_dir, self.patience = about, models_dir, patience
+        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.3, patience=max(1, patience // 3))
+        self.history: list[dict[str, float]] = []
+        self.best_epoch, self.best_loss, self.best_weights = 0, float("inf"), None
+        self.best_path, self.last_path = models_dir / f"{name}.pt", models_dir / f"{name}_last.pt"
+        self.history_path = models_dir / f"{name}_history.csv"
+
+    def resume(self) -> None:
+        """Go on where `<name>_last.pt` ends.
+
+        Raises
+        ------
+        ValueError
+            If it was trained on other data or with other constants.
+        """
+        last = load_checkpoint(self.last_path, f"{self.about['stage']} without RESUME")
+        check_checkpoint(last, self.last_path, self.about["stage"], self.about["gene_names"], self.about["cell_types"], self.about["split_id"], "the data")
+        ours, theirs = self.about["constants"], last["constants"]
+        changed = [f"{k} was {theirs.get(k)!r}, is {v!r}" for k, v in ours.items() if k not in FREE_TO_CHANGE and theirs.get(k) != v]
+        if changed:
+            raise ValueError(f"{self.last_path} cannot be resumed with other constants: {'; '.join(changed)}; set them back, or train anew without RESUME")
+        self.model.load_state_dict(last["weights"])
+        self.optimizer.load_state_dict(last["optimizer"])
+        self.scheduler.load_state_dict(last["scheduler"])
+        self.history, self.best_epoch, self.best_loss = last["history"], last["best_epoch"], last["best_loss"]
+        self.best_weights = load_checkpoint(self.best_path, self.about["stage"])["weights"]
+        self.generator.set_state(last["rng"]["generator"])
+        torch.set_rng_state(last["rng"]["torch"])
+        if torch.cuda.is_available() and last["rng"]["cuda"]:
+            torch.cuda.set_rng_state_all(last["rng"]["cuda"])
+        print(f"resumed {self.name} after epoch {len(self.history)}")
+
+    def fit(self, epochs: int, train_epoch: Callable[[int], dict[str, float]], validate: Callable[[], dict[str, float]]) -> None:
+        """Train until `epochs` are done or `patience` runs out.
+
+        Parameters
+        ----------
+        train_epoch
+            Given the number of the epoch (from 0), trains on all data once; returns means over the epoch, `loss` among them.
+        validate
+            Returns means over held-out data, `loss` among them: what early stopping goes by.
+        """
+        writer = SummaryWriter(self.models_dir / "tensorboard" / self.name / f"{datetime.datetime.now():%Y%m%d-%H%M%S}")
+        saved_at = time.monotonic()
+        with tqdm(total=epochs, initial=len(self.history), desc=self.name, unit="epoch") as progress:
+            while len(self.history) < epochs and not self.out_of_patience:
+                started = time.monotonic()
+                self.model.train()
+                train = train_epoch(len(self.history))
+                self.model.eval()
+                with torch.no_grad():
+                    held_out = validate()
+                self._record(train, held_out, time.monotonic() - started, writer)
+                progress.update()
+                progress.set_postfix(train=f"{train['loss']:.4g}", held_out=f"{held_out['loss']:.4g}", best_epoch=self.best_epoch)
+                if time.monotonic() - saved_at > SAVE_EVERY_S:
+                    self.save()
+                    saved_at = time.monotonic()
+        writer.close()
+        self.save()
+        why = "no better for a while" if self.out_of_patience else "all epochs done"
+        print(f"{self.name}: {len(self.history)} epochs ({why}), {self.seconds:.0f} s; best on held-out data: {self.best_loss:.5g} after epoch {self.best_epoch}")
+        self.model.load_state_dict(self.best_weights)
+
+    @property
+    def out_of_patience(self) -> bool:
+        return len(self.history) - self.best_epoch >= self.patience
+
+    @property
+    def seconds(self) -> float:
+        return sum(row["seconds"] for row in self.history)
+
+    def _record(self, train: dict[str, float], held_out: dict[str, float], seconds: float, writer: SummaryWriter) -> None:
+        epoch = len(self.history) + 1
+        if not torch.isfinite(torch.tensor([train["loss"], held_out["loss"]])).all():
+            raise ValueError(f"{self.name}: the loss is {train['loss']} in epoch {epoch}, expected a finite number; lower LEARNING_RATE")
+        row = {"epoch": epoch, "seconds": seconds, "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        row |= {f"train_{k}": v for k, v in train.items()} | {f"held_out_{k}": v for k, v in held_out.items()}
+        self.history.append(row)
+        self.scheduler.step(held_out["loss"])
+        if held_out["loss"] < self.best_loss:
+            self.best_epoch, self.best_loss = epoch, held_out["loss"]
+            self.best_weights = copy.deepcopy(self.model.state_dict())
+        for key, value in row.items():
+            writer.add_scalar(key.replace("train_", "train/").replace("held_out_", "held_out/"), value, epoch)
+
+    def save(self) -> None:
+        """Best first: should the run be killed in between, the last one is the older, and resuming makes the best again."""
+        about = self.about | {"epoch": self.best_epoch, "best_epoch": self.best_epoch, "best_loss": self.best_loss}
+        last = about | {
+            "epoch": len(self.history),
+            "weights": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "history": self.history,
+            "rng": {
+                "generator": self.generator.get_state(),
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            },
+        }
+        for path, content in ((self.best_path, about | {"weights": self.best_weights}), (self.last_path, last)):
+            with replacing(path) as temporary:
+                torch.save(content, temporary)
+        with replacing(self.history_path) as temporary:
+            pd.DataFrame(self.history).to_csv(temporary, index=False)
+
+    def draw(self, path: Path, unit: str) -> None:
+        plots.training(pd.DataFrame(self.history), self.best_epoch, unit, path)
+
+
+def mean_over(parts: list[tuple[int, dict[str, torch.Tensor]]]) -> dict[str, float]:
+    """Means of batches' means, weighted by batch size; one transfer from the device per value, at the end of an epoch."""
+    total = sum(size for size, _ in parts)
+    return {key: float(sum(size * values[key].detach() for size, values in parts)) / total for key in parts[0][1]}
