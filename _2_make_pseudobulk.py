@@ -23,7 +23,8 @@ from lib.files import folder, replacing, report
 # Mixtures of train cells, to train the deconvolution
 N_TRAIN_SAMPLES = 15_000  # original code
 CELLS_PER_SAMPLE = 1_200  # original code; drawn with replacement
-VALIDATION_FRACTION = 0.1  # of the mixtures; made of a tenth of the train cells of their own, so that they judge new cells (ours)
+MIN_DISTINCT_CELLS: int | None = 3  # a type's cells in a mixture come from a random handful, at least so many; none: from all (original)
+VALIDATION_FRACTION = 0.15  # of the mixtures, and of the train cells, which make these mixtures alone: they judge new cells (ours)
 
 # Mixtures of test cells, to judge it
 N_TEST_OWN = 5  # at the test set's own composition: a third to 0.4 of its cells each, drawn independently (original: nested)
@@ -139,8 +140,9 @@ def write_train_samples(train: ad.AnnData, gene_length_bp: pd.Series | None, pat
             X = file.create_dataset("X", (N_TRAIN_SAMPLES, train.n_vars), np.float32)
             X.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
             written = 0
-            for cells, pool, seed in ((cells_per_type[:n_fit], fit_codes, 10), (cells_per_type[n_fit:], validation_codes, 11)):
-                for block in pseudobulk.simulate(cells, pool, train.X, SEED * 100 + seed):
+            parts = (cells_per_type[:n_fit], fit_codes, MIN_DISTINCT_CELLS), (cells_per_type[n_fit:], validation_codes, None)
+            for part, (cells, pool, min_distinct) in enumerate(parts):
+                for block in pseudobulk.simulate(cells, pool, train.X, 2 * SEED + part, min_distinct):
                     X[written : written + len(block)] = block
                     written += len(block)
                     progress.update(len(block))

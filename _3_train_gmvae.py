@@ -30,10 +30,10 @@ DROPOUT = 0.1  # in encoders and decoder (ours)
 # Training
 EPOCHS = 300  # at most; early stopping ends it sooner (paper: 4000, all of them)
 BATCH_SIZE = 128  # cells (paper: 37)
-LEARNING_RATE = 2e-3  # AdamW (paper: Adam, 6e-6); cut when the held-out loss stands still
+LEARNING_RATE = 1e-3  # AdamW (paper: Adam, 6e-6); cut when the held-out loss stands still
 DISPERSION_LEARNING_RATE = 2e-2  # of theta, which starts from moments and has far to go (ours)
 WEIGHT_DECAY = 1e-2  # AdamW (ours)
-KL_WARMUP_EPOCHS = 10  # over which the KL terms' weight rises to 1 (ours)
+KL_WARMUP_EPOCHS = 5  # over which the KL terms' weight rises to 1 (ours)
 MAX_GRADIENT_NORM = 100.0  # gradients are clipped to it; they measure 20-60 here (ours)
 VALIDATION_FRACTION = 0.1  # of the train cells of each type, held out to stop by (ours)
 PATIENCE = 24  # epochs without a better held-out bound before it stops (ours)

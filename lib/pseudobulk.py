@@ -62,7 +62,9 @@ def draw_proportions(n_samples: int, composition: np.ndarray, shares: dict[str, 
     return rng.permutation(proportions / proportions.sum(axis=1, keepdims=True))
 
 
-def draw_cells(cells_per_type: np.ndarray, cell_type_idx: np.ndarray, rng: np.random.Generator) -> sp.csr_matrix:
+def draw_cells(
+    cells_per_type: np.ndarray, cell_type_idx: np.ndarray, rng: np.random.Generator, min_distinct: int | None = None
+) -> sp.csr_matrix:
     """A mixing matrix: cells of each type drawn with replacement.
 
     Parameters
@@ -71,6 +73,10 @@ def draw_cells(cells_per_type: np.ndarray, cell_type_idx: np.ndarray, rng: np.ra
         Samples x cell types, whole numbers.
     cell_type_idx
         Type of each cell; -1 for a cell that is in no mixture.
+    min_distinct
+        None draws from all cells of a type. A number draws, for every mixture and type anew, from a random handful of its
+        cells, between this many and all (log-uniform): so a type's profile varies from mixture to mixture as it does from
+        donor to donor, and a network cannot learn the cells by heart.
 
     Returns
     -------
@@ -89,13 +95,23 @@ def draw_cells(cells_per_type: np.ndarray, cell_type_idx: np.ndarray, rng: np.ra
         if len(pool) == 0 and n_draws.any():
             raise ValueError(f"cell type number {k} has no cells to mix, expected at least one")
         if n_draws.any():
-            rows.append(np.repeat(np.arange(n_samples), n_draws))
-            columns.append(pool[rng.integers(0, len(pool), n_draws.sum())])
+            row = np.repeat(np.arange(n_samples), n_draws)
+            if min_distinct is None or len(pool) <= min_distinct:
+                drawn = rng.integers(0, len(pool), len(row))
+            else:
+                most = max(min_distinct, min(len(pool), cells_per_type.max()))
+                handful = rng.integers(0, len(pool), (n_samples, most))
+                size = np.exp(rng.uniform(np.log(min_distinct), np.log(most + 1), n_samples)).astype(np.int64)
+                drawn = handful[row, (rng.random(len(row)) * size[row]).astype(np.int64)]
+            rows.append(row)
+            columns.append(pool[drawn])
     rows, columns = np.concatenate(rows), np.concatenate(columns)
     return sp.csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=(n_samples, len(cell_type_idx)))
 
 
-def simulate(cells_per_type: np.ndarray, cell_type_idx: np.ndarray, counts: sp.csr_matrix, seed: int) -> Iterator[np.ndarray]:
+def simulate(
+    cells_per_type: np.ndarray, cell_type_idx: np.ndarray, counts: sp.csr_matrix, seed: int, min_distinct: int | None = None
+) -> Iterator[np.ndarray]:
     """Pseudo-bulk counts of random mixtures, in blocks: at most `BLOCK` samples x genes, float32.
 
     Each block has a random stream of its own, so the result depends neither on the number of threads nor on their order.
@@ -104,7 +120,7 @@ def simulate(cells_per_type: np.ndarray, cell_type_idx: np.ndarray, counts: sp.c
     seeds = np.random.SeedSequence(seed).spawn(len(starts))
 
     def block(start: int, stream: np.random.SeedSequence) -> np.ndarray:
-        mixing = draw_cells(cells_per_type[start : start + BLOCK], cell_type_idx, np.random.default_rng(stream))
+        mixing = draw_cells(cells_per_type[start : start + BLOCK], cell_type_idx, np.random.default_rng(stream), min_distinct)
         return (mixing @ counts).toarray()
 
     n_threads = os.cpu_count() or 1

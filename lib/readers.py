@@ -128,7 +128,7 @@ def _read_list(files: list[Path], pattern: str, sides: tuple[int, int], what: st
         return None
     if len(found) != 1:
         raise ValueError(f"the {what} are missing or not unique: found {[f.name for f in found]}, expected one file with a name like {pattern.split('|')[0]}s.tsv")
-    table = pd.read_csv(found[0], sep=_separator(found[0]), header=None, dtype=str, keep_default_na=False)
+    table = pd.read_csv(found[0], sep=separator(found[0]), header=None, dtype=str, keep_default_na=False)
     if len(table) not in sides and len(table) - 1 in sides:
         table = table.iloc[1:]  # a header line, as R's write.csv adds
     if len(table) not in sides:
@@ -139,7 +139,7 @@ def _read_list(files: list[Path], pattern: str, sides: tuple[int, int], what: st
 def read_count_table(path: Path, orientation: str = "auto") -> ad.AnnData:
     """A csv or tsv table of counts, read in bands of rows so that it is never dense as a whole."""
     bands, row_names = [], []
-    for band in pd.read_csv(path, sep=_separator(path), index_col=0, chunksize=CSV_ROWS_AT_ONCE, low_memory=False):
+    for band in pd.read_csv(path, sep=separator(path), index_col=0, chunksize=CSV_ROWS_AT_ONCE, low_memory=False):
         text = [c for c, kind in band.dtypes.items() if not pd.api.types.is_numeric_dtype(kind)]
         if text:
             raise ValueError(f"{path} has columns that are not numbers ({', '.join(map(str, text[:3]))}); expected names in the first column and counts in all others")
@@ -190,7 +190,7 @@ def read_labels(path: Path, barcodes: pd.Index, key: str | None = None) -> pd.Da
     ValueError
         If the labels are those of other cells.
     """
-    table = pd.read_csv(path, sep=_separator(path), dtype=str, keep_default_na=False)
+    table = pd.read_csv(path, sep=separator(path), dtype=str, keep_default_na=False)
     if not isinstance(table.index, pd.RangeIndex):  # R's write.table names no column for the row names
         table = table.reset_index(names="barcode")
     table.columns = table.columns.str.strip()
@@ -232,7 +232,7 @@ def _label_column(table: pd.DataFrame, path: Path) -> str:
     raise ValueError(f"{path}: cannot tell which column holds the cell types; it has {', '.join(table.columns)}: set CELL_TYPE_KEY to one of them")
 
 
-def _separator(path: Path) -> str:
+def separator(path: Path) -> str:
     """Comma or tab, by what the first line holds more of."""
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
         line = file.readline()
@@ -251,7 +251,7 @@ def read_gene_lengths(path: Path) -> pd.Series:
     ValueError
         If it is neither.
     """
-    table = pd.read_csv(path, sep=_separator(path))
+    table = pd.read_csv(path, sep=separator(path))
     if {"Gene name", "Transcript start (bp)", "Transcript end (bp)"} <= set(table.columns):
         length = table["Transcript end (bp)"] - table["Transcript start (bp)"]
         name = table["Gene name"]
