@@ -50,8 +50,7 @@ def from_command_line(module: dict[str, Any], arguments: list[str] | None = None
     SystemExit
         For an unknown option, a value of a wrong type, a constant edited to a wrong type, and for `--help`.
     """
-    with open(module["__file__"], encoding="utf-8") as file:
-        declared = read_constants(file.read(), module)
+    declared = _declared(module)
     parser = argparse.ArgumentParser(
         description=module["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -69,7 +68,12 @@ def from_command_line(module: dict[str, Any], arguments: list[str] | None = None
 
 def constants(module: dict[str, Any]) -> dict[str, Any]:
     """The constants of a script as they stand, to be kept with what it makes."""
-    return {name: value for name, value in module.items() if name.isupper() and not name.startswith("_")}
+    return {constant.name: module[constant.name] for constant in _declared(module)}
+
+
+def _declared(module: dict[str, Any]) -> list[Constant]:
+    with open(module["__file__"], encoding="utf-8") as file:
+        return read_constants(file.read(), module)
 
 
 def read_constants(source: str, module: dict[str, Any]) -> list[Constant]:

@@ -6,8 +6,11 @@ import matplotlib.patheffects
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.spatial.distance import squareform
 
 from lib.files import replacing
+from lib.metrics import ccc, mae, pearson
 
 # Okabe and Ito's colours for the colour-blind, then Paul Tol's "muted" and "bright" where types outnumber them.
 COLOURS = (
@@ -16,6 +19,7 @@ COLOURS = (
 ).split()
 ORIGINAL, GENERATED, NEUTRAL = "#0072B2", "#D55E00", "#8C8C8C"
 DPI = 160
+MAX_BARS = 40  # bulk samples drawn
 
 
 def palette(cell_types: list[str]) -> dict[str, str]:
@@ -84,3 +88,99 @@ def training(history: pd.DataFrame, best_epoch: int, unit: str, path: Path) -> N
         axes.remove()
     figure.axes[0].legend(frameon=False, fontsize=8)
     save(figure, path)
+
+
+def proportions(true: pd.DataFrame, estimate: pd.DataFrame, constant: pd.DataFrame, bulk_true: pd.DataFrame | None, bulk_estimate: pd.DataFrame, path: Path) -> None:
+    """Left: predicted against true proportions of the mixtures of test cells. Right: what was read out of the bulk.
+
+    All tables are samples x cell types; `constant` is the baseline's estimate, `bulk_true` is None where nobody knows it.
+    """
+    colours = palette(list(true.columns))
+    n_bars = min(len(bulk_estimate), MAX_BARS) + (bulk_true is not None)
+    figure = Figure(figsize=(9.5 + 0.28 * n_bars, 5), layout="constrained")
+    scatter, bars = figure.subplots(1, 2, width_ratios=(5, 1.2 + 0.28 * n_bars))
+    own = true.index.str.startswith("own")
+    for name, colour in colours.items():
+        for mask, marker, size in ((~own, "o", 18), (own, "D", 26)):
+            scatter.scatter(true.loc[mask, name], estimate.loc[mask, name], s=size, marker=marker, c=colour, lw=0.4, edgecolors="white")
+    top = 1.05 * max(true.to_numpy().max(), estimate.to_numpy().max())
+    scatter.plot([0, top], [0, top], c="k", lw=0.8, ls="--")
+    lines = []
+    for label, mask in (("drawn at random (circles)", ~own), ("own composition (diamonds)", own)):
+        error, baseline = (mae(true[mask], table[mask]) for table in (estimate, constant))
+        lines.append(f"{label}, {mask.sum()} mixtures\n  MAE {error:.3f}; train frequencies {baseline:.3f}; CCC {ccc(true[mask], estimate[mask]):.2f}")
+    scatter.text(0.03, 0.97, "\n".join(lines), transform=scatter.transAxes, va="top", fontsize=8)
+    scatter.set(xlabel="true proportion", ylabel="predicted proportion", title="mixtures of test cells", xlim=(-0.02, top), ylim=(-0.02, top), aspect="equal")
+
+    table = bulk_estimate.iloc[:MAX_BARS].rename(index=lambda name: f"{name}, predicted" if bulk_true is not None else name)
+    if bulk_true is not None:
+        table = pd.concat([bulk_true.rename(index=lambda name: f"{name}, true"), table])
+    bottom = np.zeros(len(table))
+    for name, colour in colours.items():
+        bars.bar(np.arange(len(table)), table[name], bottom=bottom, color=colour, width=0.8, label=name, edgecolor="white", lw=0.3)
+        bottom += table[name].to_numpy()
+    bars.set(ylim=(0, 1), ylabel="proportion of cells", title="the bulk" if len(bulk_estimate) <= MAX_BARS else f"first {MAX_BARS} of {len(bulk_estimate)} samples")
+    bars.set_xticks(np.arange(len(table)), [name.replace("_", " ") for name in table.index], rotation=90, fontsize=8)
+    for axes in (scatter, bars):
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = bars.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8, title="cell type")
+    save(figure, path)
+
+
+def umap_original_vs_generated(umap: np.ndarray, is_generated: np.ndarray, path: Path) -> None:
+    """One joint embedding, three panels: original cells, generated cells, both."""
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    panels = figure.subplots(1, 3)
+    size = dot_size(len(umap))
+    for axes, mask, colour, name in zip(panels, (~is_generated, is_generated), (ORIGINAL, GENERATED), ("original test cells", "generated cells")):
+        axes.scatter(*umap.T, s=size, c="#E6E6E6", lw=0, rasterized=True)
+        axes.scatter(*umap[mask].T, s=size, c=colour, lw=0, rasterized=True)
+        axes.set_title(f"{name} ({mask.sum():,})")
+    order = np.random.default_rng(0).permutation(len(umap))
+    panels[2].scatter(*umap[order].T, s=size, c=np.where(is_generated, GENERATED, ORIGINAL)[order], lw=0, rasterized=True)
+    panels[2].set_title("both")
+    for colour, name in ((ORIGINAL, "original"), (GENERATED, "generated")):
+        panels[2].scatter([], [], s=30, c=colour, lw=0, label=name)
+    panels[2].legend(frameon=False, fontsize=8)
+    for axes in panels:
+        umap_axes(axes)
+    save(figure, path)
+
+
+def umap_by_cell_type(umap: np.ndarray, is_generated: np.ndarray, cell_type: pd.Series, path: Path) -> None:
+    """The same embedding, original and generated cells side by side, by type."""
+    figure = Figure(figsize=(11.5, 4.8), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, mask, name in zip(panels, (~is_generated, is_generated), ("original test cells", "generated cells")):
+        axes.scatter(*umap.T, s=dot_size(len(umap)), c="#F0F0F0", lw=0, rasterized=True)
+        scatter_types(axes, umap[mask], cell_type[mask])
+        axes.set_title(f"{name} ({mask.sum():,})")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8, title="cell type")
+    save(figure, path)
+
+
+def gene_correlation(original: np.ndarray, generated: np.ndarray, train: np.ndarray, path: Path) -> None:
+    """Gene-gene correlations of original and of generated cells, genes x genes, in one order: the original's clusters.
+
+    The title tells how well each agrees with the original over all pairs of genes; train cells, which are real, set the floor.
+    """
+    order = cluster_order(original)
+    pairs = np.triu_indices(len(original), k=1)
+    limit = max(0.1, np.quantile(np.abs(original[pairs]), 0.99))
+    figure = Figure(figsize=(11.5, 5.4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    titles = "original test cells", f"generated cells: r = {pearson(original[pairs], generated[pairs]):.2f} with the original\n(real train cells: r = {pearson(original[pairs], train[pairs]):.2f})"
+    for axes, matrix, title in zip(panels, (original, generated), titles):
+        image = axes.imshow(matrix[np.ix_(order, order)], cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+        axes.set(title=title, xlabel=f"{len(original)} most variable genes", xticks=[], yticks=[])
+    panels[0].set_ylabel("the same genes, in the same order")
+    figure.colorbar(image, ax=panels, label="correlation between genes (Pearson's r)", shrink=0.8, extend="both")
+    save(figure, path)
+
+
+def cluster_order(correlation: np.ndarray) -> np.ndarray:
+    """Order of the genes that puts correlated ones side by side: average linkage on 1 - r."""
+    distance = np.clip(1 - correlation, 0, 2)
+    np.fill_diagonal(distance, 0)
+    return leaves_list(linkage(squareform(distance, checks=False), method="average", optimal_ordering=True))

@@ -1,0 +1,229 @@
+"""Stage 5: from bulk to single cells: read the proportions out of bulk samples, generate cells in these proportions, compare.
+
+reads   models/gmvae.pt, models/sctape.pt, data/train.h5ad, data/test.h5ad, data/pseudobulk_test_*.csv, and BULK_FILE
+writes  data/generated.h5ad: raw counts, obs["cell_type"], obs["sample"]; data/predicted_proportions.csv;
+        fig/proportions.png, umap_original_vs_generated.png, umap_by_cell_type.png, gene_correlation.png
+run     python _5_generate.py
+time    650 cells x 13,000 genes: half a minute; 10,000 x 16,000: 2 minutes
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scanpy as sc
+import scipy.io
+import torch
+
+from lib import metrics, options, plots, sctape
+from lib.batches import CellDataset
+from lib.bulk import read_bulk, to_tpm
+from lib.counts import log_normalize, read_split, write_counts
+from lib.embedding import embed
+from lib.files import ROOT, folder, replacing, report, user_path
+from lib.gmvae import GMVAE
+from lib.likelihoods import nb_per_type_log_likelihood
+from lib.pseudobulk import largest_remainder, read_test_mixtures
+from lib.training import check_checkpoint, load_checkpoint, pick_device
+
+# What to generate
+BULK_FILE: str | None = None  # bulk table, csv or tsv, genes in rows or columns; none: the sum of the test cells
+BULK_UNITS: Literal["tpm", "counts"] = "tpm"  # of BULK_FILE
+N_CELLS = 1000  # cells generated for each sample of BULK_FILE; the sum of the test cells gets as many as there are test cells
+CELL_COUNTS: str | None = None  # instead of predicting: "test" (as many of each type as the test cells), or a table of cell numbers
+NOISE_FACTOR = 1.0  # spread of the cells of a type: 1 as learned, less for typical cells (original code: factor)
+
+# Where it goes
+OUTPUT = "generated.h5ad"  # file name in DATA_DIR, or a path
+WRITE_MTX = False  # also as MTX, genes and clusters csv, as the original writes it, in a folder named like OUTPUT
+
+# Figures
+N_CORRELATION_GENES = 145  # most variable genes of the train cells (paper)
+N_TOP_GENES = 2000  # highly variable genes for the UMAP
+N_PCS = 50  # principal components for the UMAP
+N_NEIGHBORS = 15  # neighbours for the UMAP
+MAX_CELLS_DRAWN = 5000  # generated cells drawn, and compared, at most
+
+# Running
+DEVICE: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
+SEED = 123  # of everything random in this stage
+DATA_DIR = "data"  # folder
+MODELS_DIR = "models"  # folder
+FIG_DIR = "fig"  # folder
+
+
+def main() -> None:
+    data, models, fig = folder(DATA_DIR), folder(MODELS_DIR), folder(FIG_DIR)
+    train, test = read_split(data)
+    cell_types = list(test.obs["cell_type"].cat.categories)
+    gmvae_checkpoint = load_checkpoint(models / "gmvae.pt", "_3_train_gmvae.py")
+    check_checkpoint(gmvae_checkpoint, models / "gmvae.pt", "_3_train_gmvae.py", list(test.var_names), cell_types, test.uns["split_id"], data / "test.h5ad")
+    model = load_model(gmvae_checkpoint)
+
+    written = []
+    if CELL_COUNTS is None:
+        checkpoint = load_checkpoint(models / "sctape.pt", "_4_train_sctape.py")
+        check_checkpoint(checkpoint, models / "sctape.pt", "_4_train_sctape.py", checkpoint["gene_names"], cell_types, test.uns["split_id"], data / "test.h5ad")
+        bulk = bulk_samples(test, checkpoint)
+        predicted = sctape.predict(checkpoint, bulk)
+        with replacing(data / "predicted_proportions.csv") as temporary:
+            predicted.to_csv(temporary, float_format="%.6f")
+        totals = test.n_obs if BULK_FILE is None else N_CELLS
+        cells_per_type = pd.DataFrame(largest_remainder(predicted.to_numpy(), totals), predicted.index, cell_types)
+        judge_proportions(checkpoint, predicted, train, test, data, fig)
+        written += [data / "predicted_proportions.csv", fig / "proportions.png"]
+    else:
+        cells_per_type = wanted_cells(test.obs["cell_type"])
+
+    generated = generate(model, cells_per_type, test)
+    output = output_path(data)
+    write_counts(generated, output)
+    written.append(output)
+    if WRITE_MTX:
+        written.append(write_mtx(generated, output.with_suffix("")))
+    compare(model, train, test, generated, fig)
+    written += [fig / f"{name}.png" for name in ("umap_original_vs_generated", "umap_by_cell_type", "gene_correlation")]
+    report("stage 5", written, f"look at {FIG_DIR}/*.png, or open the cells: scanpy.read_h5ad({str(output)!r})")
+
+
+def load_model(checkpoint: dict[str, Any]) -> GMVAE:
+    model = GMVAE(**checkpoint["arguments"])
+    model.load_state_dict(checkpoint["weights"])
+    return model.to(pick_device(DEVICE)).eval()
+
+
+def bulk_samples(test: ad.AnnData, checkpoint: dict[str, Any]) -> pd.DataFrame:
+    """The bulk to start from, samples x genes, in TPM."""
+    lengths = checkpoint["gene_length_bp"]
+    lengths = None if lengths is None else pd.Series(lengths)
+    if BULK_FILE is None:
+        total = pd.DataFrame(np.asarray(test.X.sum(axis=0), dtype=np.float64).reshape(1, -1), index=["test_cells"], columns=test.var_names)
+        return to_tpm(total, "counts", lengths)
+    return to_tpm(read_bulk(user_path(BULK_FILE), list(test.var_names)), BULK_UNITS, lengths)
+
+
+def wanted_cells(cell_type: pd.Series) -> pd.DataFrame:
+    """Samples x cell types: the numbers of cells that CELL_COUNTS asks for."""
+    types = list(cell_type.cat.categories)
+    if CELL_COUNTS == "test":
+        return pd.DataFrame([cell_type.value_counts()[types].to_numpy()], index=["test_cells"], columns=types)
+    path = user_path(CELL_COUNTS)
+    table = pd.read_csv(path, index_col=0)
+    if table.shape[1] == 1 and table.index.isin(types).any():  # one row a type
+        table = table.T.set_axis(["cells"])
+    unknown = [str(name) for name in table.columns if name not in types]
+    if unknown:
+        raise ValueError(f"{path} asks for cell types that the model does not know: {', '.join(unknown)}; it knows {', '.join(types)}")
+    table = table.reindex(columns=types).fillna(0)
+    if not ((table >= 0) & (table % 1 == 0)).all(axis=None) or table.to_numpy().sum() == 0:
+        raise ValueError(f"{path} must hold numbers of cells: whole, not negative, not all zero; a row a sample and a column a type, or a row a type and one column")
+    return table.astype(np.int64)
+
+
+def generate(model: GMVAE, cells_per_type: pd.DataFrame, test: ad.AnnData) -> ad.AnnData:
+    """New cells of all samples, sample by sample and type by type."""
+    n_cells = cells_per_type.to_numpy()
+    types = np.tile(np.arange(n_cells.shape[1]), len(n_cells)).repeat(n_cells.ravel())
+    samples = np.repeat(cells_per_type.index.astype(str).to_numpy(), n_cells.sum(axis=1))
+    print(f"generating {len(types):,} cells for {len(n_cells):,} bulk sample{'s' * (len(n_cells) > 1)}")
+    counts = model.sample(types, SEED, NOISE_FACTOR)
+    obs = pd.DataFrame(
+        {
+            "cell_type": pd.Categorical.from_codes(types, cells_per_type.columns),
+            "sample": pd.Categorical(samples, categories=pd.unique(samples)),
+            "library_size": np.asarray(counts.sum(axis=1)).ravel(),
+        },
+        index=[f"generated_{i + 1}" for i in range(len(types))],
+    )
+    uns = {"dataset": test.uns["dataset"], "split_id": test.uns["split_id"], "seed": SEED, "noise_factor": NOISE_FACTOR}
+    return ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=test.var_names), uns=uns)
+
+
+def output_path(data: Path) -> Path:
+    path = Path(OUTPUT).expanduser()
+    if path.suffix != ".h5ad":
+        raise ValueError(f"OUTPUT is {OUTPUT!r}; expected a name that ends in .h5ad")
+    path = data / path if path.parent == Path(".") else ROOT / path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write_mtx(generated: ad.AnnData, path: Path) -> Path:
+    """The original's form: counts.mtx (cells x genes), genes.csv, clusters.csv."""
+    path.mkdir(exist_ok=True)
+    with replacing(path / "counts.mtx") as temporary:
+        scipy.io.mmwrite(temporary, generated.X.astype(np.int64))
+    with replacing(path / "genes.csv") as temporary:
+        pd.Series(generated.var_names, name="gene").to_csv(temporary, index=False)
+    with replacing(path / "clusters.csv") as temporary:
+        generated.obs[["cell_type", "sample"]].to_csv(temporary, index_label="barcode")
+    return path
+
+
+def judge_proportions(checkpoint: dict[str, Any], predicted: pd.DataFrame, train: ad.AnnData, test: ad.AnnData, data: Path, fig: Path) -> None:
+    """scTAPE on the mixtures of test cells, beside a constant: what its proportions can be trusted for."""
+    tpm, true = read_test_mixtures(data, test.uns["split_id"])
+    on_mixtures = sctape.predict(checkpoint, tpm)
+    frequencies = train.obs["cell_type"].value_counts(normalize=True)[true.columns].to_numpy()
+    constant = pd.DataFrame(np.tile(frequencies, (len(true), 1)), true.index, true.columns)
+    rows = []
+    for kind in ("own", "dirichlet"):
+        of_kind = true.index.str.startswith(kind)
+        for name, estimate in (("scTAPE", on_mixtures), ("constant: train frequencies", constant)):
+            pair = true[of_kind].to_numpy(), estimate[of_kind].to_numpy()
+            rows.append([f"{kind} ({of_kind.sum()})", name, metrics.mae(*pair), metrics.ccc(*pair), metrics.pearson(*pair)])
+    table = pd.DataFrame(rows, columns=["mixtures of test cells", "estimate", "MAE", "CCC", "r"])
+    print(table.to_string(index=False, float_format="{:.4f}".format))
+    own_truth = None
+    if BULK_FILE is None:
+        own_truth = test.obs["cell_type"].value_counts(normalize=True)[true.columns].to_frame("test_cells").T
+        print(f"all test cells as one bulk: MAE {metrics.mae(own_truth, predicted):.4f}; the train frequencies score {metrics.mae(own_truth, frequencies):.4f}, so this one mixture says little")
+    plots.proportions(true, on_mixtures, constant, own_truth, predicted, fig / "proportions.png")
+
+
+def compare(model: GMVAE, train: ad.AnnData, test: ad.AnnData, generated: ad.AnnData, fig: Path) -> None:
+    """Likelihood of the test cells, and the figures that hold generated cells against them."""
+    ours, baseline = (part.mean() for part in likelihoods(model, train, test))
+    print(f"log-likelihood of the test cells, nats per cell: GMVAE {ours:.1f}; one negative binomial per gene and type {baseline:.1f}")
+
+    rng = np.random.default_rng(SEED)
+    drawn = generated[np.sort(rng.permutation(generated.n_obs)[:MAX_CELLS_DRAWN])]
+    both = ad.concat({"original": test, "generated": drawn}, label="source", index_unique="-")
+    both.obs["cell_type"] = pd.Categorical(both.obs["cell_type"], categories=test.obs["cell_type"].cat.categories)
+    is_generated = (both.obs["source"] == "generated").to_numpy()
+    umap = embed(both, N_TOP_GENES, N_PCS, N_NEIGHBORS, SEED).obsm["X_umap"]
+    plots.umap_original_vs_generated(umap, is_generated, fig / "umap_original_vs_generated.png")
+    plots.umap_by_cell_type(umap, is_generated, both.obs["cell_type"], fig / "umap_by_cell_type.png")
+
+    genes = variable_genes(train)
+    correlations = [gene_correlation(part, genes) for part in (test, drawn, train)]
+    plots.gene_correlation(*correlations, fig / "gene_correlation.png")
+
+
+def likelihoods(model: GMVAE, train: ad.AnnData, test: ad.AnnData) -> tuple[np.ndarray, np.ndarray]:
+    """log p(x|y,l) of each test cell under the model and under per-type negative binomials fitted to the train cells."""
+    parts = (CellDataset(part.X, part.obs["cell_type"].cat.codes, model.log_theta.device) for part in (train, test))
+    train_cells, test_cells = parts
+    return model.log_likelihood(test_cells, n_samples=20, seed=SEED), nb_per_type_log_likelihood(train_cells, test_cells)
+
+
+def variable_genes(train: ad.AnnData) -> np.ndarray:
+    """Places of the most variable genes, by the train cells alone."""
+    normalized = ad.AnnData(log_normalize(train.X, 1e4))
+    sc.pp.highly_variable_genes(normalized, n_top_genes=min(N_CORRELATION_GENES, train.n_vars))
+    return np.flatnonzero(normalized.var["highly_variable"])
+
+
+def gene_correlation(cells: ad.AnnData, genes: np.ndarray) -> np.ndarray:
+    """Pearson's r between genes over cells, on log(1 + counts per 10,000); 0 where a gene does not vary."""
+    values = log_normalize(cells.X, 1e4)[:, genes].toarray()
+    values -= values.mean(axis=0)
+    norm = np.linalg.norm(values, axis=0)
+    values /= np.where(norm > 0, norm, 1)
+    return values.T @ values
+
+
+if __name__ == "__main__":
+    options.run(globals())
