@@ -210,10 +210,10 @@ def likelihoods(model: GMVAE, train: ad.AnnData, test: ad.AnnData) -> tuple[np.n
 
 
 def variable_genes(train: ad.AnnData) -> np.ndarray:
-    """Places of the most variable genes, by the train cells alone."""
-    normalized = ad.AnnData(log_normalize(train.X, 1e4))
-    sc.pp.highly_variable_genes(normalized, n_top_genes=min(N_CORRELATION_GENES, train.n_vars))
-    return np.flatnonzero(normalized.var["highly_variable"])
+    """Places of the genes whose counts vary most beyond chance, by the train cells alone (variance of Pearson residuals)."""
+    counts = ad.AnnData(train.X)
+    sc.experimental.pp.highly_variable_genes(counts, n_top_genes=min(N_CORRELATION_GENES, train.n_vars))
+    return np.flatnonzero(counts.var["highly_variable"])
 
 
 def gene_correlation(cells: ad.AnnData, genes: np.ndarray) -> np.ndarray:

@@ -112,15 +112,15 @@ def proportions(true: pd.DataFrame, estimate: pd.DataFrame, constant: pd.DataFra
     scatter.text(0.03, 0.97, "\n".join(lines), transform=scatter.transAxes, va="top", fontsize=8)
     scatter.set(xlabel="true proportion", ylabel="predicted proportion", title="mixtures of test cells", xlim=(-0.02, top), ylim=(-0.02, top), aspect="equal")
 
-    table = bulk_estimate.iloc[:MAX_BARS].rename(index=lambda name: f"{name}, predicted" if bulk_true is not None else name)
+    table = bulk_estimate.iloc[:MAX_BARS].rename(index=str)
     if bulk_true is not None:
-        table = pd.concat([bulk_true.rename(index=lambda name: f"{name}, true"), table])
+        table = pd.concat([bulk_true.rename(index=lambda name: f"{name}\ntrue"), table.rename(index=lambda name: f"{name}\npredicted")])
     bottom = np.zeros(len(table))
     for name, colour in colours.items():
         bars.bar(np.arange(len(table)), table[name], bottom=bottom, color=colour, width=0.8, label=name, edgecolor="white", lw=0.3)
         bottom += table[name].to_numpy()
     bars.set(ylim=(0, 1), ylabel="proportion of cells", title="the bulk" if len(bulk_estimate) <= MAX_BARS else f"first {MAX_BARS} of {len(bulk_estimate)} samples")
-    bars.set_xticks(np.arange(len(table)), [name.replace("_", " ") for name in table.index], rotation=90, fontsize=8)
+    bars.set_xticks(np.arange(len(table)), [name.replace("_", " ") for name in table.index], rotation=0 if len(table) < 4 else 90, fontsize=8)
     for axes in (scatter, bars):
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = bars.get_legend_handles_labels()
@@ -168,12 +168,14 @@ def gene_correlation(original: np.ndarray, generated: np.ndarray, train: np.ndar
     order = cluster_order(original)
     pairs = np.triu_indices(len(original), k=1)
     limit = max(0.1, np.quantile(np.abs(original[pairs]), 0.99))
-    figure = Figure(figsize=(11.5, 5.4), layout="constrained")
+    figure = Figure(figsize=(11.5, 6), layout="constrained")
     panels = figure.subplots(1, 2)
-    titles = "original test cells", f"generated cells: r = {pearson(original[pairs], generated[pairs]):.2f} with the original\n(real train cells: r = {pearson(original[pairs], train[pairs]):.2f})"
+    agreement, floor = (pearson(original[pairs], matrix[pairs]) for matrix in (generated, train))
+    titles = "original test cells", f"generated cells\nagreement with the original: r = {agreement:.2f} (real train cells: {floor:.2f})"
     for axes, matrix, title in zip(panels, (original, generated), titles):
         image = axes.imshow(matrix[np.ix_(order, order)], cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
-        axes.set(title=title, xlabel=f"{len(original)} most variable genes", xticks=[], yticks=[])
+        axes.set_title(title, fontsize=10)
+        axes.set(xlabel=f"{len(original)} most variable genes", xticks=[], yticks=[])
     panels[0].set_ylabel("the same genes, in the same order")
     figure.colorbar(image, ax=panels, label="correlation between genes (Pearson's r)", shrink=0.8, extend="both")
     save(figure, path)
