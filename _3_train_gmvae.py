@@ -25,18 +25,18 @@ N_LATENT = 32  # dimensions of z (paper)
 HIDDEN = (128, 64)  # layers of q(z|x,y), and of p(x|z) in reverse (paper)
 LIKELIHOOD: Literal["zinb", "nb"] = "zinb"  # of counts: with extra zeros (paper) or without
 DISPERSION: Literal["gene", "gene-cell"] = "gene"  # one theta a gene (ours), or a head of the decoder (paper)
-DROPOUT = 0.1  # in encoders and decoder (ours)
+DROPOUT = 0.0  # in encoders and decoder; any leaves z unused (ours)
 
 # Training
 EPOCHS = 300  # at most; early stopping ends it sooner (paper: 4000, all of them)
 BATCH_SIZE = 128  # cells (paper: 37)
-LEARNING_RATE = 1e-3  # AdamW (paper: Adam, 6e-6); cut when the held-out loss stands still
+LEARNING_RATE = 5e-4  # AdamW (paper: Adam, 6e-6); cut when the held-out loss stands still
 DISPERSION_LEARNING_RATE = 2e-2  # of theta, which starts from moments and has far to go (ours)
 WEIGHT_DECAY = 1e-2  # AdamW (ours)
-KL_WARMUP_EPOCHS = 5  # over which the KL terms' weight rises to 1 (ours)
+KL_WARMUP_EPOCHS = 50  # over which the KL terms' weight rises to 1 (ours)
 MAX_GRADIENT_NORM = 100.0  # gradients are clipped to it; they measure 20-60 here (ours)
 VALIDATION_FRACTION = 0.1  # of the train cells of each type, held out to stop by (ours)
-PATIENCE = 24  # epochs without a better held-out bound before it stops (ours)
+PATIENCE = 30  # epochs without a better held-out bound before it stops (ours)
 
 # Running
 RESUME = False  # go on from models/gmvae_last.pt
