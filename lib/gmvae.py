@@ -106,7 +106,7 @@ class GMVAE(nn.Module):
 
     def __init__(
         self, n_genes: int, n_cell_types: int, n_latent: int = 32, hidden: tuple[int, ...] = (128, 64),
-        likelihood: str = "zinb", dispersion: str = "gene", dropout: float = 0.1,
+        likelihood: str = "zinb", dispersion: str = "gene", dropout: float = 0.0,
     ):  # fmt: skip
         super().__init__()
         self.arguments = dict(
@@ -137,7 +137,7 @@ class GMVAE(nn.Module):
         n_per_type = np.bincount(cell_type_idx[cell_type_idx >= 0], minlength=self.n_cell_types)
         self.type_frequency.copy_(torch.from_numpy((n_per_type + 1) / (n_per_type + 1).sum()))
         profiles = type_profiles(counts, cell_type_idx, self.n_cell_types)
-        mean_profile = (n_per_type + 1) / (n_per_type + 1).sum() @ profiles
+        mean_profile = self.type_frequency.cpu().double().numpy() @ profiles
         self.p_x_z_log_mean.bias.copy_(torch.from_numpy(np.log(mean_profile)))
         self.p_x_z_log_mean.weight.mul_(0.1)
         self.log_theta.copy_(torch.from_numpy(log_theta_by_moments(counts, cell_type_idx, profiles)))

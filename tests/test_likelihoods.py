@@ -112,12 +112,27 @@ def test_moments_recover_the_dispersion():
     np.testing.assert_allclose(np.median(estimate, axis=1), [0.5, 2.0, 20.0], rtol=0.15)
 
 
-def test_profiles_are_means_and_never_zero():
-    counts = sp.csr_matrix(np.array([[8, 2, 0], [6, 4, 0], [0, 0, 10]], dtype=np.float32))
-    profiles = type_profiles(counts, np.array([0, 0, 1]), 2, prior_cells=1e-6)
-    np.testing.assert_allclose(profiles, [[0.7, 0.3, 0], [0, 0, 1]], atol=1e-4)
-    assert (type_profiles(counts, np.array([0, 0, -1]), 2) > 0).all()  # type 1 has no cell of its own: the mean of all
-    np.testing.assert_allclose(type_profiles(counts, np.array([0, 0, -1]), 2).sum(axis=1), 1)
+def test_profiles_are_means_where_types_differ_and_shrunk_where_chance_does():
+    rng = np.random.default_rng(0)
+    n_genes = 400
+    truth = np.tile(rng.dirichlet(np.full(n_genes, 2.0)), (2, 1))
+    truth[1, :4] *= 30  # markers of a type of ten cells
+    truth /= truth.sum(axis=1, keepdims=True)
+    types = np.repeat([0, 1], [500, 10])
+    counts = rng.poisson(800 * truth[types]).astype(np.float32)
+    profiles = type_profiles(sp.csr_matrix(counts), types, 2)
+    naive = counts[types == 1].sum(axis=0) / counts[types == 1].sum()
+    np.testing.assert_allclose(profiles.sum(axis=1), 1)
+    assert (profiles > 0).all()
+    np.testing.assert_allclose(profiles[1, :4], naive[:4], rtol=0.25)  # markers keep their rate
+    error, naive_error = (np.abs(np.log((estimate + 1e-6) / truth[1]))[4:].mean() for estimate in (profiles[1], naive))
+    assert error < 0.75 * naive_error
+
+
+def test_a_type_without_cells_has_the_profile_of_all():
+    profiles = type_profiles(sp.csr_matrix(np.array([[8.0, 2, 0], [6, 4, 0], [0, 0, 10]])), np.array([0, 0, -1]), 2)
+    assert (profiles > 0).all()
+    np.testing.assert_allclose(profiles[1], (np.array([14, 6, 0]) + 0.5) / 21.5, rtol=1e-6)
 
 
 def test_nb_baseline_prefers_the_true_type():
