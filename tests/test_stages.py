@@ -1,0 +1,355 @@
+"""The six real scripts on real cells: what they write, that they learned, and what they refuse."""
+
+import re
+import shutil
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.io
+import scipy.sparse as sp
+import torch
+from conftest import ROOT, STAGES, Workplace, simulated_dataset
+
+from lib import sctape
+from lib.batches import CellDataset
+from lib.counts import read_split
+from lib.gmvae import GMVAE
+from lib.likelihoods import nb_per_type_log_likelihood
+from lib.metrics import mae
+from lib.training import load_checkpoint
+
+FILES = """
+data/counts.h5ad data/train.h5ad data/test.h5ad data/pseudobulk_test_tpm.csv data/pseudobulk_test_counts.csv
+data/pseudobulk_test_proportions.csv data/pseudobulk_train.h5ad data/generated.h5ad data/predicted_proportions.csv
+models/gmvae.pt models/gmvae_last.pt models/gmvae_history.csv models/sctape.pt models/sctape_last.pt models/sctape_history.csv
+fig/umap_reference.png fig/gmvae_loss.png fig/sctape_loss.png fig/proportions.png fig/umap_original_vs_generated.png
+fig/umap_by_cell_type.png fig/gene_correlation.png
+""".split()
+
+
+def gmvae(place: Workplace) -> GMVAE:
+    checkpoint = load_checkpoint(place.models / "gmvae.pt", STAGES[3])
+    model = GMVAE(**checkpoint["arguments"])
+    model.load_state_dict(checkpoint["weights"])
+    return model.eval()
+
+
+def copy_of(pipeline: Workplace, path) -> Workplace:
+    shutil.copytree(pipeline.path, path)
+    return Workplace(path)
+
+
+def change(path, edit) -> None:
+    adata = ad.read_h5ad(path)
+    edit(adata).write_h5ad(path)
+
+
+# --- what a whole run leaves
+
+
+def test_every_file_is_there_and_nothing_half_written(pipeline):
+    for name in FILES:
+        assert (pipeline.path / name).stat().st_size > 0, name
+    assert not list(pipeline.path.rglob(".*")), "temporary files are left"
+    assert list((pipeline.models / "tensorboard").rglob("events*"))
+
+
+def test_every_stage_says_what_it_wrote_and_what_comes_next(pipeline):
+    for number, (stage, following) in enumerate(zip(STAGES, STAGES[1:])):
+        assert f"stage {number} wrote" in pipeline.output[stage]
+        assert pipeline.output[stage].rstrip().endswith(f"next: python {following}")
+
+
+def test_figures_are_pictures_of_a_readable_size(pipeline):
+    for path in pipeline.fig.glob("*.png"):
+        header = path.read_bytes()[:24]
+        assert header[:8] == b"\x89PNG\r\n\x1a\n"
+        assert int.from_bytes(header[16:20]) >= 1000, path
+
+
+def test_counts_stay_the_counts_of_the_source(pipeline):
+    counts, train, test = (ad.read_h5ad(pipeline.data / f"{name}.h5ad") for name in ("counts", "train", "test"))
+    assert counts.uns["dataset"] == "pbmc68k_reduced" and counts.uns["source"]
+    assert counts.shape == (700, 765) and isinstance(counts.X, sp.csr_matrix | sp.csr_array)
+    assert list(train.var_names) == list(test.var_names)
+    assert not set(train.obs_names) & set(test.obs_names)
+    for part in (train, test):
+        assert part.obs["cell_type"].dtype == "category" and (part.X.data == np.rint(part.X.data)).all()
+        np.testing.assert_array_equal(part.X.toarray(), counts[part.obs_names, part.var_names].X.toarray())
+        assert list(part.obs["cell_type"].astype(str)) == list(counts.obs.loc[part.obs_names, "cell_type"])
+
+
+def test_the_split_is_stratified_and_genes_are_chosen_by_train_cells_alone(pipeline):
+    counts, train, test = (ad.read_h5ad(pipeline.data / f"{name}.h5ad") for name in ("counts", "train", "test"))
+    sizes = pd.DataFrame({"train": train.obs["cell_type"].value_counts(), "test": test.obs["cell_type"].value_counts()})
+    assert ((sizes["test"] - sizes.sum(axis=1) * 0.25).abs() <= 0.5).all()
+    in_train = np.asarray((counts[train.obs_names].X > 0).sum(axis=0)).ravel()
+    assert set(train.var_names) == set(counts.var_names[in_train >= 3])
+
+
+def test_the_mixtures_are_sums_of_test_cells_and_the_compositions_vary(pipeline):
+    test = ad.read_h5ad(pipeline.data / "test.h5ad")
+    counts, tpm, true = (pd.read_csv(pipeline.data / f"pseudobulk_test_{name}.csv", index_col=0) for name in ("counts", "tpm", "proportions"))
+    assert list(counts.columns) == list(tpm.columns) == list(test.var_names) and list(true.columns) == list(test.obs["cell_type"].cat.categories)
+    np.testing.assert_allclose(true.sum(axis=1), 1)
+    np.testing.assert_allclose(tpm.sum(axis=1), 1e6, rtol=1e-4)
+    np.testing.assert_allclose(tpm, counts.div(counts.sum(axis=1), axis=0) * 1e6, rtol=1e-4, atol=1e-3)
+    own = true.index.str.startswith("own")
+    composition = test.obs["cell_type"].value_counts(normalize=True)[true.columns]
+    assert (true[own] - composition).abs().mean(axis=None) < 0.03 < (true[~own] - composition).abs().mean(axis=None)
+    assert (true[~own] == 0).mean(axis=None) > 0.05  # absent types
+    total = np.asarray(test.X.sum(axis=0)).ravel()
+    assert (counts[own] <= total).all(axis=None)  # own mixtures hold a cell once at most
+    # independent draws, not prefixes of one permutation: no mixture contains another
+    first, second = counts[own].to_numpy()[:2]
+    assert not (first >= second).all() and not (second >= first).all()
+
+
+def test_training_mixtures_come_from_train_cells_alone(pipeline):
+    train = ad.read_h5ad(pipeline.data / "train.h5ad")
+    samples = ad.read_h5ad(pipeline.data / "pseudobulk_train.h5ad", backed="r")
+    assert samples.shape == (15_000, train.n_vars) and list(samples.var_names) == list(train.var_names)
+    proportions = samples.obsm["proportions"]
+    np.testing.assert_allclose(proportions.sum(axis=1), 1)
+    # the counts of a mixture are a non-negative combination of its types' cells: a gene that no train cell of any of its
+    # types holds is absent
+    held = np.stack([np.asarray(train[train.obs["cell_type"] == name].X.sum(axis=0)).ravel() > 0 for name in samples.uns["cell_types"]])
+    X = samples.X[:300]
+    possible = (proportions[:300] > 0).astype(float) @ held > 0
+    assert (X[~possible] == 0).all() and (X == np.rint(X)).all()
+
+
+def test_the_model_learned(pipeline):
+    """Test cells are likelier under the GMVAE than under one negative binomial per gene and type, clearly."""
+    train, test = read_split(pipeline.data)
+    parts = [CellDataset(a.X, a.obs["cell_type"].cat.codes, torch.device("cpu")) for a in (train, test)]
+    gain = gmvae(pipeline).log_likelihood(parts[1], n_samples=20) - nb_per_type_log_likelihood(*parts)
+    assert gain.mean() > 10  # nats per cell
+    assert gain.mean() > 5 * gain.std() / np.sqrt(len(gain))
+
+
+def test_the_deconvolution_learned(pipeline):
+    train = ad.read_h5ad(pipeline.data / "train.h5ad")
+    tpm, true = (pd.read_csv(pipeline.data / f"pseudobulk_test_{name}.csv", index_col=0) for name in ("tpm", "proportions"))
+    predicted = sctape.predict(load_checkpoint(pipeline.models / "sctape.pt", STAGES[4]), tpm)
+    constant = train.obs["cell_type"].value_counts(normalize=True)[true.columns].to_numpy()
+    drawn = true.index.str.startswith("dirichlet")
+    assert mae(true[drawn], predicted[drawn]) < 0.6 * mae(true[drawn], np.tile(constant, (drawn.sum(), 1)))
+
+
+def test_generated_cells_are_counts_in_the_predicted_proportions(pipeline):
+    test, generated = (ad.read_h5ad(pipeline.data / f"{name}.h5ad") for name in ("test", "generated"))
+    predicted = pd.read_csv(pipeline.data / "predicted_proportions.csv", index_col=0)
+    assert generated.n_obs == test.n_obs and list(generated.var_names) == list(test.var_names)
+    assert sp.issparse(generated.X) and (generated.X.data > 0).all() and (generated.X.data == np.rint(generated.X.data)).all()
+    np.testing.assert_array_equal(generated.obs["library_size"], np.asarray(generated.X.sum(axis=1)).ravel())
+    np.testing.assert_allclose(predicted.sum(axis=1), 1, atol=1e-5)
+    made = generated.obs["cell_type"].value_counts()[predicted.columns]
+    assert (made - predicted.loc["test_cells"] * test.n_obs).abs().max() <= 1
+    assert generated.obs["sample"].unique().tolist() == ["test_cells"]
+
+
+# --- variants
+
+
+def test_generation_is_seeded(pipeline, tmp_path):
+    for seed, name in ((123, "a"), (123, "b"), (5, "c")):
+        pipeline.main(STAGES[5], SEED=seed, CELL_COUNTS="test", OUTPUT=str(tmp_path / f"{name}.h5ad"), FIG_DIR=str(tmp_path))
+    a, b, c = (ad.read_h5ad(tmp_path / f"{name}.h5ad") for name in "abc")
+    assert (a.X != b.X).nnz == 0 and (a.X != c.X).nnz > 0
+    test = ad.read_h5ad(pipeline.data / "test.h5ad")
+    pd.testing.assert_series_equal(a.obs["cell_type"].value_counts(sort=False), test.obs["cell_type"].value_counts(sort=False))
+
+
+@pytest.mark.parametrize("genes_in_rows", [True, False])
+def test_a_real_bulk_table(pipeline, tmp_path, genes_in_rows):
+    tpm = pd.read_csv(pipeline.data / "pseudobulk_test_tpm.csv", index_col=0).iloc[:3].rename_axis(None)
+    tpm = tpm.drop(columns=tpm.columns[:20]).assign(NOT_A_CELL_GENE=7.0)
+    (tpm.T if genes_in_rows else tpm).to_csv(tmp_path / "bulk.tsv", sep="\t")
+    place = Workplace(tmp_path / "place")
+    shutil.copytree(pipeline.data, place.data)
+    done = place_run(place, pipeline, "--bulk-file", str(tmp_path / "bulk.tsv"), "--n-cells", "101", "--output", str(tmp_path / "out.h5ad"), "--write-mtx")
+    generated = ad.read_h5ad(tmp_path / "out.h5ad")
+    assert generated.obs["sample"].value_counts().to_dict() == {"own_1": 101, "own_2": 101, "own_3": 101}
+    assert "genes; the others take their mean share" in done.stdout
+    predicted = pd.read_csv(place.data / "predicted_proportions.csv", index_col=0)
+    assert list(predicted.index) == ["own_1", "own_2", "own_3"]
+    folder = tmp_path / "out"
+    np.testing.assert_array_equal(sp.csr_matrix(scipy.io.mmread(folder / "counts.mtx")).toarray(), generated.X.toarray())
+    clusters = pd.read_csv(folder / "clusters.csv", index_col=0)
+    assert list(clusters["cell_type"]) == list(generated.obs["cell_type"]) and list(clusters.index) == list(generated.obs_names)
+
+
+def place_run(place, pipeline, *options):
+    place.models, place.fig = pipeline.models, place.path / "fig"
+    return place.run(STAGES[5], *options)
+
+
+def test_a_table_of_cell_numbers_skips_the_prediction(pipeline, tmp_path):
+    types = load_checkpoint(pipeline.models / "gmvae.pt", STAGES[3])["cell_types"]
+    pd.DataFrame([[5, 0], [0, 9]], index=["A", "B"], columns=types[:2]).to_csv(tmp_path / "wanted.csv")
+    options = dict(OUTPUT=str(tmp_path / "cells.h5ad"), FIG_DIR=str(tmp_path))
+    pipeline.main(STAGES[5], CELL_COUNTS=str(tmp_path / "wanted.csv"), **options)
+    obs = ad.read_h5ad(tmp_path / "cells.h5ad").obs
+    assert obs.groupby(["sample", "cell_type"], observed=True).size().to_dict() == {("A", types[0]): 5, ("B", types[1]): 9}
+    (tmp_path / "wanted.csv").write_text("cell_type,n\n" + f"{types[1]},4\n")
+    pipeline.main(STAGES[5], CELL_COUNTS=str(tmp_path / "wanted.csv"), **options)
+    assert ad.read_h5ad(tmp_path / "cells.h5ad").obs["cell_type"].value_counts()[types[1]] == 4
+    (tmp_path / "wanted.csv").write_text(",Unicorn\nA,4\n")
+    with pytest.raises(ValueError, match="does not know: Unicorn; it knows CD14"):
+        pipeline.main(STAGES[5], CELL_COUNTS=str(tmp_path / "wanted.csv"), **options)
+
+
+def split_only(tmp_path, adata: ad.AnnData, **constants) -> Workplace:
+    place = Workplace(tmp_path)
+    tmp_path.mkdir(exist_ok=True)
+    adata.write_h5ad(tmp_path / "source.h5ad")
+    place.main(STAGES[0], DATASET=str(tmp_path / "source.h5ad"))
+    place.main(STAGES[1], **dict(MIN_GENES=None, MAX_GENES=None, MAX_COUNTS=None, REMOVE_DOUBLETS=False) | constants)
+    return place
+
+
+def test_split_by_donor_shares_none(tmp_path):
+    adata = simulated_dataset(n_cells=400)
+    adata.obs["donor"] = [f"donor {i % 8}" for i in range(400)]
+    place = split_only(tmp_path, adata, SPLIT_BY="donor")
+    train, test = read_split(place.data)
+    assert not set(train.obs["donor"]) & set(test.obs["donor"])
+    assert 0.15 < test.n_obs / 400 < 0.35
+    with pytest.raises(ValueError, match="SPLIT_BY is 'doner', but obs has"):
+        place.main(STAGES[1], SPLIT_BY="doner")
+
+
+def test_leiden_clusters_become_types_where_labels_are_missing(tmp_path, capsys):
+    adata = simulated_dataset(n_cells=400)
+    truth = adata.obs.pop("cell_type")
+    place = split_only(tmp_path, adata, LEIDEN_RESOLUTION=0.3)
+    assert "cell types: Leiden clusters" in capsys.readouterr().out
+    train, _ = read_split(place.data)
+    table = pd.crosstab(train.obs["cell_type"], truth[train.obs_names])
+    assert len(table) >= 2 and table.max(axis=1).sum() > 0.8 * len(train)  # clusters follow the simulated types
+    with pytest.raises(ValueError, match="LABELS is author, but"):
+        place.main(STAGES[1], LABELS="author")
+
+
+def test_unlabelled_cells_are_dropped_or_kept_for_training(tmp_path):
+    adata = simulated_dataset(n_cells=300)
+    adata.obs["cell_type"] = adata.obs["cell_type"].astype(object)
+    adata.obs.iloc[:60, 0] = "1_Unicorns and artifacts"
+    dropped, _ = read_split(split_only(tmp_path / "drop", adata).data)
+    kept, test = read_split(split_only(tmp_path / "keep", adata, UNLABELLED="keep").data)
+    assert dropped.obs["cell_type"].notna().all() and kept.obs["cell_type"].isna().sum() == 60
+    assert test.obs["cell_type"].notna().all()
+
+
+def test_gene_lengths_go_the_whole_way(tmp_path):
+    """Lengths from stage 0, TPM by them in stage 2, the same scale in stages 4 and 5."""
+    adata = simulated_dataset(n_cells=300)
+    tmp_path.mkdir(exist_ok=True)
+    lengths = pd.Series(np.linspace(500, 9000, 60).round(), index=adata.var_names).iloc[5:]  # five genes without a length
+    lengths.rename_axis("gene").rename("length").to_csv(tmp_path / "lengths.csv")
+    adata.write_h5ad(tmp_path / "source.h5ad")
+    place = Workplace(tmp_path)
+    place.main(STAGES[0], DATASET=str(tmp_path / "source.h5ad"), GENE_LENGTHS=str(tmp_path / "lengths.csv"))
+    place.main(STAGES[1], MIN_GENES=None, REMOVE_DOUBLETS=False)
+    place.main(STAGES[2], USE_GENE_LENGTHS=True, N_TRAIN_SAMPLES=400)
+    counts, tpm = (pd.read_csv(place.data / f"pseudobulk_test_{name}.csv", index_col=0) for name in ("counts", "tpm"))
+    assert list(tpm.columns) == [g for g in counts.columns if g in lengths.index]
+    rate = counts[tpm.columns] / lengths[tpm.columns]
+    np.testing.assert_allclose(tpm, rate.div(rate.sum(axis=1), axis=0) * 1e6, rtol=1e-4, atol=1e-2)
+    place.main(STAGES[4], EPOCHS=3, DEVICE="cpu")
+    checkpoint = load_checkpoint(place.models / "sctape.pt", STAGES[4])
+    assert set(checkpoint["gene_names"]) <= set(lengths.index) and checkpoint["gene_length_bp"]["GENE10"] == lengths["GENE10"]
+
+
+# --- what is refused, and what is left standing then
+
+
+def test_a_stage_not_yet_run_is_named(tmp_path):
+    place = Workplace(tmp_path)
+    for stage, before in zip(STAGES[1:], ("_0_", "_1_", "_1_", "_2_", "_1_")):
+        with pytest.raises(FileNotFoundError, match=f"is missing: run {before}.*first"):
+            place.main(stage)
+
+
+def test_an_error_is_one_line_for_a_user(tmp_path):
+    done = Workplace(tmp_path).run(STAGES[1], check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.search(r"error: .*counts.h5ad is missing: run _0_download_data.py first", done.stderr)
+
+
+def test_a_model_of_other_data_is_refused_naming_both_sides(pipeline, tmp_path):
+    place = copy_of(pipeline, tmp_path / "place")
+    place.main(STAGES[1], SEED=7)  # another split of the same cells
+    with pytest.raises(ValueError, match=r"gmvae.pt .*(expected split|they differ).*_3_train_gmvae.py"):
+        place.main(STAGES[5])
+
+
+def test_models_of_other_genes_and_types_are_refused(pipeline, tmp_path):
+    for name, edit in (("genes", lambda a: a[:, 5:].copy()), ("cell types", rename_a_type)):
+        place = copy_of(pipeline, tmp_path / name.split()[0])
+        for file in ("train.h5ad", "test.h5ad"):
+            change(place.data / file, edit)
+        with pytest.raises(ValueError, match=rf"gmvae.pt has \d+ {name}, .*test.h5ad has \d+, and they differ"):
+            place.main(STAGES[5])
+
+
+def rename_a_type(adata: ad.AnnData) -> ad.AnnData:
+    adata.obs["cell_type"] = adata.obs["cell_type"].cat.rename_categories({"Dendritic": "DC"})
+    return adata
+
+
+def test_stale_mixtures_and_a_mismatched_pair_are_refused(pipeline, tmp_path):
+    place = copy_of(pipeline, tmp_path / "place")
+    table = (place.data / "pseudobulk_test_tpm.csv").read_text()
+    (place.data / "pseudobulk_test_tpm.csv").write_text(re.sub("split [0-9a-f]+", "split 000000000000", table, count=1))
+    with pytest.raises(ValueError, match="pseudobulk_test_tpm.csv does not belong to"):
+        place.main(STAGES[5])
+
+    def stale(adata):
+        adata.uns["split_id"] = "000000000000"
+        return adata
+
+    change(place.data / "test.h5ad", stale)
+    with pytest.raises(ValueError, match="test.h5ad does not belong to .*train.h5ad"):
+        place.main(STAGES[2])
+
+
+def test_bad_input_leaves_the_old_output_standing(pipeline, tmp_path):
+    place = copy_of(pipeline, tmp_path / "place")
+    before = (place.data / "counts.h5ad").read_bytes()
+    adata = simulated_dataset(n_cells=50)
+    adata.X = adata.X.log1p()
+    adata.write_h5ad(tmp_path / "normalised.h5ad")
+    with pytest.raises(ValueError, match="looks log-normalised"):
+        place.main(STAGES[0], DATASET=str(tmp_path / "normalised.h5ad"))
+    assert (place.data / "counts.h5ad").read_bytes() == before
+
+
+def test_a_type_too_small_to_split_is_an_error_or_dropped(tmp_path):
+    adata = simulated_dataset(n_cells=100)
+    adata.obs["cell_type"] = adata.obs["cell_type"].cat.add_categories("rare")
+    adata.obs.iloc[:2, 0] = "rare"
+    with pytest.raises(ValueError, match=r"too few cells to split for 1 of 4 types: rare \(2\); expected at least 4"):
+        split_only(tmp_path / "a", adata)
+    train, _ = read_split(split_only(tmp_path / "b", adata, SMALL_TYPES="drop").data)
+    assert "rare" not in train.obs["cell_type"].cat.categories
+
+
+def test_thresholds_of_other_data_are_warned_about_with_numbers(tmp_path, capsys):
+    adata = simulated_dataset(n_cells=200)
+    place = split_only(tmp_path, adata)
+    capsys.readouterr()
+    median = np.median(np.asarray(adata.X.sum(axis=1)))
+    place.main(STAGES[1], MAX_COUNTS=int(np.quantile(np.asarray(adata.X.sum(axis=1)), 0.3)), MIN_GENES=None, REMOVE_DOUBLETS=False)
+    out = capsys.readouterr().out
+    assert re.search(rf"WARNING: MAX_COUNTS = \d+ does not suit these data: 70% of the cells fail it.*median {median:,.4g}", out)
+    with pytest.raises(ValueError, match="no cell passes the quality thresholds"):
+        place.main(STAGES[1], MIN_GENES=10_000)
+
+
+def test_the_top_level_is_what_the_user_decided():
+    ours = {path.name for path in ROOT.iterdir() if not path.name.startswith((".", "__"))}
+    assert ours == {*STAGES, "README.md", "requirements.txt", "lib", "data", "models", "fig", "tests"}

@@ -1,0 +1,110 @@
+"""Checkpoints: plain, resumable to the bit, and refused by other data."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import Workplace, simulated_dataset
+
+from lib.counts import fingerprint, write_counts
+from lib.training import load_checkpoint, pick_device
+
+STAGE = "_3_train_gmvae.py"
+SMALL = {"EPOCHS": 6, "KL_WARMUP_EPOCHS": 2, "N_LATENT": 4, "HIDDEN": (16, 8), "DEVICE": "cpu"}
+
+
+def workplace(path, seed: int = 0) -> Workplace:
+    place = Workplace(path)
+    adata = simulated_dataset(n_cells=120, seed=seed)
+    adata.uns |= {"dataset": "simulated", "split_id": fingerprint(adata)}
+    place.data.mkdir(parents=True)
+    write_counts(adata, place.data / "train.h5ad")
+    return place
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Workplace:
+    place = workplace(tmp_path_factory.mktemp("uninterrupted"))
+    place.main(STAGE, **SMALL)
+    return place
+
+
+def same_weights(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_resuming_equals_not_having_stopped(uninterrupted, tmp_path):
+    place = workplace(tmp_path)
+    place.main(STAGE, **SMALL | {"EPOCHS": 3})
+    torch.manual_seed(99)  # what went on in between must not matter
+    place.main(STAGE, **SMALL | {"RESUME": True})
+    for name in ("gmvae.pt", "gmvae_last.pt"):
+        whole, resumed = (load_checkpoint(p.models / name, STAGE) for p in (uninterrupted, place))
+        assert same_weights(whole["weights"], resumed["weights"]), name
+        assert whole["best_loss"] == resumed["best_loss"]
+    histories = [pd.read_csv(p.models / "gmvae_history.csv").drop(columns="seconds") for p in (uninterrupted, place)]
+    pd.testing.assert_frame_equal(*histories)
+    assert len(histories[0]) == 6
+
+
+def test_same_seed_same_model_and_another_seed_another(uninterrupted, tmp_path):
+    place = workplace(tmp_path)
+    weights = []
+    for seed in (123, 124):
+        place.main(STAGE, **SMALL | {"SEED": seed})
+        weights.append(load_checkpoint(place.models / "gmvae.pt", STAGE)["weights"])
+    assert same_weights(weights[0], load_checkpoint(uninterrupted.models / "gmvae.pt", STAGE)["weights"])
+    assert not same_weights(*weights)
+
+
+def test_the_best_epoch_is_kept_not_the_last(tmp_path):
+    place = workplace(tmp_path)
+    place.main(STAGE, **SMALL | {"EPOCHS": 40, "LEARNING_RATE": 0.1, "PATIENCE": 6, "MAX_GRADIENT_NORM": 1e9})
+    history = pd.read_csv(place.models / "gmvae_history.csv")
+    best = load_checkpoint(place.models / "gmvae.pt", STAGE)
+    assert best["epoch"] == history.loc[history["held_out_loss"].idxmin(), "epoch"] < len(history) < 40
+    assert len(history) == best["epoch"] + 6  # patience
+
+
+def test_a_checkpoint_is_a_plain_dict(uninterrupted):
+    best = load_checkpoint(uninterrupted.models / "gmvae.pt", STAGE)
+    assert best["gene_names"][:2] == ["GENE0", "GENE1"] and best["cell_types"] == ["type 0", "type 1", "type 2"]
+    assert best["constants"]["N_LATENT"] == 4 and best["arguments"]["hidden"] == (16, 8)
+    assert {"optimizer", "scheduler", "rng", "history"} <= load_checkpoint(uninterrupted.models / "gmvae_last.pt", STAGE).keys()
+    assert list((uninterrupted.models / "tensorboard" / "gmvae").rglob("events*"))
+
+
+def test_resuming_with_other_data_or_constants_is_refused(uninterrupted, tmp_path):
+    other = workplace(tmp_path / "other", seed=1)
+    shutil.copytree(uninterrupted.models, other.models)
+    with pytest.raises(ValueError, match="comes from split .*, expected split"):
+        other.main(STAGE, **SMALL | {"RESUME": True})
+    with pytest.raises(ValueError, match="cannot be resumed with other constants: BATCH_SIZE was 128, is 64"):
+        uninterrupted.main(STAGE, **SMALL | {"RESUME": True, "BATCH_SIZE": 64})
+    with pytest.raises(FileNotFoundError, match="gmvae_last.pt is missing"):
+        workplace(tmp_path / "fresh").main(STAGE, **SMALL | {"RESUME": True})
+
+
+def test_a_partly_labelled_set_trains(tmp_path):
+    place = Workplace(tmp_path)
+    adata = simulated_dataset(n_cells=150)
+    adata.obs.loc[np.random.default_rng(0).random(150) < 0.5, "cell_type"] = None
+    adata.uns |= {"dataset": "simulated", "split_id": "x"}
+    place.data.mkdir()
+    write_counts(adata, place.data / "train.h5ad")
+    place.main(STAGE, **SMALL)
+    history = pd.read_csv(place.models / "gmvae_history.csv")
+    assert history["held_out_loss"].iloc[-1] < history["held_out_loss"].iloc[0]
+
+
+def test_a_loss_that_is_not_finite_stops_the_training_and_says_why(tmp_path):
+    with pytest.raises(ValueError, match="expected a finite number; lower LEARNING_RATE"):
+        workplace(tmp_path).main(STAGE, **SMALL | {"LEARNING_RATE": 1e12, "MAX_GRADIENT_NORM": 1e12})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="sees no GPU"):
+        pick_device("cuda")
