@@ -1,0 +1,207 @@
+"""The constants of a script are its options: same names, same types, same comments."""
+
+import re
+import runpy
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, STAGES
+
+from lib.options import constants, from_command_line
+
+SCRIPT = '''
+"""Stage 9: a script of every kind of constant."""
+
+from typing import Literal
+
+# Training (ours)
+EPOCHS = 300  # passes over the data
+LEARNING_RATE = 1e-3  # of Adam; 10% of the paper's
+NAME = "lung"  # of the run
+RESUME = False  # go on
+SHUFFLE = True  # the cells
+HIDDEN = (128, 64)  # layers
+
+# Where things are
+BULK_FILE: str | None = None  # a table
+MAX_GENES: int | None = 2500  # genes of a cell
+MAX_PCT_MT: float | None = 15.0  # percent
+DEVICE: Literal["auto", "cpu"] = "auto"  # to run on
+
+_private = lower = 1
+
+
+def main():
+    LOCAL = EPOCHS
+    return LOCAL
+'''.lstrip()
+
+
+@pytest.fixture
+def script(tmp_path):
+    """The script's `globals()`, after some of its lines were edited."""
+
+    def make(**edits: str) -> dict:
+        text = SCRIPT
+        for old, new in edits.items():
+            text, n = re.subn(rf"^{old}\b.*$", new, text, flags=re.MULTILINE)
+            assert n == 1
+        (tmp_path / "stage.py").write_text(text)
+        return runpy.run_path(str(tmp_path / "stage.py"))
+
+    return make
+
+
+DEFAULTS = {
+    "EPOCHS": 300, "LEARNING_RATE": 1e-3, "NAME": "lung", "RESUME": False, "SHUFFLE": True, "HIDDEN": (128, 64),
+    "BULK_FILE": None, "MAX_GENES": 2500, "MAX_PCT_MT": 15.0, "DEVICE": "auto",
+}  # fmt: skip
+
+
+def test_without_options_the_constants_stay(script):
+    module = script()
+    from_command_line(module, [])
+    assert constants(module) == DEFAULTS and list(constants(module)) == list(DEFAULTS)
+    assert module["main"]() == 300
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        ("--epochs 50", "EPOCHS", 50),
+        ("--epochs=50", "EPOCHS", 50),
+        ("--learning-rate 2e-4", "LEARNING_RATE", 2e-4),
+        ("--learning-rate 1", "LEARNING_RATE", 1.0),
+        ("--name 7", "NAME", "7"),
+        ("--name none", "NAME", "none"),
+        ("--resume", "RESUME", True),
+        ("--no-shuffle", "SHUFFLE", False),
+        ("--hidden 256 128 64", "HIDDEN", (256, 128, 64)),
+        ("--hidden 256", "HIDDEN", (256,)),
+        ("--bulk-file bulk.csv", "BULK_FILE", "bulk.csv"),
+        ("--bulk-file none", "BULK_FILE", None),
+        ("--max-genes 3000", "MAX_GENES", 3000),
+        ("--max-genes none", "MAX_GENES", None),
+        ("--max-pct-mt 7", "MAX_PCT_MT", 7.0),
+        ("--max-pct-mt None", "MAX_PCT_MT", None),
+        ("--device cpu", "DEVICE", "cpu"),
+    ],
+)
+def test_an_option_sets_its_constant_and_no_other(script, words, name, value):
+    module = script()
+    from_command_line(module, words.split())
+    assert constants(module) == DEFAULTS | {name: value}
+    assert type(module[name]) is type(value)
+
+
+def test_what_main_sees_is_what_the_option_set(script):
+    module = script()
+    module["main"].__globals__.update(__file__=module["__file__"])  # runpy hands out a copy of the globals
+    from_command_line(module["main"].__globals__, ["--epochs", "7"])
+    assert module["main"]() == 7
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--epoch 50", "unrecognized arguments: --epoch 50"),  # an abbreviation would change its meaning with the next constant
+        ("--patience 3", "unrecognized arguments: --patience 3"),
+        ("--local 3", "unrecognized arguments: --local"),
+        ("50", "unrecognized arguments: 50"),
+        ("--epochs many", "argument --epochs: got 'many', expected a whole number"),
+        ("--epochs 2.5", "argument --epochs: got '2.5', expected a whole number"),
+        ("--epochs", "argument --epochs: expected one argument"),
+        ("--learning-rate fast", "argument --learning-rate: got 'fast', expected a number"),
+        ("--max-genes few", "argument --max-genes: got 'few', expected a whole number or none"),
+        ("--epochs none", "argument --epochs: got 'none', expected a whole number"),
+        ("--hidden 128 wide", "argument --hidden: got 'wide', expected a whole number"),
+        ("--hidden", "argument --hidden: expected at least one argument"),
+        ("--device tpu", "argument --device: got 'tpu', expected 'auto' or 'cpu'"),
+        ("--resume yes", "unrecognized arguments: yes"),
+    ],
+)
+def test_a_wrong_option_is_an_error_that_names_it(script, capsys, words, message):
+    with pytest.raises(SystemExit) as ended:
+        from_command_line(script(), words.split())
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"DEVICE": 'DEVICE: Literal["auto", "cpu"] = "gpu"'}, "DEVICE = 'gpu' in {file} is not 'auto' or 'cpu'"),
+        ({"MAX_GENES": 'MAX_GENES: int | None = "2500"'}, "MAX_GENES = '2500' in {file} is not a whole number or none"),
+        ({"MAX_GENES": "MAX_GENES: int | None = 2500.5"}, "MAX_GENES = 2500.5 in {file} is not a whole number or none"),
+        ({"MAX_PCT_MT": "MAX_PCT_MT: float | None = True"}, "MAX_PCT_MT = True in {file} is not a number or none"),
+        ({"BULK_FILE": "BULK_FILE: str | None = 3"}, "BULK_FILE = 3 in {file} is not text or none"),
+        ({"HIDDEN": "HIDDEN = (128, 'wide')"}, "HIDDEN = (128, 'wide') in {file} is not a list of int"),
+        ({"HIDDEN": "HIDDEN = ()"}, "HIDDEN = () in {file}"),
+    ],
+)
+def test_a_constant_edited_to_a_wrong_type_is_an_error(script, capsys, edit, message):
+    module = script(**edit)
+    with pytest.raises(SystemExit) as ended:
+        from_command_line(module, [])
+    assert ended.value.code == 2
+    assert message.format(file=module["__file__"]) in capsys.readouterr().err
+
+
+def test_edited_constants_are_the_new_defaults(script):
+    module = script(EPOCHS="EPOCHS = 12", MAX_PCT_MT="MAX_PCT_MT: float | None = 5", BULK_FILE='BULK_FILE: str | None = "a.csv"')
+    from_command_line(module, ["--name", "x"])
+    assert constants(module) == DEFAULTS | {"EPOCHS": 12, "MAX_PCT_MT": 5, "BULK_FILE": "a.csv", "NAME": "x"}
+
+
+def help_of(module, capsys) -> str:
+    with pytest.raises(SystemExit) as ended:
+        from_command_line(module, ["--help"])
+    assert ended.value.code == 0
+    return re.sub(r"\s+", " ", capsys.readouterr().out)  # argparse breaks lines as wide as the terminal
+
+
+def test_help_tells_what_the_source_tells(script, capsys):
+    text = help_of(script(), capsys)
+    assert "Stage 9: a script of every kind of constant." in text
+    first, second = text.index("Training (ours):"), text.index("Where things are:")
+    assert first < text.index("passes over the data [300]") < text.index("layers [128 64]") < second
+    for help_text in ("of Adam; 10% of the paper's [0.001]", "of the run [lung]", "go on [False]"):
+        assert first < text.index(help_text) < second
+    for help_text in ("a table [none]", "genes of a cell [2500]", "to run on [auto]"):
+        assert second < text.index(help_text)
+    assert "--resume, --no-resume" in text and "--local" not in text and "private" not in text
+
+
+# The six stages
+
+
+def run_python(*arguments, cwd) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_of_every_stage_lists_every_constant(stage, tmp_path):
+    done = run_python(str(ROOT / stage), "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    source = (ROOT / stage).read_text()
+    declared = re.findall(r"^([A-Z][A-Z0-9_]*)(?:: [^=]+)? = ", source, flags=re.MULTILINE)
+    assert "DATA_DIR" in declared
+    listed = re.findall(r"^  (--[a-z0-9-]+)", done.stdout, flags=re.MULTILINE)
+    assert listed == ["--" + name.lower().replace("_", "-") for name in declared]
+    assert source.split('"""')[1].splitlines()[0] in done.stdout
+
+
+def test_importing_the_stages_does_nothing(tmp_path):
+    code = "import importlib, sys; sys.path.insert(0, sys.argv[1]); stages = sys.argv[2:]; sys.argv[1:] = ['--no-such-option']; "
+    code += "[importlib.import_module(stage) for stage in stages]"
+    done = run_python("-c", code, str(ROOT), *(stage.removesuffix(".py") for stage in STAGES), cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_is_told_in_one_line_with_its_place(tmp_path):
+    done = run_python(str(ROOT / STAGES[1]), "--data-dir", str(tmp_path), "--fig-dir", str(tmp_path), cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"error: {tmp_path / 'counts.h5ad'} is missing: run _0_download_data.py first" in done.stderr
+    assert re.search(r"\(from .*files.py, line \d+\)", done.stderr)
