@@ -59,7 +59,8 @@ def zinb_log_prob(batch: Batch, log_mu: torch.Tensor, log_theta: torch.Tensor, z
 def _gain_where_positive(batch: Batch, d: torch.Tensor, log_theta: torch.Tensor) -> torch.Tensor:
     """(n_entries,) float64: log NB(x) - log NB(0) at the non-zero counts."""
     x = batch.counts.double()
-    at_gene = log_theta[batch.genes] if log_theta.dim() == 1 else log_theta[batch.cells, batch.genes]
+    # index_select, not [...]: its gradient is summed in one order, so the same seed gives the same model
+    at_gene = log_theta.index_select(0, batch.genes) if log_theta.dim() == 1 else log_theta[batch.cells, batch.genes]
     theta = at_gene.double().exp()
     d = d[batch.cells, batch.genes].double()
     return torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1) + x * (d - F.softplus(d))
