@@ -62,23 +62,8 @@ def load() -> datasets.Source:
         path = user_path(DATASET)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"DATASET = {DATASET!r} is neither one of {', '.join(datasets.NAMES)} nor a path: {error}") from error
-    adata = readers.read_dataset(path, ORIENTATION)
-    if LABELS_FILE is None:
-        take_labels_from_obs(adata)
+    adata = readers.read_dataset(path, ORIENTATION, CELL_TYPE_KEY if LABELS_FILE is None else None)
     return datasets.Source(adata, str(path), lengths)
-
-
-def take_labels_from_obs(adata) -> None:
-    """Put the column of `obs` that holds the cell types, if there is one, into obs["cell_type"]."""
-    key = CELL_TYPE_KEY
-    if key is None:
-        named_alike = [c for c in adata.obs if c.lower().replace("_", "").replace(".", "").replace(" ", "") == "celltype"]
-        if not named_alike:
-            return
-        key = named_alike[0]
-    if key not in adata.obs:
-        raise ValueError(f"obs has no column {key!r}; it has {', '.join(adata.obs.columns) or 'none'}: set CELL_TYPE_KEY to one of them, or LABELS_FILE")
-    adata.obs["cell_type"] = readers.clean_labels(adata.obs[key])
 
 
 def add_gene_lengths(adata, path: Path) -> None:

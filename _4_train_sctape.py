@@ -80,7 +80,7 @@ def main() -> None:
     trainer.fit(EPOCHS, lambda epoch: train_epoch(model, optimizer, *fit, generator), lambda: validate(model, *held_out))
     trainer.draw(fig / "sctape_loss.png", "mean absolute error")
     constant = np.abs(proportions[~is_fit] - proportions[is_fit].mean(axis=0)).mean()
-    print(f"mean absolute error on mixtures of held-out cells: scTAPE {trainer.best_loss:.4f}; the mean of the training mixtures {constant:.4f}")
+    print(f"mean absolute error on mixtures of held-out cells: scTAPE {trainer.best_criterion:.4f}; the mean of the training mixtures {constant:.4f}")
     report("stage 4", [trainer.best_path, trainer.last_path, trainer.history_path, fig / "sctape_loss.png"], "python _5_generate.py")
 
 
@@ -150,9 +150,9 @@ def train_epoch(model: ScTAPE, optimizer: torch.optim.Optimizer, profiles: torch
 
 
 def validate(model: ScTAPE, profiles: torch.Tensor, proportions: torch.Tensor) -> dict[str, float]:
-    """Errors on mixtures of cells that no training mixture holds; `loss` is that of the proportions as they are predicted."""
+    """Errors on mixtures of cells that no training mixture holds; training stops by that of the proportions as they are predicted."""
     losses = {name: float(value) for name, value in model.loss(profiles, proportions).items()}
-    return losses | {"loss": float((model.proportions(profiles) - proportions).abs().mean())}
+    return losses | {"stopping_criterion": float((model.proportions(profiles) - proportions).abs().mean())}
 
 
 if __name__ == "__main__":

@@ -83,6 +83,6 @@ class CellDataset:
 
     def shuffled(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """Every cell once, in an order drawn from `generator`; batches differ by one cell at most."""
-        order = torch.randperm(len(self), generator=generator).numpy()
+        order = torch.randperm(len(self), generator=generator, device=generator.device).cpu().numpy()
         for cells in np.array_split(order, max(1, round(len(order) / batch_size))):
             yield self.batch(cells)

@@ -6,6 +6,7 @@ import zlib
 from pathlib import Path
 
 import requests
+import urllib3
 from tqdm import tqdm
 
 ATTEMPTS = 6
@@ -45,7 +46,7 @@ def fetch(url: str, path: Path) -> Path:
             reason = f"the server answered {error.response.status_code} {error.response.reason}"
             if error.response.status_code < 500 and error.response.status_code != 429:
                 break
-        except (requests.RequestException, OSError) as error:
+        except (requests.RequestException, urllib3.exceptions.HTTPError, ConnectionError, TimeoutError) as error:
             reason = f"{type(error).__name__}: {error}"
         except ValueError:
             partial.unlink()
@@ -82,7 +83,7 @@ def _download(url: str, partial: Path) -> None:
             open(partial, "ab" if resumed else "wb") as file,
             tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=url.rpartition("/")[2]) as progress,
         ):
-            for chunk in response.iter_content(CHUNK_BYTES):
+            while chunk := response.raw.read(CHUNK_BYTES, decode_content=False):  # iter_content drops a cut chunk
                 file.write(chunk)
                 progress.update(len(chunk))
     if total is not None and partial.stat().st_size < total:

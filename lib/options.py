@@ -17,6 +17,9 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 from lib.files import ROOT
 
 
+DESCRIPTIONS = {types.NoneType: "none", bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+
+
 class Constant(NamedTuple):
     name: str
     type: Any
@@ -99,7 +102,7 @@ def read_constants(source: str, module: dict[str, Any]) -> list[Constant]:
 
 
 def _type_of(value: Any) -> Any:
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and value:
         return tuple[type(value[0]), ...]
     return type(value)
 
@@ -114,12 +117,12 @@ def _fits(value: Any, kind: Any) -> bool:
         if get_origin(member) is Literal and value in get_args(member):
             return True
         if get_origin(member) is tuple and isinstance(value, tuple):
-            return all(_fits(item, get_args(member)[0]) for item in value)
+            return bool(value) and all(_fits(item, get_args(member)[0]) for item in value)
         if member is types.NoneType and value is None:
             return True
         if member is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return True
-        if isinstance(member, type) and member is not float and type(value) is member:
+        if member in (bool, int, str) and type(value) is member:
             return True
     return False
 
@@ -132,7 +135,7 @@ def _describe(kind: Any) -> str:
         elif get_origin(member) is tuple:
             names.append(f"a list of {get_args(member)[0].__name__}")
         else:
-            names.append({types.NoneType: "none", int: "a whole number", float: "a number", str: "text"}.get(member, member.__name__))
+            names.append(DESCRIPTIONS.get(member, "one of text, a number, True or False, or a tuple such as (128, 64)"))
     return " or ".join(names)
 
 

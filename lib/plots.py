@@ -40,9 +40,10 @@ def umap_reference(umap: np.ndarray, cell_type: pd.Series, is_test: np.ndarray, 
     by_type.set_title(f"cell types ({len(umap):,} cells)")
     figure.legend(*by_type.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8, title="cell type")
     for mask, colour, name in ((~is_test, "#C8C8C8", "train"), (is_test, ORIGINAL, "test")):
-        by_split.scatter(*umap[mask].T, s=dot_size(len(umap)), c=colour, lw=0, label=f"{name} ({mask.sum():,})", rasterized=True)
+        by_split.scatter(*umap[mask].T, s=dot_size(len(umap)), c=colour, lw=0, rasterized=True)
+        by_split.scatter([], [], s=30, c=colour, lw=0, label=f"{name} ({mask.sum():,})")
     by_split.set_title("split")
-    by_split.legend(frameon=False, fontsize=8, markerscale=3, loc="best")
+    by_split.legend(frameon=False, fontsize=8, loc="best")
     umap_axes(by_split)
     save(figure, path)
 
@@ -72,19 +73,19 @@ def umap_axes(axes) -> None:
 
 
 def training(history: pd.DataFrame, best_epoch: int, unit: str, path: Path) -> None:
-    """Training and held-out loss by epoch, and the parts of the loss that are logged."""
-    parts = [c.removeprefix("train_") for c in history if c.startswith("train_") and f"held_out_{c.removeprefix('train_')}" in history]
-    parts = ["loss"] + [p for p in parts if p not in ("loss", "elbo")]
+    """Loss of training and of held-out data by epoch, whole and in parts, and what the best epoch was chosen by."""
+    parts = [c.removeprefix("held_out_") for c in history if c.startswith("held_out_") and c != "held_out_elbo"]
     n_columns = min(3, len(parts))
     n_rows = -(-len(parts) // n_columns)
     figure = Figure(figsize=(4 * n_columns, 3 * n_rows), layout="constrained")
     for axes, part in zip(np.ravel(figure.subplots(n_rows, n_columns, squeeze=False)), parts):
-        axes.plot(history["epoch"], history[f"train_{part}"], c=NEUTRAL, label="train")
+        if f"train_{part}" in history:
+            axes.plot(history["epoch"], history[f"train_{part}"], c=NEUTRAL, label="train")
         axes.plot(history["epoch"], history[f"held_out_{part}"], c=ORIGINAL, label="held out")
         axes.axvline(best_epoch, c="k", lw=0.8, ls=":", label=f"best epoch ({best_epoch})")
         axes.set(title=part.replace("_", " "), xlabel="epoch", ylabel=unit)
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in figure.axes[len(parts):]:
+    for axes in figure.axes[len(parts) :]:
         axes.remove()
     figure.axes[0].legend(frameon=False, fontsize=8)
     save(figure, path)

@@ -83,7 +83,7 @@ class Trainer:
         self.about, self.models_dir, self.patience = about, models_dir, patience
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.3, patience=max(1, patience // 3))
         self.history: list[dict[str, float]] = []
-        self.best_epoch, self.best_loss, self.best_weights = 0, float("inf"), None
+        self.best_epoch, self.best_criterion, self.best_weights = 0, float("inf"), None
         self.best_path, self.last_path = models_dir / f"{name}.pt", models_dir / f"{name}_last.pt"
         self.history_path = models_dir / f"{name}_history.csv"
 
@@ -104,7 +104,7 @@ class Trainer:
         self.model.load_state_dict(last["weights"])
         self.optimizer.load_state_dict(last["optimizer"])
         self.scheduler.load_state_dict(last["scheduler"])
-        self.history, self.best_epoch, self.best_loss = last["history"], last["best_epoch"], last["best_loss"]
+        self.history, self.best_epoch, self.best_criterion = last["history"], last["best_epoch"], last["best_criterion"]
         self.best_weights = load_checkpoint(self.best_path, self.about["stage"])["weights"]
         self.generator.set_state(last["rng"]["generator"])
         torch.set_rng_state(last["rng"]["torch"])
@@ -120,7 +120,7 @@ class Trainer:
         train_epoch
             Given the number of the epoch (from 0), trains on all data once; returns means over the epoch, `loss` among them.
         validate
-            Returns means over held-out data, `loss` among them: what early stopping goes by.
+            Returns means over held-out data: the same, and `stopping_criterion`, which chooses the best epoch; lower is better.
         """
         writer = SummaryWriter(self.models_dir / "tensorboard" / self.name / f"{datetime.datetime.now():%Y%m%d-%H%M%S}")
         saved_at = time.monotonic()
@@ -141,7 +141,7 @@ class Trainer:
         writer.close()
         self.save()
         why = "no better for a while" if self.out_of_patience else "all epochs done"
-        print(f"{self.name}: {len(self.history)} epochs ({why}), {self.seconds:.0f} s; best on held-out data: {self.best_loss:.5g} after epoch {self.best_epoch}")
+        print(f"{self.name}: {len(self.history)} epochs ({why}), {self.seconds:.0f} s; best on held-out data: {self.best_criterion:.5g} after epoch {self.best_epoch}")
         self.model.load_state_dict(self.best_weights)
 
     @property
@@ -159,16 +159,17 @@ class Trainer:
         row = {"epoch": epoch, "seconds": seconds, "learning_rate": self.optimizer.param_groups[0]["lr"]}
         row |= {f"train_{k}": v for k, v in train.items()} | {f"held_out_{k}": v for k, v in held_out.items()}
         self.history.append(row)
-        self.scheduler.step(held_out["loss"])
-        if held_out["loss"] < self.best_loss:
-            self.best_epoch, self.best_loss = epoch, held_out["loss"]
+        criterion = held_out["stopping_criterion"]
+        self.scheduler.step(criterion)
+        if criterion < self.best_criterion:
+            self.best_epoch, self.best_criterion = epoch, criterion
             self.best_weights = copy.deepcopy(self.model.state_dict())
         for key, value in row.items():
             writer.add_scalar(key.replace("train_", "train/").replace("held_out_", "held_out/"), value, epoch)
 
     def save(self) -> None:
         """Best first: should the run be killed in between, the last one is the older, and resuming makes the best again."""
-        about = self.about | {"epoch": self.best_epoch, "best_epoch": self.best_epoch, "best_loss": self.best_loss}
+        about = self.about | {"epoch": self.best_epoch, "best_epoch": self.best_epoch, "best_criterion": self.best_criterion}
         last = about | {
             "epoch": len(self.history),
             "weights": self.model.state_dict(),

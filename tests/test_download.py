@@ -191,8 +191,14 @@ def test_a_web_page_in_place_of_the_file_is_refused(site, tmp_path, name):
 
 @pytest.mark.parametrize(
     "broken",
-    [GZIP[: len(GZIP) // 2], GZIP[:-8] + bytes(b ^ 0xFF for b in GZIP[-8:-4]) + GZIP[-4:], GZIP[:-4] + b"\0\0\0\0", TABLE],
-    ids=["truncated", "wrong CRC", "wrong length", "not gzip"],
+    [
+        GZIP[: len(GZIP) // 2],
+        GZIP[:-8] + bytes(b ^ 0xFF for b in GZIP[-8:-4]) + GZIP[-4:],
+        GZIP[:-4] + b"\0\0\0\0",
+        GZIP[:12] + b"\xff" * 20 + GZIP[32:],
+        TABLE,
+    ],
+    ids=["truncated", "wrong CRC", "wrong length", "wrong stream", "not gzip"],
 )
 def test_a_broken_gzip_file_is_refused(site, tmp_path, broken):
     with pytest.raises(ValueError, match="counts.csv.gz is not a whole gzip file"):

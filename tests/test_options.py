@@ -138,6 +138,7 @@ def test_a_wrong_option_is_an_error_that_names_it(script, capsys, words, message
         ({"BULK_FILE": "BULK_FILE: str | None = 3"}, "BULK_FILE = 3 in {file} is not text or none"),
         ({"HIDDEN": "HIDDEN = (128, 'wide')"}, "HIDDEN = (128, 'wide') in {file} is not a list of int"),
         ({"HIDDEN": "HIDDEN = ()"}, "HIDDEN = () in {file}"),
+        ({"HIDDEN": "HIDDEN = [128, 64]"}, "HIDDEN = [128, 64] in {file}"),  # --hidden 256 would become ["2", "5", "6"]
     ],
 )
 def test_a_constant_edited_to_a_wrong_type_is_an_error(script, capsys, edit, message):

@@ -426,7 +426,7 @@ def test_labels_without_barcodes_are_taken_in_order_and_that_is_said(tmp_path, c
     if numbered:
         lines = ["," + header, *(f"{i},{cell_type}" for i, cell_type in enumerate(TYPES))]
     assert labels_of(tmp_path, lines)["cell_type"].tolist() == TYPES
-    assert "labels.txt has no barcodes: its 12 rows are taken in the order of the cells" in capsys.readouterr().out
+    assert "labels.txt names no barcode of the counts: its 12 rows are taken in the order of the cells" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("n_rows", [11, 13])

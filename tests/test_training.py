@@ -43,7 +43,7 @@ def test_resuming_equals_not_having_stopped(uninterrupted, tmp_path):
     for name in ("gmvae.pt", "gmvae_last.pt"):
         whole, resumed = (load_checkpoint(p.models / name, STAGE) for p in (uninterrupted, place))
         assert same_weights(whole["weights"], resumed["weights"]), name
-        assert whole["best_loss"] == resumed["best_loss"]
+        assert whole["best_criterion"] == resumed["best_criterion"]
     histories = [pd.read_csv(p.models / "gmvae_history.csv").drop(columns="seconds") for p in (uninterrupted, place)]
     pd.testing.assert_frame_equal(*histories)
     assert len(histories[0]) == 6
@@ -64,7 +64,7 @@ def test_the_best_epoch_is_kept_not_the_last(tmp_path):
     place.main(STAGE, **SMALL | {"EPOCHS": 40, "LEARNING_RATE": 0.1, "PATIENCE": 6, "MAX_GRADIENT_NORM": 1e9})
     history = pd.read_csv(place.models / "gmvae_history.csv")
     best = load_checkpoint(place.models / "gmvae.pt", STAGE)
-    assert best["epoch"] == history.loc[history["held_out_loss"].idxmin(), "epoch"] < len(history) < 40
+    assert best["epoch"] == history.loc[history["held_out_stopping_criterion"].idxmin(), "epoch"] < len(history) < 40
     assert len(history) == best["epoch"] + 6  # patience
 
 
