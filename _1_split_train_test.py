@@ -3,6 +3,8 @@
 reads   data/counts.h5ad
 writes  data/train.h5ad, data/test.h5ad: raw counts over the same genes, obs["cell_type"]; fig/umap_reference.png
 run     python _1_split_train_test.py
+note    Scrublet and the clusters see all cells, before the split, as in the original: with LABELS = "leiden" the types are the
+        clusters of all cells. Genes are chosen after the split, by train cells alone.
 time    10,000 cells: 2 minutes; 700 cells: 20 seconds
 """
 
@@ -69,10 +71,15 @@ def main() -> None:
     adata = label(adata)
 
     is_test = split(adata.obs)
-    train, test = adata[~is_test].copy(), adata[is_test & adata.obs["cell_type"].notna()].copy()
+    usable = ~is_test | adata.obs["cell_type"].notna().to_numpy()
+    if not usable.all():  # with SPLIT_BY: neither test cells, which need a type, nor train cells, whose donors are others
+        print(f"cells without a type among the test cells' {SPLIT_BY}: {np.sum(~usable):,} removed")
+        adata, is_test = adata[usable].copy(), is_test[usable]
+    print(f"test cells: {is_test.sum():,} of {len(is_test):,} ({is_test.mean():.0%})")
+    train, test = adata[~is_test].copy(), adata[is_test].copy()
     in_train = np.asarray((train.X > 0).sum(axis=0)).ravel() >= MIN_CELLS
     print(f"genes seen in fewer than {MIN_CELLS} train cells: {np.sum(~in_train):,} removed, {in_train.sum():,} left")
-    train, test = (with_counts(part[:, in_train]) for part in (train, test))
+    train, test = (drop_empty_cells(part[:, in_train], adata.obs["cell_type"].cat.categories) for part in (train, test))
     split_id = fingerprint(train)[:6] + fingerprint(test)[:6]
     for part in (train, test):
         part.uns["split_id"] = split_id
@@ -120,6 +127,7 @@ def remove_doublets(adata: ad.AnnData) -> ad.AnnData:
         print(f"doublets: not looked for, {adata.n_obs} cells are too few")
         return adata
     n_comps = min(30, adata.n_obs // 2, adata.n_vars - 1)
+    adata.obs = adata.obs.drop(columns=["predicted_doublet", "doublet_score"], errors="ignore")
     sc.pp.scrublet(adata, n_prin_comps=n_comps, random_state=SEED, verbose=False)
     if "predicted_doublet" not in adata.obs:
         print("doublets: Scrublet found no threshold that parts them from single cells; none removed")
@@ -127,7 +135,7 @@ def remove_doublets(adata: ad.AnnData) -> ad.AnnData:
     doublet = adata.obs["predicted_doublet"].to_numpy(dtype=bool)
     print(f"doublets: {doublet.sum():,} cells removed, {(~doublet).sum():,} left")
     kept = adata[~doublet].copy()
-    kept.obs = kept.obs.drop(columns=["predicted_doublet"])
+    kept.obs = kept.obs.drop(columns=["predicted_doublet", "doublet_score"])
     del kept.uns["scrublet"]
     return kept
 
@@ -156,6 +164,8 @@ def label(adata: ad.AnnData) -> ad.AnnData:
     if len(sizes) - len(small) < 2:
         raise ValueError(f"{len(sizes) - len(small)} cell type is left ({', '.join(sizes.index[:3])}); expected at least 2: give labels, or raise LEIDEN_RESOLUTION")
     labelled = adata[keep].copy()
+    if not by_author and "cell_type" in labelled.obs:
+        labelled.obs["author_cell_type"] = labelled.obs["cell_type"]
     types = sorted(sizes.index.difference(small.index), key=_natural)
     labelled.obs["cell_type"] = pd.Categorical(cell_type[keep], categories=types)
     return labelled
@@ -182,8 +192,8 @@ def split(obs: pd.DataFrame) -> np.ndarray:
     n_folds = max(2, round(1 / TEST_FRACTION))
     if len(np.unique(groups)) < n_folds:
         raise ValueError(f"SPLIT_BY = {SPLIT_BY!r} has {len(np.unique(groups))} values ({', '.join(np.unique(groups))}), expected at least {n_folds} for a test fraction of {TEST_FRACTION}; raise TEST_FRACTION")
-    folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=SEED).split(codes, codes, groups)
-    is_test[next(folds)[1]] = True
+    folds = [fold for _, fold in StratifiedGroupKFold(n_folds, shuffle=True, random_state=SEED).split(codes, codes, groups)]
+    is_test[min(folds, key=lambda fold: abs(len(fold) / len(codes) - TEST_FRACTION))] = True
     print(f"test: {', '.join(sorted(set(groups[is_test])))}; train: {', '.join(sorted(set(groups[~is_test])))} ({SPLIT_BY})")
     absent = set(obs["cell_type"].cat.categories) - set(obs["cell_type"][~is_test].dropna())
     if absent:
@@ -191,24 +201,25 @@ def split(obs: pd.DataFrame) -> np.ndarray:
     return is_test
 
 
-def with_counts(part: ad.AnnData) -> ad.AnnData:
-    """The cells that still hold a count when the genes were filtered, without what later stages do not read."""
+def drop_empty_cells(part: ad.AnnData, cell_types: pd.Index) -> ad.AnnData:
+    """The cells that still hold a count when the genes were filtered; both parts know the same types, present or not."""
     filled = np.diff(part.X.indptr) > 0
     if not filled.all():
         print(f"cells without any count in these genes: {np.sum(~filled):,} removed")
     part = part[filled].copy()
     del part.obsm["X_umap"]
+    part.obs["cell_type"] = part.obs["cell_type"].cat.set_categories(cell_types)
     return part
 
 
 def print_types(train: pd.Series, test: pd.Series) -> None:
     table = pd.DataFrame({"train": train.value_counts(sort=False), "test": test.value_counts(sort=False)})
-    table.loc["all"] = table.sum()
-    if train.isna().any():
-        table.loc["without a type"] = [train.isna().sum(), 0]
-    print(table.rename_axis("cells").to_string())
     if (table["test"] == 0).any():
         print(f"WARNING: no test cell of {', '.join(table.index[table['test'] == 0])}")
+    if train.isna().any():
+        table.loc["without a type"] = [train.isna().sum(), 0]
+    table.loc["all"] = table.sum()
+    print(table.rename_axis("cells").to_string())
 
 
 if __name__ == "__main__":

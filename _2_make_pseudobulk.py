@@ -23,7 +23,7 @@ from lib.files import folder, replacing, report
 # Mixtures of train cells, to train the deconvolution
 N_TRAIN_SAMPLES = 15_000  # original code
 CELLS_PER_SAMPLE = 1_200  # original code; drawn with replacement
-MIN_DISTINCT_CELLS: int | None = 3  # a type's cells in a mixture come from a random handful, at least so many; none: from all (original)
+MIN_DISTINCT_CELLS: int | None = 3  # a type's cells in a mixture come from a random handful, about so many or more; none: from all (original)
 VALIDATION_FRACTION = 0.15  # of the mixtures, and of the train cells, which make these mixtures alone: they judge new cells (ours)
 
 # Mixtures of test cells, to judge it
@@ -44,6 +44,8 @@ DATA_DIR = "data"  # folder
 
 
 def main() -> None:
+    if min(N_TRAIN_SAMPLES, N_TEST_OWN, N_TEST_DIRICHLET) < 1 or not 0 < VALIDATION_FRACTION < 1:
+        raise ValueError(f"N_TRAIN_SAMPLES = {N_TRAIN_SAMPLES}, N_TEST_OWN = {N_TEST_OWN}, N_TEST_DIRICHLET = {N_TEST_DIRICHLET}, VALIDATION_FRACTION = {VALIDATION_FRACTION}; expected at least one of each, and a fraction between 0 and 1")
     data = folder(DATA_DIR)
     train, test = read_split(data)
     gene_length_bp = gene_lengths(train) if USE_GENE_LENGTHS else None
@@ -65,7 +67,7 @@ def write_test_tables(test: ad.AnnData, gene_length_bp: pd.Series | None, data: 
     """Counts, TPM and true proportions of the mixtures of test cells, as csv."""
     mixing = test_mixing_matrix(test.obs["cell_type"].cat)
     names = [f"own_{i + 1}" for i in range(N_TEST_OWN)] + [f"dirichlet_{i + 1}" for i in range(N_TEST_DIRICHLET)]
-    index = pd.Index(names, name=pseudobulk.sample_header(test.uns["split_id"]))
+    index = pd.Index(names, name=pseudobulk.sample_header(test.uns["split_id"], gene_length_bp is not None))
     counts = pd.DataFrame((mixing @ test.X).toarray().astype(np.int64), index=index, columns=test.var_names)
     has_length = slice(None) if gene_length_bp is None else gene_length_bp.notna().to_numpy()
     lengths = None if gene_length_bp is None else gene_length_bp[has_length].to_numpy()

@@ -26,6 +26,7 @@ from lib.files import ROOT, folder, replacing, report, user_path
 from lib.gmvae import GMVAE
 from lib.likelihoods import nb_per_type_log_likelihood
 from lib.pseudobulk import largest_remainder, read_test_mixtures
+from lib.readers import separator
 from lib.training import check_checkpoint, load_checkpoint, pick_device
 
 # What to generate
@@ -56,6 +57,9 @@ FIG_DIR = "fig"  # folder
 
 def main() -> None:
     data, models, fig = folder(DATA_DIR), folder(MODELS_DIR), folder(FIG_DIR)
+    output = output_path(data)
+    if BULK_FILE is not None and CELL_COUNTS is not None:
+        raise ValueError("BULK_FILE and CELL_COUNTS are both set; cell numbers come either from a bulk or from a table: set one of them to none")
     train, test = read_split(data)
     cell_types = list(test.obs["cell_type"].cat.categories)
     gmvae_checkpoint = load_checkpoint(models / "gmvae.pt", "_3_train_gmvae.py")
@@ -78,7 +82,6 @@ def main() -> None:
         cells_per_type = wanted_cells(test.obs["cell_type"])
 
     generated = generate(model, cells_per_type, test)
-    output = output_path(data)
     write_counts(generated, output)
     written.append(output)
     if WRITE_MTX:
@@ -110,13 +113,15 @@ def wanted_cells(cell_type: pd.Series) -> pd.DataFrame:
     if CELL_COUNTS == "test":
         return pd.DataFrame([cell_type.value_counts()[types].to_numpy()], index=["test_cells"], columns=types)
     path = user_path(CELL_COUNTS)
-    table = pd.read_csv(path, index_col=0)
+    table = pd.read_csv(path, sep=separator(path), index_col=0, dtype=str, keep_default_na=False)
+    table.index, table.columns = table.index.astype(str).str.strip(), table.columns.astype(str).str.strip()
+    table = table.apply(pd.to_numeric, errors="coerce")
     if table.shape[1] == 1 and table.index.isin(types).any():  # one row a type
         table = table.T.set_axis(["cells"])
     unknown = [str(name) for name in table.columns if name not in types]
     if unknown:
         raise ValueError(f"{path} asks for cell types that the model does not know: {', '.join(unknown)}; it knows {', '.join(types)}")
-    table = table.reindex(columns=types).fillna(0)
+    table = table.reindex(columns=types, fill_value=0)
     if not ((table >= 0) & (table % 1 == 0)).all(axis=None) or table.to_numpy().sum() == 0:
         raise ValueError(f"{path} must hold numbers of cells: whole, not negative, not all zero; a row a sample and a column a type, or a row a type and one column")
     return table.astype(np.int64)
@@ -143,8 +148,9 @@ def generate(model: GMVAE, cells_per_type: pd.DataFrame, test: ad.AnnData) -> ad
 
 def output_path(data: Path) -> Path:
     path = Path(OUTPUT).expanduser()
-    if path.suffix != ".h5ad":
-        raise ValueError(f"OUTPUT is {OUTPUT!r}; expected a name that ends in .h5ad")
+    taken = ("counts.h5ad", "train.h5ad", "test.h5ad", "pseudobulk_train.h5ad")
+    if path.suffix != ".h5ad" or path.name in taken:
+        raise ValueError(f"OUTPUT is {OUTPUT!r}; expected a name that ends in .h5ad and is none of {', '.join(taken)}")
     path = data / path if path.parent == Path(".") else ROOT / path
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
@@ -164,7 +170,7 @@ def write_mtx(generated: ad.AnnData, path: Path) -> Path:
 
 def judge_proportions(checkpoint: dict[str, Any], predicted: pd.DataFrame, train: ad.AnnData, test: ad.AnnData, data: Path, fig: Path) -> None:
     """scTAPE on the mixtures of test cells, beside a constant: what its proportions can be trusted for."""
-    tpm, true = read_test_mixtures(data, test.uns["split_id"])
+    tpm, true = read_test_mixtures(data, test.uns["split_id"], checkpoint["gene_length_bp"] is not None)
     on_mixtures = sctape.predict(checkpoint, tpm)
     frequencies = train.obs["cell_type"].value_counts(normalize=True)[true.columns].to_numpy()
     constant = pd.DataFrame(np.tile(frequencies, (len(true), 1)), true.index, true.columns)

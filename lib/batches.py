@@ -7,6 +7,7 @@ from typing import Iterator
 import numpy as np
 import scipy.sparse as sp
 import torch
+import torch.nn.functional as F
 
 
 @dataclass
@@ -31,6 +32,21 @@ class Batch:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
             return torch.sparse_csr_tensor(self.indptr, self.genes, values, (self.n_cells, self.n_genes), check_invariants=False)
+
+    def select(self, chosen: torch.Tensor) -> "Batch":
+        """Some of the cells, by a mask (n_cells,)."""
+        entries = chosen[self.cells]
+        place = chosen.cumsum(0) - 1
+        n_entries = self.indptr.diff()[chosen]
+        return Batch(
+            indptr=F.pad(n_entries.cumsum(0), (1, 0)),
+            genes=self.genes[entries],
+            counts=self.counts[entries],
+            cells=place[self.cells[entries]],
+            library_size=self.library_size[chosen],
+            cell_type_idx=self.cell_type_idx[chosen],
+            n_genes=self.n_genes,
+        )
 
     def of_type(self, cell_type_idx: int) -> "Batch":
         """The same cells, taken for cells of one type."""

@@ -17,7 +17,9 @@ def read_bulk(path: Path, known_genes: list[str]) -> pd.DataFrame:
     ValueError
         If no gene is shared, or a value is not a non-negative number.
     """
-    table = pd.read_csv(path, sep=separator(path), index_col=0)
+    table = pd.read_csv(path, sep=separator(path), header=None, index_col=0, dtype=str, keep_default_na=False)
+    table.columns = table.iloc[0]  # set by hand: pandas would rename what stands twice
+    table = table.iloc[1:]
     table.index, table.columns = table.index.astype(str).str.strip(), table.columns.astype(str).str.strip()
     known = set(known_genes)
     in_rows, in_columns = (sum(name in known for name in names) for names in (table.index, table.columns))
@@ -35,8 +37,12 @@ def read_bulk(path: Path, known_genes: list[str]) -> pd.DataFrame:
         raise ValueError(f"{path} has {not_numbers:,} values that are missing or not numbers (the first: {gene} in {sample}); expected a table of numbers with one column or row of names")
     if (table.to_numpy() < 0).any():
         raise ValueError(f"{path} has negative values; expected TPM or counts, before any logarithm or scaling")
+    if table.to_numpy().max() < 25:
+        raise ValueError(f"the largest value of {path} is {table.to_numpy().max():.3g}: it looks log-transformed; expected TPM or counts, before any logarithm")
+    if table.index.has_duplicates:
+        raise ValueError(f"{path} has two samples called {table.index[table.index.duplicated()][0]}; expected names of their own")
     if table.columns.has_duplicates:
-        print(f"{path.name}: {table.columns.duplicated().sum():,} rows of genes that stand more than once were summed")
+        print(f"{path.name}: {table.columns.duplicated().sum():,} genes that stand more than once were summed")
         table = table.T.groupby(level=0, sort=False).sum().T
     print(f"{path.name}: {len(table):,} bulk samples, {table.shape[1]:,} genes, {len(known.intersection(table.columns)):,} of them in the single cells ({len(known):,})")
     return table
@@ -55,14 +61,14 @@ def to_tpm(bulk: pd.DataFrame, units: str, gene_length_bp: pd.Series | None) -> 
     Raises
     ------
     ValueError
-        If values that are called counts are fractions below one on average, as logarithms and shares are.
+        For a sample without expression.
     """
-    if bulk.to_numpy().max() < 25:
-        raise ValueError(f"the largest value of the bulk is {bulk.to_numpy().max():.3g}: it looks log-transformed; expected {units}, before any logarithm")
     if units == "tpm":
         totals = bulk.sum(axis=1)
         if (totals > 1.5e6).any():
             print(f"WARNING: the bulk's samples sum to up to {totals.max():,.0f}; TPM sum to 1,000,000: are these counts (BULK_UNITS)?")
+    if units == "counts" and (bulk.to_numpy() % 1 != 0).any():
+        print("WARNING: BULK_UNITS is counts, but the bulk holds fractions: are these TPM? (Expected counts of RSEM or salmon are fine.)")
     if units == "counts" and gene_length_bp is not None:
         bulk = bulk.loc[:, bulk.columns.isin(gene_length_bp.index)]
         return pd.DataFrame(tpm(bulk.to_numpy(), gene_length_bp[bulk.columns].to_numpy()), bulk.index, bulk.columns)

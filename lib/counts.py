@@ -8,6 +8,7 @@ import hashlib
 from pathlib import Path
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
@@ -120,7 +121,20 @@ def read_counts(path: Path, stage: str) -> ad.AnnData:
     adata = ad.read_h5ad(require(path, stage))
     if "dataset" not in adata.uns or not sp.issparse(adata.X):
         raise ValueError(f"{path} was not written by {stage}: it lacks uns['dataset'] or sparse counts; run {stage}")
+    source = path.parent / "counts.h5ad"
+    if source.exists() and (current := read_uns(source, "counts_id")) != adata.uns.get("counts_id"):
+        raise ValueError(
+            f"{path} is stale: it was made of other counts of {adata.uns['dataset']} than {source} holds now "
+            f"({read_uns(source, 'dataset')}, counts {current}; expected counts {adata.uns.get('counts_id')}); run _1_split_train_test.py again"
+        )
     return adata
+
+
+def read_uns(path: Path, key: str) -> str | None:
+    """One text of `uns`, without reading the counts."""
+    with h5py.File(path) as file:
+        value = file["uns"].get(key)
+        return None if value is None else value.asstr()[()]
 
 
 def read_split(data_folder: Path) -> tuple[ad.AnnData, ad.AnnData]:

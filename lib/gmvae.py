@@ -163,12 +163,12 @@ class GMVAE(nn.Module):
         """q(z|x,y): mean and log-variance, each (n_cells, n_latent)."""
         x = batch.log_normalized(float(self.library_median))
         extra = torch.cat([self.one_hot(batch.cell_type_idx), self.log_library(batch.library_size)], dim=1)
-        return self.q_z_xy_mean(x, extra), self.q_z_xy_log_var(x, extra).clamp(-10, 6)
+        return self.q_z_xy_mean(x, extra).float(), self.q_z_xy_log_var(x, extra).float().clamp(-10, 6)
 
     def p_z(self, cell_type_idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """p(z|y): mean and log-variance, each (n_cells, n_latent)."""
         y = self.one_hot(cell_type_idx)
-        return self.p_z_y_mean(y), self.p_z_y_log_var(y).clamp(-10, 6)
+        return self.p_z_y_mean(y).float(), self.p_z_y_log_var(y).float().clamp(-10, 6)
 
     def p_x(self, z: torch.Tensor, library_size: torch.Tensor) -> Likelihood:
         """p(x|z,l). z: (n_cells, n_latent); library_size: (n_cells,)."""
@@ -180,7 +180,7 @@ class GMVAE(nn.Module):
 
     def p_l(self, z: torch.Tensor, cell_type_idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """p(log l|z,y), l relative to the median: mean and log-variance, each (n_cells,)."""
-        return self.p_l_z_mean(z)[:, 0], 2 * self.log_library_scale[cell_type_idx]
+        return self.p_l_z_mean(z)[:, 0].float(), 2 * self.log_library_scale[cell_type_idx]
 
     def elbo_terms(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
         """The parts of the bound on log p(x, l | y) of cells whose type is given; each (n_cells,), in nats.
@@ -206,29 +206,38 @@ class GMVAE(nn.Module):
         kl_weight x KL(q(y|x) || p(y)).
         """
         unknown = batch.cell_type_idx < 0
+        parts = []
+        if not unknown.all():
+            parts.append(self._labelled_terms(batch if not unknown.any() else batch.select(~unknown), kl_weight, generator))
+        if unknown.any():
+            parts.append(self._unlabelled_terms(batch.select(unknown), kl_weight, generator))
+        terms = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        loss = terms.pop("loss").mean()
+        elbo = -(terms["reconstruction_loss"] + terms["library_loss"] + terms["kl_z"])
+        return {"loss": loss, "elbo": elbo.mean().detach()} | {name: value.mean().detach() for name, value in terms.items()}
+
+    def _labelled_terms(self, batch: Batch, kl_weight: float, generator: torch.Generator | None) -> dict[str, torch.Tensor]:
+        terms = self.elbo_terms(batch, generator)
+        terms["kl_y"] = F.cross_entropy(self.q_y(batch).float(), batch.cell_type_idx, reduction="none")
+        bound = terms["reconstruction_loss"] + terms["library_loss"] + kl_weight * terms["kl_z"]
+        return terms | {"loss": bound + terms["kl_y"]}
+
+    def _unlabelled_terms(self, batch: Batch, kl_weight: float, generator: torch.Generator | None) -> dict[str, torch.Tensor]:
         log_q_y = F.log_softmax(self.q_y(batch).float(), dim=1)
-        if not unknown.any():
-            terms = self.elbo_terms(batch, generator)
-            terms["kl_y"] = F.nll_loss(log_q_y, batch.cell_type_idx, reduction="none")
-            return self._mean(terms, kl_weight, kl_weight_y=1.0)
+        q_y = log_q_y.exp()
         terms = {name: 0.0 for name in ("reconstruction_loss", "library_loss", "kl_z")}
-        weights = torch.where(unknown[:, None], log_q_y.exp(), self.one_hot(batch.cell_type_idx.clamp_min(0)))
         for k in range(self.n_cell_types):
             for name, value in self.elbo_terms(batch.of_type(k), generator).items():
-                terms[name] = terms[name] + weights[:, k] * value
-        kl_to_prior = (log_q_y.exp() * (log_q_y - self.type_frequency.log())).sum(dim=1)
-        of_label = F.nll_loss(log_q_y, batch.cell_type_idx.clamp_min(0), reduction="none")
-        terms["kl_y"] = torch.where(unknown, kl_to_prior, of_label)
-        return self._mean(terms, kl_weight, kl_weight_y=torch.where(unknown, kl_weight, 1.0))
-
-    @staticmethod
-    def _mean(terms: dict[str, torch.Tensor], kl_weight: float, kl_weight_y) -> dict[str, torch.Tensor]:
-        bound = terms["reconstruction_loss"] + terms["library_loss"] + kl_weight * terms["kl_z"]
-        return {"loss": (bound + kl_weight_y * terms["kl_y"]).mean(), "elbo": -(terms["reconstruction_loss"] + terms["library_loss"] + terms["kl_z"]).mean().detach()} | {k: v.mean().detach() for k, v in terms.items()}
+                terms[name] = terms[name] + q_y[:, k] * value
+        terms["kl_y"] = (q_y * (log_q_y - self.type_frequency.log())).sum(dim=1)
+        bound = terms["reconstruction_loss"] + terms["library_loss"] + kl_weight * (terms["kl_z"] + terms["kl_y"])
+        return terms | {"loss": bound}
 
     @torch.no_grad()
     def log_likelihood(self, dataset: CellDataset, n_samples: int = 50, batch_size: int = 128, seed: int = 0) -> np.ndarray:
-        """log p(x | y, l) of every cell of known type, in nats: importance-weighted bound of Burda et al. 2016, eq. 8.
+        """log of the integral of p(x|z,l) p(z|y) over z, of every cell of known type, in nats, l given.
+
+        The importance-weighted bound of Burda et al. 2016, eq. 8:
 
         log 1/S sum_s p(x|z_s,l) p(z_s|y) / q(z_s|x,y), z_s ~ q. It rises to the likelihood as n_samples grows.
         """

@@ -59,7 +59,7 @@ def zinb_log_prob(batch: Batch, log_mu: torch.Tensor, log_theta: torch.Tensor, z
 def _gain_where_positive(batch: Batch, d: torch.Tensor, log_theta: torch.Tensor) -> torch.Tensor:
     """(n_entries,) float64: log NB(x) - log NB(0) at the non-zero counts."""
     x = batch.counts.double()
-    # index_select, not [...]: its gradient is summed in one order, so the same seed gives the same model
+    # index_select, not [...]: its gradient is summed in one order, so on a CPU the same seed gives the same model
     at_gene = log_theta.index_select(0, batch.genes) if log_theta.dim() == 1 else log_theta[batch.cells, batch.genes]
     theta = at_gene.double().exp()
     d = d[batch.cells, batch.genes].double()

@@ -33,7 +33,7 @@ def run(module: dict[str, Any]) -> None:
     try:
         module["main"]()
     except (ValueError, OSError) as error:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(str(ROOT))]
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(str(ROOT)) and "site-packages" not in f.filename]
         print(f"\nerror: {error}\n(from {frames[-1].filename}, line {frames[-1].lineno})", file=sys.stderr)
         sys.exit(1)
 

@@ -58,7 +58,7 @@ def scatter_types(axes, umap: np.ndarray, cell_type: pd.Series) -> None:
         cells = umap[names == name]
         axes.scatter([], [], s=30, c=colour, lw=0, label=f"{number}  {name}")
         if len(cells):
-            x, y = np.median(cells, axis=0)
+            x, y = cells[np.linalg.norm(cells - np.median(cells, axis=0), axis=1).argmin()]  # a cell, not the void between two groups
             axes.text(x, y, number, fontsize=9, weight="bold", ha="center", va="center", path_effects=[matplotlib.patheffects.withStroke(linewidth=2, foreground="white")])
     umap_axes(axes)
 

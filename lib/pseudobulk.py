@@ -15,7 +15,7 @@ import scipy.sparse as sp
 
 from lib.files import require
 
-BLOCK = 250  # mixtures computed at a time and thread: 250 x 16,000 genes are 32 MB
+BLOCK = 250  # mixtures computed at a time and thread: 250 x 16,000 genes are 16 MB, and 32 MB more while they are sparse
 
 
 def largest_remainder(proportions: np.ndarray, totals: np.ndarray | int) -> np.ndarray:
@@ -75,7 +75,7 @@ def draw_cells(
         Type of each cell; -1 for a cell that is in no mixture.
     min_distinct
         None draws from all cells of a type. A number draws, for every mixture and type anew, from a random handful of its
-        cells, between this many and all (log-uniform): so a type's profile varies from mixture to mixture as it does from
+        cells: about this many to about all, log-uniform (the handful itself is drawn with replacement). So a type's profile varies from mixture to mixture as it does from
         donor to donor, and a network cannot learn the cells by heart.
 
     Returns
@@ -153,20 +153,25 @@ def tpm(counts: np.ndarray, gene_length_bp: np.ndarray | None = None) -> np.ndar
     return rate * (1e6 / total)
 
 
-def read_test_mixtures(data_folder: Path, split_id: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """TPM and true proportions of the mixtures of test cells (stage 2); refused if they are of another split.
+def read_test_mixtures(data_folder: Path, split_id: str, by_length: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """TPM and true proportions of the mixtures of test cells (stage 2); refused if they are of another split or scale.
 
-    The header of the sample column names the split, so the tables know where they belong.
+    The header of the sample column names the split, and whether TPM were divided by gene length: the tables know where they
+    belong. `by_length` is what the network was trained on.
     """
     tables = []
     for name in ("tpm", "proportions"):
         path = require(data_folder / f"pseudobulk_test_{name}.csv", "_2_make_pseudobulk.py")
         table = pd.read_csv(path, index_col=0)
-        if table.index.name != sample_header(split_id):
-            raise ValueError(f"{path} does not belong to data/test.h5ad: it is of {table.index.name!r}, expected {sample_header(split_id)!r}; run _2_make_pseudobulk.py again")
+        expected = sample_header(split_id, by_length)
+        if table.index.name != expected:
+            raise ValueError(
+                f"{path} does not belong to data/test.h5ad and models/sctape.pt: it is headed {table.index.name!r}, expected {expected!r}; "
+                "run _2_make_pseudobulk.py and _4_train_sctape.py again"
+            )
         tables.append(table)
     return tuple(tables)
 
 
-def sample_header(split_id: str) -> str:
-    return f"sample of split {split_id}"
+def sample_header(split_id: str, by_length: bool) -> str:
+    return f"sample of split {split_id}" + (" by gene length" if by_length else "")

@@ -45,11 +45,11 @@ def read_dataset(path: Path, orientation: str = "auto", cell_type_key: str | Non
     elif name.endswith(".h5ad"):
         adata = take_labels(read_h5ad(path), cell_type_key)
     elif name.endswith(".h5"):
-        adata = sc.read_10x_h5(path)
+        adata = take_labels(sc.read_10x_h5(path), cell_type_key)
     elif name.endswith((".mtx", ".mtx.gz")):
         adata = read_mtx_folder(path.parent, path, cell_type_key)
     elif name.endswith(TABLE_SUFFIXES):
-        adata = read_count_table(path, orientation)
+        adata = take_labels(read_count_table(path, orientation), cell_type_key)
     else:
         raise ValueError(f"{path} has a format that is not known; expected .h5ad, 10x .h5, a 10x or MTX folder, or one of {', '.join(TABLE_SUFFIXES)}")
     check_orientation(adata, str(path))

@@ -97,19 +97,23 @@ class Trainer:
         """
         last = load_checkpoint(self.last_path, f"{self.about['stage']} without RESUME")
         check_checkpoint(last, self.last_path, self.about["stage"], self.about["gene_names"], self.about["cell_types"], self.about["split_id"], "the data")
+        if last["device"] != self.device_type:
+            raise ValueError(f"{self.last_path} was trained on {last['device']} and cannot go on with the same random numbers on {self.device_type}; set DEVICE to {last['device']}, or train anew without RESUME")
         ours, theirs = self.about["constants"], last["constants"]
         changed = [f"{k} was {theirs.get(k)!r}, is {v!r}" for k, v in ours.items() if k not in FREE_TO_CHANGE and theirs.get(k) != v]
         if changed:
             raise ValueError(f"{self.last_path} cannot be resumed with other constants: {'; '.join(changed)}; set them back, or train anew without RESUME")
         self.model.load_state_dict(last["weights"])
         self.optimizer.load_state_dict(last["optimizer"])
+        patience = self.scheduler.patience  # may have been edited since
         self.scheduler.load_state_dict(last["scheduler"])
+        self.scheduler.patience = patience
         self.history, self.best_epoch, self.best_criterion = last["history"], last["best_epoch"], last["best_criterion"]
         self.best_weights = load_checkpoint(self.best_path, self.about["stage"])["weights"]
         self.generator.set_state(last["rng"]["generator"])
         torch.set_rng_state(last["rng"]["torch"])
-        if torch.cuda.is_available() and last["rng"]["cuda"]:
-            torch.cuda.set_rng_state_all(last["rng"]["cuda"])
+        if self.device_type == "cuda":
+            torch.cuda.set_rng_state(last["rng"]["cuda"])
         print(f"resumed {self.name} after epoch {len(self.history)}")
 
     def fit(self, epochs: int, train_epoch: Callable[[int], dict[str, float]], validate: Callable[[], dict[str, float]]) -> None:
@@ -122,6 +126,8 @@ class Trainer:
         validate
             Returns means over held-out data: the same, and `stopping_criterion`, which chooses the best epoch; lower is better.
         """
+        if epochs < 1:
+            raise ValueError(f"EPOCHS is {epochs}; expected at least 1")
         writer = SummaryWriter(self.models_dir / "tensorboard" / self.name / f"{datetime.datetime.now():%Y%m%d-%H%M%S}")
         saved_at = time.monotonic()
         with tqdm(total=epochs, initial=len(self.history), desc=self.name, unit="epoch") as progress:
@@ -135,7 +141,7 @@ class Trainer:
                 self._record(train, held_out, time.monotonic() - started, writer)
                 progress.update()
                 progress.set_postfix(train=f"{train['loss']:.4g}", held_out=f"{held_out['loss']:.4g}", best_epoch=self.best_epoch)
-                if time.monotonic() - saved_at > SAVE_EVERY_S:
+                if len(self.history) == 1 or time.monotonic() - saved_at > SAVE_EVERY_S:
                     self.save()
                     saved_at = time.monotonic()
         writer.close()
@@ -143,6 +149,10 @@ class Trainer:
         why = "no better for a while" if self.out_of_patience else "all epochs done"
         print(f"{self.name}: {len(self.history)} epochs ({why}), {self.seconds:.0f} s; best on held-out data: {self.best_criterion:.5g} after epoch {self.best_epoch}")
         self.model.load_state_dict(self.best_weights)
+
+    @property
+    def device_type(self) -> str:
+        return next(self.model.parameters()).device.type
 
     @property
     def out_of_patience(self) -> bool:
@@ -172,6 +182,7 @@ class Trainer:
         about = self.about | {"epoch": self.best_epoch, "best_epoch": self.best_epoch, "best_criterion": self.best_criterion}
         last = about | {
             "epoch": len(self.history),
+            "device": self.device_type,
             "weights": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -179,7 +190,7 @@ class Trainer:
             "rng": {
                 "generator": self.generator.get_state(),
                 "torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                "cuda": torch.cuda.get_rng_state() if self.device_type == "cuda" else None,
             },
         }
         for path, content in ((self.best_path, about | {"weights": self.best_weights}), (self.last_path, last)):
