@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from lib.pseudobulk import tpm
-from lib.readers import separator
+from lib.readers import read_header, separator
 
 
 def read_bulk(path: Path, known_genes: list[str]) -> pd.DataFrame:
@@ -17,9 +17,9 @@ def read_bulk(path: Path, known_genes: list[str]) -> pd.DataFrame:
     ValueError
         If no gene is shared, or a value is not a non-negative number.
     """
-    table = pd.read_csv(path, sep=separator(path), header=None, index_col=0, dtype=str, keep_default_na=False)
-    table.columns = table.iloc[0]  # set by hand: pandas would rename what stands twice
-    table = table.iloc[1:]
+    header = read_header(path)
+    table = pd.read_csv(path, sep=separator(path), header=None, skiprows=1, index_col=0, dtype=str, keep_default_na=False)
+    table.columns = header[len(header) - table.shape[1] :]  # not pandas' names: it renames what stands twice
     table.index, table.columns = table.index.astype(str).str.strip(), table.columns.astype(str).str.strip()
     known = set(known_genes)
     in_rows, in_columns = (sum(name in known for name in names) for names in (table.index, table.columns))

@@ -167,8 +167,7 @@ def _read_list(found: list[Path], sides: tuple[int, ...], what: str) -> pd.DataF
 
 def read_count_table(path: Path, orientation: str = "auto") -> ad.AnnData:
     """A csv or tsv table of counts, read in bands of rows so that it is never dense as a whole."""
-    with _open(path) as file:
-        header = next(csv.reader(file, delimiter=separator(path)), [])
+    header = read_header(path)
     bands, row_names = [], []
     read = pd.read_csv(
         path, sep=separator(path), index_col=0, chunksize=CSV_ROWS_AT_ONCE, low_memory=False, keep_default_na=False, na_values=[""]
@@ -287,6 +286,12 @@ def separator(path: Path) -> str:
     with _open(path) as file:
         line = file.readline()
     return "\t" if line.count("\t") > line.count(",") else ","
+
+
+def read_header(path: Path) -> list[str]:
+    """The fields of the first line, as they are; one fewer than the columns in what R's write.table writes."""
+    with _open(path) as file:
+        return next(csv.reader(file, delimiter=separator(path)), [])
 
 
 def _open(path: Path):

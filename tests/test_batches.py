@@ -19,6 +19,15 @@ def test_a_batch_is_the_rows_of_the_matrix():
     np.testing.assert_allclose(batch.log_normalized(1000.0).to_dense(), expected, rtol=1e-5)
 
 
+def test_selected_cells_are_those_cells():
+    counts, types = simulated_cells()
+    dataset = CellDataset(counts, types, torch.device("cpu"))
+    chosen = torch.tensor([False, True, True, False, True])
+    selected, expected = dataset.batch(np.arange(5)).select(chosen), dataset.batch(np.array([1, 2, 4]))
+    for name, value in vars(expected).items():
+        assert torch.equal(getattr(selected, name), value) if isinstance(value, torch.Tensor) else getattr(selected, name) == value
+
+
 def test_an_epoch_holds_every_cell_once_in_a_seeded_order():
     counts, types = simulated_cells(n_cells=103)
     dataset = CellDataset(counts, np.arange(103), torch.device("cpu"))

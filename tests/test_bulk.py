@@ -26,10 +26,12 @@ def test_one_sample_is_enough(tmp_path, table):
     assert read_bulk(tmp_path / "bulk.csv", GENES).shape == (1, 4)
 
 
-def test_duplicate_genes_are_summed_and_said(tmp_path, table, capsys):
-    pd.concat([table.T, table.T.iloc[:1]]).to_csv(tmp_path / "bulk.csv")
+@pytest.mark.parametrize("genes_in_rows", [True, False])
+def test_duplicate_genes_are_summed_and_said(tmp_path, table, capsys, genes_in_rows):
+    twice = pd.concat([table.T, table.T.iloc[:1]])
+    (twice if genes_in_rows else twice.T).to_csv(tmp_path / "bulk.csv")
     assert read_bulk(tmp_path / "bulk.csv", GENES).loc["s1", "ACTB"] == 20
-    assert "1 rows of genes that stand more than once were summed" in capsys.readouterr().out
+    assert "1 genes that stand more than once were summed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -39,6 +41,8 @@ def test_duplicate_genes_are_summed_and_said(tmp_path, table, capsys):
         (lambda t: t.replace(10.0, np.nan), "2 values that are missing or not numbers"),
         (lambda t: t.astype(object).replace(10.0, "n/d"), "2 values that are missing or not numbers"),
         (lambda t: -t, "negative values"),
+        (lambda t: np.log2(t), "looks log-transformed"),
+        (lambda t: t.set_axis(["s1", "s1"]), "two samples called s1"),
     ],
 )
 def test_bad_tables_are_refused(tmp_path, table, change, message):
@@ -55,5 +59,11 @@ def test_units(table, capsys):
     np.testing.assert_allclose(by_length.loc["s1"], np.array([10, 20, 60]) / 90 * 1e6)
     to_tpm(table * 1e6, "tpm", None)
     assert "are these counts (BULK_UNITS)?" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="looks log-transformed"):
-        to_tpm(np.log2(table), "tpm", None)
+    to_tpm(table / 3, "counts", None)
+    assert "BULK_UNITS is counts, but the bulk holds fractions" in capsys.readouterr().out
+
+
+def test_a_table_of_r_without_a_name_for_its_names(tmp_path, table):
+    lines = ["s1\ts2", *(f"{gene}\t{values.s1}\t{values.s2}" for gene, values in table.T.iterrows())]
+    (tmp_path / "bulk.tsv").write_text("\n".join(lines))
+    pd.testing.assert_frame_equal(read_bulk(tmp_path / "bulk.tsv", GENES), table, check_names=False)

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import subprocess
 
 import anndata as ad
 import numpy as np
@@ -200,6 +201,10 @@ def test_a_table_of_cell_numbers_skips_the_prediction(pipeline, tmp_path):
     (tmp_path / "wanted.csv").write_text(",Unicorn\nA,4\n")
     with pytest.raises(ValueError, match="does not know: Unicorn; it knows CD14"):
         pipeline.main(STAGES[5], CELL_COUNTS=str(tmp_path / "wanted.csv"), **options)
+    for bad in ("four", "", "-1", "1.5"):
+        (tmp_path / "wanted.csv").write_text(f",{types[0]}\nA,{bad}\n")
+        with pytest.raises(ValueError, match="must hold numbers of cells"):
+            pipeline.main(STAGES[5], CELL_COUNTS=str(tmp_path / "wanted.csv"), **options)
 
 
 def split_only(tmp_path, adata: ad.AnnData, **constants) -> Workplace:
@@ -244,6 +249,47 @@ def test_unlabelled_cells_are_dropped_or_kept_for_training(tmp_path):
     assert test.obs["cell_type"].notna().all()
 
 
+FAST = {
+    STAGES[2]: {"N_TRAIN_SAMPLES": 300, "N_TEST_DIRICHLET": 5, "CELLS_PER_SAMPLE": 100},
+    STAGES[3]: {"EPOCHS": 2, "DEVICE": "cpu"},
+    STAGES[4]: {"EPOCHS": 2, "DEVICE": "cpu"},
+    STAGES[5]: {"DEVICE": "cpu"},
+}
+
+
+def test_a_type_absent_from_the_test_donors_and_cells_without_type_go_the_whole_way(tmp_path, capsys):
+    adata = simulated_dataset(n_cells=400)
+    adata.obs["donor"] = [f"donor {i % 4}" for i in range(400)]
+    adata.obs["cell_type"] = adata.obs["cell_type"].astype(object)
+    adata.obs.iloc[::10, 0] = "unknown"
+    rare = adata.obs["donor"] == "donor 1"
+    adata.obs.loc[rare & (np.arange(400) % 3 == 0), "cell_type"] = "of one donor"
+    place = split_only(tmp_path, adata, SPLIT_BY="donor", UNLABELLED="keep", SEED=seed_without("donor 1", adata))
+    out = capsys.readouterr().out
+    assert "WARNING: no test cell of of one donor" in out and "without a type" in out
+    train, test = read_split(place.data)
+    assert list(train.obs["cell_type"].cat.categories) == list(test.obs["cell_type"].cat.categories)
+    assert train.obs["cell_type"].isna().any() and test.obs["cell_type"].notna().all()
+    for stage in STAGES[2:]:
+        place.main(stage, **FAST[stage])
+    assert ad.read_h5ad(place.data / "generated.h5ad").n_obs == test.n_obs
+
+
+def seed_without(donor: str, adata: ad.AnnData) -> int:
+    """A seed whose split puts this donor's cells into train."""
+    import _1_split_train_test as stage
+
+    obs = adata.obs.assign(cell_type=pd.Categorical(adata.obs["cell_type"].replace("unknown", None)))
+    stage.SPLIT_BY = "donor"
+    for stage.SEED in range(20):
+        try:
+            if not (obs["donor"] == donor)[stage.split(obs)].any():
+                return stage.SEED
+        except ValueError:  # the other way round: all of the type's cells are test cells
+            continue
+    raise AssertionError("no such split")
+
+
 def test_gene_lengths_go_the_whole_way(tmp_path):
     """Lengths from stage 0, TPM by them in stage 2, the same scale in stages 4 and 5."""
     adata = simulated_dataset(n_cells=300)
@@ -262,6 +308,18 @@ def test_gene_lengths_go_the_whole_way(tmp_path):
     place.main(STAGES[4], EPOCHS=3, DEVICE="cpu")
     checkpoint = load_checkpoint(place.models / "sctape.pt", STAGES[4])
     assert set(checkpoint["gene_names"]) <= set(lengths.index) and checkpoint["gene_length_bp"]["GENE10"] == lengths["GENE10"]
+    place.main(STAGES[3], **FAST[STAGES[3]])
+    place.main(STAGES[5])
+    # one bulk as TPM by length and as counts is one bulk: the same proportions
+    for units, table in (("tpm", tpm), ("counts", counts)):
+        table.rename_axis(None).to_csv(tmp_path / f"bulk_{units}.csv")
+        place.main(STAGES[5], BULK_FILE=str(tmp_path / f"bulk_{units}.csv"), BULK_UNITS=units, N_CELLS=5)
+        (place.data / "predicted_proportions.csv").rename(place.data / f"predicted_{units}.csv")
+    by_units = [pd.read_csv(place.data / f"predicted_{units}.csv", index_col=0) for units in ("tpm", "counts")]
+    np.testing.assert_allclose(*by_units, atol=1e-3)
+    place.main(STAGES[2], USE_GENE_LENGTHS=False, N_TRAIN_SAMPLES=400)
+    with pytest.raises(ValueError, match="by gene length"):
+        place.main(STAGES[5])
 
 
 # --- what is refused, and what is left standing then
@@ -317,6 +375,29 @@ def test_stale_mixtures_and_a_mismatched_pair_are_refused(pipeline, tmp_path):
         place.main(STAGES[2])
 
 
+def test_stages_of_other_counts_are_refused(pipeline, tmp_path):
+    place = copy_of(pipeline, tmp_path / "place")
+    simulated_dataset(n_cells=50).write_h5ad(tmp_path / "other.h5ad")
+    place.main(STAGES[0], DATASET=str(tmp_path / "other.h5ad"))
+    for stage in (STAGES[2], STAGES[3], STAGES[5]):
+        with pytest.raises(ValueError, match=r"is stale: it was made of other counts of pbmc68k_reduced than .*other.h5ad.*run _1_"):
+            place.main(stage)
+
+
+def test_mixtures_of_another_split_are_refused_before_training(pipeline, tmp_path):
+    place = copy_of(pipeline, tmp_path / "place")
+    place.main(STAGES[1], SEED=7)
+    with pytest.raises(ValueError, match="pseudobulk_train.h5ad does not belong to .*train.h5ad.*run _2_make_pseudobulk.py"):
+        place.main(STAGES[4])
+
+
+def test_output_does_not_overwrite_the_real_cells(pipeline):
+    with pytest.raises(ValueError, match="OUTPUT is 'train.h5ad'"):
+        pipeline.main(STAGES[5], OUTPUT="train.h5ad")
+    with pytest.raises(ValueError, match="BULK_FILE and CELL_COUNTS are both set"):
+        pipeline.main(STAGES[5], BULK_FILE="bulk.csv", CELL_COUNTS="test")
+
+
 def test_bad_input_leaves_the_old_output_standing(pipeline, tmp_path):
     place = copy_of(pipeline, tmp_path / "place")
     before = (place.data / "counts.h5ad").read_bytes()
@@ -351,5 +432,7 @@ def test_thresholds_of_other_data_are_warned_about_with_numbers(tmp_path, capsys
 
 
 def test_the_top_level_is_what_the_user_decided():
-    ours = {path.name for path in ROOT.iterdir() if not path.name.startswith((".", "__"))}
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    files = listed.stdout.split() if listed.returncode == 0 and listed.stdout else [str(p.relative_to(ROOT)) for p in ROOT.iterdir()]
+    ours = {name.split("/")[0] for name in files if not name.startswith((".", "__"))}
     assert ours == {*STAGES, "README.md", "requirements.txt", "lib", "data", "models", "fig", "tests"}

@@ -12,7 +12,7 @@ from lib.counts import fingerprint, write_counts
 from lib.training import load_checkpoint, pick_device
 
 STAGE = "_3_train_gmvae.py"
-SMALL = {"EPOCHS": 6, "KL_WARMUP_EPOCHS": 2, "N_LATENT": 4, "HIDDEN": (16, 8), "DEVICE": "cpu"}
+SMALL = {"DROPOUT": 0.1, "EPOCHS": 6, "KL_WARMUP_EPOCHS": 2, "N_LATENT": 4, "HIDDEN": (16, 8), "DEVICE": "cpu"}
 
 
 def workplace(path, seed: int = 0) -> Workplace:
