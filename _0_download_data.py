@@ -11,7 +11,7 @@ from typing import Literal
 
 import pandas as pd
 
-from lib import datasets, options, readers
+from lib import datasets, labels, options, readers
 from lib.counts import fingerprint, write_counts
 from lib.files import folder, report, user_path
 
@@ -35,8 +35,8 @@ def main() -> None:
     source = load()
     adata = source.adata
     if LABELS_FILE is not None:
-        labels = readers.read_labels(user_path(LABELS_FILE), adata.obs_names, CELL_TYPE_KEY)
-        adata.obs = adata.obs.drop(columns=labels.columns, errors="ignore").join(labels)
+        given = labels.read_labels(user_path(LABELS_FILE), adata.obs_names, CELL_TYPE_KEY)
+        adata.obs = adata.obs.drop(columns=given.columns, errors="ignore").join(given)
     if source.gene_length_file is not None:
         add_gene_lengths(adata, source.gene_length_file)
     adata.uns["dataset"] = DATASET if DATASET in datasets.NAMES else Path(DATASET).name
@@ -56,6 +56,8 @@ def load() -> datasets.Source:
     """The data set by its name, or from the user's path."""
     lengths = None if GENE_LENGTHS in ("auto", None) else user_path(GENE_LENGTHS)
     if DATASET in datasets.NAMES:
+        if CELL_TYPE_KEY is not None and LABELS_FILE is None:
+            raise ValueError(f"CELL_TYPE_KEY is {CELL_TYPE_KEY!r}, but {DATASET} has its own labels; set it to none, or give LABELS_FILE")
         source = datasets.load(DATASET, folder(f"{DATA_DIR}/raw"), GEO_URL, GENE_LENGTH_URL)
         return source if GENE_LENGTHS == "auto" else source._replace(gene_length_file=lengths)
     try:

@@ -57,7 +57,10 @@ def main() -> None:
     adata = read_counts(data / "counts.h5ad", "_0_download_data.py")
     print(f"{adata.uns['dataset']}: {adata.n_obs:,} cells x {adata.n_vars:,} genes")
     if LABELS == "author" and "cell_type" not in adata.obs:
-        raise ValueError("LABELS is author, but data/counts.h5ad has no obs['cell_type']; give stage 0 the labels (LABELS_FILE, CELL_TYPE_KEY) or set LABELS to leiden")
+        raise ValueError(
+            "LABELS is author, but data/counts.h5ad has no obs['cell_type']; "
+            "give stage 0 the labels (LABELS_FILE, CELL_TYPE_KEY) or set LABELS to leiden"
+        )
     if SPLIT_BY is not None and SPLIT_BY not in adata.obs:
         raise ValueError(f"SPLIT_BY is {SPLIT_BY!r}, but obs has {', '.join(adata.obs.columns) or 'no columns'}; set it to one of them or to none")
 
@@ -114,10 +117,16 @@ def filter_cells(adata: ad.AnnData) -> ad.AnnData:
             print(f"{name}: {removed.sum():,} cells removed, {(keep & passes).sum():,} left")
         if np.mean(~passes) > 0.5:
             low, median, high = np.percentile(value, [5, 50, 95])
-            print(f"WARNING: {name} does not suit these data: {np.mean(~passes):.0%} of the cells fail it. Here 90 % of the cells lie in {low:,.4g} to {high:,.4g}, median {median:,.4g}; edit the constant, or set it to none")
+            print(
+                f"WARNING: {name} does not suit these data: {np.mean(~passes):.0%} of the cells fail it. Here 90 % of the cells "
+                f"lie in {low:,.4g} to {high:,.4g}, median {median:,.4g}; edit the constant, or set it to none"
+            )
         keep &= passes
     if not keep.any():
-        raise ValueError(f"no cell passes the quality thresholds of stage 1: all {adata.n_obs:,} were removed; see the warnings above for values that suit these data")
+        raise ValueError(
+            f"no cell passes the quality thresholds of stage 1: all {adata.n_obs:,} were removed; "
+            "see the warnings above for values that suit these data"
+        )
     return adata[keep].copy()
 
 
@@ -162,7 +171,8 @@ def label(adata: ad.AnnData) -> ad.AnnData:
         keep &= ~cell_type.isin(small.index).to_numpy()
         print(f"{'types' if by_author else 'clusters'} that are too small: {named}; {small.sum():,} cells removed, {keep.sum():,} left")
     if len(sizes) - len(small) < 2:
-        raise ValueError(f"{len(sizes) - len(small)} cell type is left ({', '.join(sizes.index[:3])}); expected at least 2: give labels, or raise LEIDEN_RESOLUTION")
+        left = ", ".join(sizes.index.difference(small.index)) or "none"
+        raise ValueError(f"too few cell types are left ({left}); expected at least 2: give labels, or raise LEIDEN_RESOLUTION")
     labelled = adata[keep].copy()
     if not by_author and "cell_type" in labelled.obs:
         labelled.obs["author_cell_type"] = labelled.obs["cell_type"]
@@ -191,7 +201,10 @@ def split(obs: pd.DataFrame) -> np.ndarray:
     groups = obs[SPLIT_BY].astype(str).to_numpy()
     n_folds = max(2, round(1 / TEST_FRACTION))
     if len(np.unique(groups)) < n_folds:
-        raise ValueError(f"SPLIT_BY = {SPLIT_BY!r} has {len(np.unique(groups))} values ({', '.join(np.unique(groups))}), expected at least {n_folds} for a test fraction of {TEST_FRACTION}; raise TEST_FRACTION")
+        raise ValueError(
+            f"SPLIT_BY = {SPLIT_BY!r} has {len(np.unique(groups))} values ({', '.join(np.unique(groups))}), "
+            f"expected at least {n_folds} for a test fraction of {TEST_FRACTION}; raise TEST_FRACTION"
+        )
     folds = [fold for _, fold in StratifiedGroupKFold(n_folds, shuffle=True, random_state=SEED).split(codes, codes, groups)]
     is_test[min(folds, key=lambda fold: abs(len(fold) / len(codes) - TEST_FRACTION))] = True
     print(f"test: {', '.join(sorted(set(groups[is_test])))}; train: {', '.join(sorted(set(groups[~is_test])))} ({SPLIT_BY})")

@@ -45,7 +45,10 @@ DATA_DIR = "data"  # folder
 
 def main() -> None:
     if min(N_TRAIN_SAMPLES, N_TEST_OWN, N_TEST_DIRICHLET) < 1 or not 0 < VALIDATION_FRACTION < 1:
-        raise ValueError(f"N_TRAIN_SAMPLES = {N_TRAIN_SAMPLES}, N_TEST_OWN = {N_TEST_OWN}, N_TEST_DIRICHLET = {N_TEST_DIRICHLET}, VALIDATION_FRACTION = {VALIDATION_FRACTION}; expected at least one of each, and a fraction between 0 and 1")
+        raise ValueError(
+            f"N_TRAIN_SAMPLES = {N_TRAIN_SAMPLES}, N_TEST_OWN = {N_TEST_OWN}, N_TEST_DIRICHLET = {N_TEST_DIRICHLET}, "
+            f"VALIDATION_FRACTION = {VALIDATION_FRACTION}; expected at least one of each, and a fraction between 0 and 1"
+        )
     data = folder(DATA_DIR)
     train, test = read_split(data)
     gene_length_bp = gene_lengths(train) if USE_GENE_LENGTHS else None
@@ -57,7 +60,10 @@ def main() -> None:
 def gene_lengths(adata: ad.AnnData) -> pd.Series:
     """Length of every gene in base pairs, missing where the table lacks the gene."""
     if "gene_length_bp" not in adata.var:
-        raise ValueError("USE_GENE_LENGTHS is on, but the data came without gene lengths; give stage 0 a table (GENE_LENGTHS) and run stages 0 and 1 again")
+        raise ValueError(
+            "USE_GENE_LENGTHS is on, but the data came without gene lengths; give stage 0 a table (GENE_LENGTHS) "
+            "and run stages 0 and 1 again"
+        )
     lengths = adata.var["gene_length_bp"]
     print(f"TPM over the {lengths.notna().sum():,} of {len(lengths):,} genes whose length is known")
     return lengths
@@ -80,7 +86,8 @@ def write_test_tables(test: ad.AnnData, gene_length_bp: pd.Series | None, data: 
         with replacing(paths[-1]) as temporary:
             table.to_csv(temporary, float_format="%.6g" if name == "tpm" else None)
     present = tables["proportions"] > 0
-    print(f"mixtures of test cells: {N_TEST_OWN} of their own composition, {N_TEST_DIRICHLET} of random ones ({(~present).to_numpy().mean():.0%} of their types absent)")
+    absent = (~present).to_numpy().mean()
+    print(f"mixtures of test cells: {N_TEST_OWN} of their own composition, {N_TEST_DIRICHLET} of random ones; {absent:.0%} of the types absent")
     return paths
 
 

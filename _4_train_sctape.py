@@ -122,7 +122,10 @@ def choose_genes(samples: ad.AnnData, is_fit: np.ndarray) -> np.ndarray:
     score = np.where(variance > 1e-12, explained**2 / np.maximum(variance, 1e-12), 0)  # explained variance x its share: R^2
     n_genes = min(N_GENES, int(np.sum(score > 0)))
     if n_genes < proportions.shape[1]:
-        raise ValueError(f"{n_genes} genes are left to read {proportions.shape[1]} cell types from; expected at least one a type: raise N_GENES, or give a bulk with more of these genes")
+        raise ValueError(
+            f"{n_genes} genes are left to read {proportions.shape[1]} cell types from; expected at least one a type: "
+            "raise N_GENES, or give a bulk with more of these genes"
+        )
     return np.sort(np.flatnonzero(usable)[np.argsort(-score, kind="stable")[:n_genes]])
 
 
@@ -139,7 +142,9 @@ def read_profiles(samples: ad.AnnData, genes: np.ndarray, is_fit: np.ndarray) ->
     return profiles, share / share.sum()
 
 
-def train_epoch(model: ScTAPE, optimizer: torch.optim.Optimizer, profiles: torch.Tensor, proportions: torch.Tensor, generator: torch.Generator) -> dict[str, float]:
+def train_epoch(
+    model: ScTAPE, optimizer: torch.optim.Optimizer, profiles: torch.Tensor, proportions: torch.Tensor, generator: torch.Generator
+) -> dict[str, float]:
     order = torch.randperm(len(profiles), generator=generator).to(profiles.device)
     parts = []
     for rows in order.tensor_split(max(1, round(len(order) / BATCH_SIZE))):

@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import scanpy as sc
 import scipy.io
-import torch
 
 from lib import metrics, options, plots, sctape
 from lib.batches import CellDataset
@@ -26,7 +25,7 @@ from lib.files import ROOT, folder, replacing, report, user_path
 from lib.gmvae import GMVAE
 from lib.likelihoods import nb_per_type_log_likelihood
 from lib.pseudobulk import largest_remainder, read_test_mixtures
-from lib.readers import separator
+from lib.tables import separator
 from lib.training import check_checkpoint, load_checkpoint, pick_device
 
 # What to generate
@@ -123,7 +122,10 @@ def wanted_cells(cell_type: pd.Series) -> pd.DataFrame:
         raise ValueError(f"{path} asks for cell types that the model does not know: {', '.join(unknown)}; it knows {', '.join(types)}")
     table = table.reindex(columns=types, fill_value=0)
     if not ((table >= 0) & (table % 1 == 0)).all(axis=None) or table.to_numpy().sum() == 0:
-        raise ValueError(f"{path} must hold numbers of cells: whole, not negative, not all zero; a row a sample and a column a type, or a row a type and one column")
+        raise ValueError(
+            f"{path} must hold numbers of cells: whole, not negative, not all zero; "
+            "a row a sample and a column a type, or a row a type and one column"
+        )
     return table.astype(np.int64)
 
 
@@ -185,7 +187,8 @@ def judge_proportions(checkpoint: dict[str, Any], predicted: pd.DataFrame, train
     own_truth = None
     if BULK_FILE is None:
         own_truth = test.obs["cell_type"].value_counts(normalize=True)[true.columns].to_frame("test_cells").T
-        print(f"all test cells as one bulk: MAE {metrics.mae(own_truth, predicted):.4f}; the train frequencies score {metrics.mae(own_truth, frequencies):.4f}, so this one mixture says little")
+        errors = metrics.mae(own_truth, predicted), metrics.mae(own_truth, frequencies)
+        print("all test cells as one bulk: MAE {:.4f}; the train frequencies score {:.4f}, so this one mixture says little".format(*errors))
     plots.proportions(true, on_mixtures, constant, own_truth, predicted, fig / "proportions.png")
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from lib.pseudobulk import tpm
-from lib.readers import read_header, separator
+from lib.tables import read_header, separator
 
 
 def read_bulk(path: Path, known_genes: list[str]) -> pd.DataFrame:
@@ -34,17 +34,24 @@ def read_bulk(path: Path, known_genes: list[str]) -> pd.DataFrame:
     not_numbers = table.isna().sum().sum()
     if not_numbers:
         sample, gene = (axis[i] for axis, i in zip((table.index, table.columns), np.argwhere(table.isna().to_numpy())[0]))
-        raise ValueError(f"{path} has {not_numbers:,} values that are missing or not numbers (the first: {gene} in {sample}); expected a table of numbers with one column or row of names")
+        raise ValueError(
+            f"{path} has {not_numbers:,} values that are missing or not numbers (the first: {gene} in {sample}); "
+            "expected a table of numbers with one column or row of names"
+        )
     if (table.to_numpy() < 0).any():
         raise ValueError(f"{path} has negative values; expected TPM or counts, before any logarithm or scaling")
     if table.to_numpy().max() < 25:
-        raise ValueError(f"the largest value of {path} is {table.to_numpy().max():.3g}: it looks log-transformed; expected TPM or counts, before any logarithm")
+        raise ValueError(
+            f"the largest value of {path} is {table.to_numpy().max():.3g}: it looks log-transformed; "
+            "expected TPM or counts, before any logarithm"
+        )
     if table.index.has_duplicates:
         raise ValueError(f"{path} has two samples called {table.index[table.index.duplicated()][0]}; expected names of their own")
     if table.columns.has_duplicates:
         print(f"{path.name}: {table.columns.duplicated().sum():,} genes that stand more than once were summed")
         table = table.T.groupby(level=0, sort=False).sum().T
-    print(f"{path.name}: {len(table):,} bulk samples, {table.shape[1]:,} genes, {len(known.intersection(table.columns)):,} of them in the single cells ({len(known):,})")
+    shared = len(known.intersection(table.columns))
+    print(f"{path.name}: {len(table):,} bulk samples, {table.shape[1]:,} genes, {shared:,} of them in the single cells ({len(known):,})")
     return table
 
 

@@ -10,7 +10,8 @@ import scanpy as sc
 import scipy.sparse as sp
 
 from lib.download import fetch
-from lib.readers import clean_labels, read_count_table, read_labels, tidy
+from lib.labels import clean_labels, read_labels
+from lib.readers import read_count_table, tidy
 
 
 class Source(NamedTuple):

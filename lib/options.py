@@ -16,7 +16,6 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from lib.files import ROOT
 
-
 DESCRIPTIONS = {types.NoneType: "none", bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 
 

@@ -91,7 +91,9 @@ def training(history: pd.DataFrame, best_epoch: int, unit: str, path: Path) -> N
     save(figure, path)
 
 
-def proportions(true: pd.DataFrame, estimate: pd.DataFrame, constant: pd.DataFrame, bulk_true: pd.DataFrame | None, bulk_estimate: pd.DataFrame, path: Path) -> None:
+def proportions(
+    true: pd.DataFrame, estimate: pd.DataFrame, constant: pd.DataFrame, bulk_true: pd.DataFrame | None, bulk_estimate: pd.DataFrame, path: Path
+) -> None:
     """Left: predicted against true proportions of the mixtures of test cells. Right: what was read out of the bulk.
 
     All tables are samples x cell types; `constant` is the baseline's estimate, `bulk_true` is None where nobody knows it.

@@ -1,7 +1,5 @@
 """Counts in the formats that people have, read into AnnData: cells x genes, sparse."""
 
-import csv
-import gzip
 import re
 from pathlib import Path
 
@@ -13,12 +11,12 @@ import scipy.io
 import scipy.sparse as sp
 
 from lib.counts import check_orientation, gene_share, sum_duplicate_genes, to_counts
+from lib.labels import BARCODE_COLUMNS, align_labels, read_label_table, take_labels
+from lib.tables import read_header, separator
 
 CSV_ROWS_AT_ONCE = 500  # a table of 18,000 genes x 10,000 cells is 1.5 GB when dense; read in bands it stays under 0.1 GB
 TABLE_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".txt", ".txt.gz")
-BARCODE_COLUMNS = ("cell.barcode", "barcode", "barcodes", "cell", "cell_id", "cellid", "index", "")
 LIST_HEADERS = ("x", "v1", "gene", "genes", "gene_name", "feature", "features", "symbol", "barcode", "barcodes", "cell")
-NO_LABEL = ("", "nan", "na", "none", "unknown", "unassigned", "unlabelled", "unlabeled", "1_unicorns and artifacts")
 
 
 def read_dataset(path: Path, orientation: str = "auto", cell_type_key: str | None = None) -> ad.AnnData:
@@ -92,24 +90,6 @@ def read_h5ad(path: Path) -> ad.AnnData:
     raise ValueError("; ".join(refused) or f"{path} holds no matrix; expected raw counts in X, raw.X or layers['counts']")
 
 
-def take_labels(adata: ad.AnnData, key: str | None) -> ad.AnnData:
-    """The column of `obs` that holds the cell types, if there is one, as obs["cell_type"].
-
-    Raises
-    ------
-    ValueError
-        If `key` is no column.
-    """
-    if key is None:
-        named_alike = [c for c in adata.obs if re.fullmatch(r"cell[ _.]?types?", str(c).lower())]
-        key = named_alike[0] if named_alike else None
-    if key is not None:
-        if key not in adata.obs:
-            raise ValueError(f"obs has no column {key!r}; it has {', '.join(adata.obs.columns) or 'none'}: set CELL_TYPE_KEY to one of them, or LABELS_FILE")
-        adata.obs["cell_type"] = clean_labels(adata.obs[key])
-    return adata
-
-
 def read_mtx_folder(folder: Path, matrix_file: Path | None = None, cell_type_key: str | None = None) -> ad.AnnData:
     """A MatrixMarket table with its gene and barcode lists, as Cell Ranger 2 and 3 write them, or MTX + cluster CSV.
 
@@ -120,36 +100,50 @@ def read_mtx_folder(folder: Path, matrix_file: Path | None = None, cell_type_key
     if matrix_file is None:
         matrices = [f for f in files if f.name.lower().endswith((".mtx", ".mtx.gz"))]
         if len(matrices) != 1:
-            raise ValueError(f"{folder} holds {len(matrices)} .mtx files ({', '.join(f.name for f in matrices)}), expected one; name the file itself")
+            named = ", ".join(f.name for f in matrices)
+            raise ValueError(f"{folder} holds {len(matrices)} .mtx files ({named}), expected one; name the file itself")
         matrix_file = matrices[0]
-    matrix = sp.csr_matrix(scipy.io.mmread(matrix_file))
     lists = [f for f in files if ".mtx" not in f.name.lower()]
-    clusters = [f for f in lists if re.search(r"cluster|cell.?type|label|annot|partition", f.name.lower())]
-    lists = [f for f in lists if f not in clusters]
-    genes = _read_list([f for f in lists if re.search(r"gene|feature", f.name.lower())], matrix.shape, f"gene names of {matrix_file}")
-    if len(genes) != matrix.shape[1] or (matrix.shape[0] == matrix.shape[1] and any(f.name.lower().startswith(("genes.tsv", "features.tsv")) for f in lists)):
-        matrix = matrix.T.tocsr()  # a square table: Cell Ranger's own names mean genes x cells
-    n_cells = matrix.shape[0]
-    barcode_files = [f for f in lists if re.search(r"barcode|cell", f.name.lower())]
-    cells = _read_list(barcode_files, (n_cells,), f"barcodes of {matrix_file}").iloc[:, 0] if barcode_files else None
-    labels = _read_cells_table(clusters[0]) if len(clusters) == 1 else None
-    if len(clusters) > 1:
-        print(f"{len(clusters)} files look like labels ({', '.join(f.name for f in clusters)}): none was used; set LABELS_FILE to one of them")
-    by_order = cells is None
-    if by_order:  # the cluster CSV may name the cells
-        named = [] if labels is None else [c for c in labels if c.lower() in BARCODE_COLUMNS and c and labels[c].is_unique and len(labels) == n_cells]
-        cells = labels[named[0]] if named else pd.Series([f"cell_{i + 1}" for i in range(n_cells)])
-        by_order = not named
+    label_files = _called(lists, r"cluster|cell.?type|label|annot|partition")
+    lists = [f for f in lists if f not in label_files]
+
+    matrix = sp.csr_matrix(scipy.io.mmread(matrix_file))
+    genes = _read_list(_called(lists, r"gene|feature"), matrix.shape, f"gene names of {matrix_file}")
+    square_of_cell_ranger = matrix.shape[0] == matrix.shape[1] and _called(lists, r"^(genes|features)\.tsv")  # genes x cells
+    if len(genes) != matrix.shape[1] or square_of_cell_ranger:
+        matrix = matrix.T.tocsr()
     if len(genes) != matrix.shape[1]:
-        raise ValueError(f"{matrix_file} is {n_cells:,} x {matrix.shape[1]:,}, but there are {len(genes):,} genes")
-    adata = ad.AnnData(matrix, obs=pd.DataFrame(index=pd.Index(cells.to_numpy())), var=pd.DataFrame(index=pd.Index(genes.iloc[:, min(1, genes.shape[1] - 1)].to_numpy())))
-    if labels is not None:
-        adata.obs = align_labels(labels, clusters[0], adata.obs_names, cell_type_key, by_order)
-    elif cell_type_key is not None and not clusters:
-        raise ValueError(f"CELL_TYPE_KEY is {cell_type_key!r}, but {folder} has no file of cell types; set LABELS_FILE")
-    if genes.shape[1] > 2 and (genes[2] == "Gene Expression").any():  # Cell Ranger lists antibodies and the like besides
+        raise ValueError(f"{matrix_file} has the sides {matrix.shape[0]:,} and {matrix.shape[1]:,}, but there are {len(genes):,} genes")
+    symbols = genes.iloc[:, min(1, genes.shape[1] - 1)]  # Cell Ranger: gene ID, symbol, kind of feature
+    adata = ad.AnnData(matrix, var=pd.DataFrame(index=pd.Index(symbols.to_numpy())))
+    _name_and_label_cells(adata, matrix_file, _called(lists, r"barcode|cell"), label_files, cell_type_key)
+    if genes.shape[1] > 2 and (genes[2] == "Gene Expression").any():  # antibodies and the like stand in the same list
         adata = adata[:, (genes[2] == "Gene Expression").to_numpy()].copy()
     return adata
+
+
+def _called(files: list[Path], pattern: str) -> list[Path]:
+    return [f for f in files if re.search(pattern, f.name.lower())]
+
+
+def _name_and_label_cells(adata: ad.AnnData, matrix_file: Path, barcode_files: list[Path], label_files: list[Path], key: str | None) -> None:
+    """Barcodes from their list, or else from the label file, or else numbers; then the labels."""
+    if len(label_files) > 1:
+        named = ", ".join(f.name for f in label_files)
+        print(f"{len(label_files)} files look like labels ({named}): none was used; set LABELS_FILE to one of them")
+    labels = read_label_table(label_files[0]) if len(label_files) == 1 else None
+    numbered = pd.Index([f"cell_{i + 1}" for i in range(adata.n_obs)])
+    barcodes = numbered
+    if barcode_files:
+        barcodes = pd.Index(_read_list(barcode_files, (adata.n_obs,), f"barcodes of {matrix_file}")[0].to_numpy())
+    elif labels is not None and len(labels) == adata.n_obs:
+        named = [c for c in labels if c and c.lower() in BARCODE_COLUMNS and labels[c].is_unique]
+        barcodes = pd.Index(labels[named[0]].to_numpy()) if named else numbered
+    adata.obs_names = barcodes
+    if labels is not None:
+        adata.obs = align_labels(labels, label_files[0], barcodes, key, by_order=barcodes is numbered)
+    elif key is not None and not label_files:
+        raise ValueError(f"CELL_TYPE_KEY is {key!r}, but there is no file of cell types beside {matrix_file}; set LABELS_FILE")
 
 
 def _read_list(found: list[Path], sides: tuple[int, ...], what: str) -> pd.DataFrame:
@@ -201,103 +195,6 @@ def _guess_orientation(rows: pd.Index, columns: pd.Index, path: Path) -> str:
     return "genes_in_rows" if in_rows > in_columns else "cells_in_rows"
 
 
-def read_labels(path: Path, barcodes: pd.Index, key: str | None = None) -> pd.DataFrame:
-    """Cell types (and what else the file tells of each cell), one row a cell, in the order of `barcodes`.
-
-    The barcode column is the one whose values are barcodes of the counts. A file without any, but with one row a cell, is
-    taken in the order of the counts, and that is said.
-
-    Parameters
-    ----------
-    path
-        csv or tsv, with a header; the original's cluster CSV included.
-    barcodes
-        Of the counts.
-    key
-        Name of the column with the cell types; None takes the column that is called like one.
-
-    Returns
-    -------
-    Table with the column `cell_type` (missing where there is no label) and the file's other columns.
-
-    Raises
-    ------
-    ValueError
-        If the labels are those of other cells, or a cell has two.
-    """
-    return align_labels(_read_cells_table(path), path, barcodes, key)
-
-
-def _read_cells_table(path: Path) -> pd.DataFrame:
-    table = pd.read_csv(path, sep=separator(path), dtype=str, keep_default_na=False)
-    if not isinstance(table.index, pd.RangeIndex):  # R's write.table names no column for the row names
-        table = table.reset_index(names="")
-    table.columns = table.columns.str.strip().where(~table.columns.str.startswith("Unnamed"), "")
-    if table.empty:
-        raise ValueError(f"{path} is empty: it has no rows; expected one for each cell")
-    return table
-
-
-def align_labels(table: pd.DataFrame, path: Path, barcodes: pd.Index, key: str | None, by_order: bool = False) -> pd.DataFrame:
-    """See `read_labels`; `by_order` is for cells that have no barcodes of their own."""
-    matches = {column: table[column].isin(barcodes).mean() for column in table}
-    barcode_column = max(matches, key=matches.get)
-    if by_order or matches[barcode_column] == 0:
-        if len(table) != len(barcodes):
-            raise ValueError(
-                f"{path} labels other cells: none of its {len(table):,} rows names one of the {len(barcodes):,} barcodes "
-                f"(such as {barcodes[0]}; the file has {', '.join(table.iloc[0].astype(str))})"
-            )
-        print(f"WARNING: {path.name} names no barcode of the counts: its {len(table):,} rows are taken in the order of the cells")
-        table = table[[c for c in table if c.lower() not in BARCODE_COLUMNS]].set_axis(barcodes)
-    else:
-        table = table.drop_duplicates()
-        twice = table[barcode_column][table[barcode_column].duplicated() & table[barcode_column].isin(barcodes)]
-        if len(twice):
-            raise ValueError(f"{path} has two rows that differ for {len(twice):,} cells (such as {twice.iloc[0]}); expected one for each cell")
-        table = table.drop_duplicates(barcode_column).set_index(barcode_column)
-    key = key or _label_column(table, path)
-    if key not in table:
-        raise ValueError(f"{path} has no column {key!r}; it has {', '.join(table.columns)}: set CELL_TYPE_KEY to one of them")
-    labels = clean_labels(table[key].reindex(barcodes))
-    print(f"{labels.notna().sum():,} of {len(barcodes):,} cells have a label in {path.name}")
-    others = table.reindex(barcodes).drop(columns=[c for c in table if c in (key, "cell_type", "")])
-    return others.assign(cell_type=labels).rename_axis(None)
-
-
-def clean_labels(labels: pd.Series) -> pd.Series:
-    """Labels as text; missing where the source means that there is none."""
-    text = labels.astype("object").where(labels.notna(), "").astype(str).str.strip()
-    return text.where(~text.str.lower().isin(NO_LABEL), np.nan)
-
-
-def _label_column(table: pd.DataFrame, path: Path) -> str:
-    for pattern in (r"cell.?type", r"cluster|louvain|leiden|label|annotation|ident|partition"):
-        found = [column for column in table if re.search(pattern, column.lower())]
-        if len(found) == 1:
-            return found[0]
-    if table.shape[1] == 1:
-        return table.columns[0]
-    raise ValueError(f"{path}: cannot tell which column holds the cell types; it has {', '.join(table.columns)}: set CELL_TYPE_KEY to one of them")
-
-
-def separator(path: Path) -> str:
-    """Comma or tab, by what the first line holds more of."""
-    with _open(path) as file:
-        line = file.readline()
-    return "\t" if line.count("\t") > line.count(",") else ","
-
-
-def read_header(path: Path) -> list[str]:
-    """The fields of the first line, as they are; one fewer than the columns in what R's write.table writes."""
-    with _open(path) as file:
-        return next(csv.reader(file, delimiter=separator(path)), [])
-
-
-def _open(path: Path):
-    return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="")
-
-
 def read_gene_lengths(path: Path) -> pd.Series:
     """Gene lengths in base pairs, by gene name.
 
@@ -319,6 +216,9 @@ def read_gene_lengths(path: Path) -> pd.Series:
     elif table.shape[1] == 2 and pd.api.types.is_numeric_dtype(table.iloc[:, 1]):
         name, length = table.iloc[:, 0], table.iloc[:, 1]
     else:
-        raise ValueError(f"{path} is no table of gene lengths: it has the columns {', '.join(map(str, table.columns))}; expected gene and length, or the columns of GeneLength.txt")
+        raise ValueError(
+            f"{path} is no table of gene lengths: it has the columns {', '.join(map(str, table.columns))}; "
+            "expected gene and length, or the columns of GeneLength.txt"
+        )
     lengths = pd.Series(length.to_numpy(dtype=float), index=name.astype(str)).groupby(level=0).max()
     return lengths[lengths > 0].rename("gene_length_bp")

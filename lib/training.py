@@ -48,7 +48,9 @@ def load_checkpoint(path: Path, stage: str) -> dict[str, Any]:
     return torch.load(require(path, stage), map_location="cpu", weights_only=True)
 
 
-def check_checkpoint(checkpoint: dict[str, Any], path: Path, stage: str, gene_names: list[str], cell_types: list[str], split_id: str, data: object) -> None:
+def check_checkpoint(
+    checkpoint: dict[str, Any], path: Path, stage: str, gene_names: list[str], cell_types: list[str], split_id: str, data: object
+) -> None:
     """
     Raises
     ------
@@ -98,11 +100,16 @@ class Trainer:
         last = load_checkpoint(self.last_path, f"{self.about['stage']} without RESUME")
         check_checkpoint(last, self.last_path, self.about["stage"], self.about["gene_names"], self.about["cell_types"], self.about["split_id"], "the data")
         if last["device"] != self.device_type:
-            raise ValueError(f"{self.last_path} was trained on {last['device']} and cannot go on with the same random numbers on {self.device_type}; set DEVICE to {last['device']}, or train anew without RESUME")
+            raise ValueError(
+                f"{self.last_path} was trained on {last['device']} and cannot go on with the same random numbers on "
+                f"{self.device_type}; set DEVICE to {last['device']}, or train anew without RESUME"
+            )
         ours, theirs = self.about["constants"], last["constants"]
         changed = [f"{k} was {theirs.get(k)!r}, is {v!r}" for k, v in ours.items() if k not in FREE_TO_CHANGE and theirs.get(k) != v]
         if changed:
-            raise ValueError(f"{self.last_path} cannot be resumed with other constants: {'; '.join(changed)}; set them back, or train anew without RESUME")
+            raise ValueError(
+                f"{self.last_path} cannot be resumed with other constants: {'; '.join(changed)}; set them back, or train anew without RESUME"
+            )
         self.model.load_state_dict(last["weights"])
         self.optimizer.load_state_dict(last["optimizer"])
         patience = self.scheduler.patience  # may have been edited since
@@ -147,7 +154,8 @@ class Trainer:
         writer.close()
         self.save()
         why = "no better for a while" if self.out_of_patience else "all epochs done"
-        print(f"{self.name}: {len(self.history)} epochs ({why}), {self.seconds:.0f} s; best on held-out data: {self.best_criterion:.5g} after epoch {self.best_epoch}")
+        best = f"{self.best_criterion:.5g} after epoch {self.best_epoch}"
+        print(f"{self.name}: {len(self.history)} epochs ({why}), {self.seconds:.0f} s; best on held-out data: {best}")
         self.model.load_state_dict(self.best_weights)
 
     @property

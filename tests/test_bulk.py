@@ -39,7 +39,7 @@ def test_duplicate_genes_are_summed_and_said(tmp_path, table, capsys, genes_in_r
     [
         (lambda t: t.rename(columns=lambda g: g + "x"), "shares no gene"),
         (lambda t: t.replace(10.0, np.nan), "2 values that are missing or not numbers"),
-        (lambda t: t.astype(object).replace(10.0, "n/d"), "2 values that are missing or not numbers"),
+        (lambda t: t.astype(str).replace("10.0", "n/d"), "2 values that are missing or not numbers"),
         (lambda t: -t, "negative values"),
         (lambda t: np.log2(t), "looks log-transformed"),
         (lambda t: t.set_axis(["s1", "s1"]), "two samples called s1"),

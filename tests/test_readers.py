@@ -15,7 +15,8 @@ from conftest import Workplace
 
 import lib.readers
 from lib import datasets
-from lib.readers import read_count_table, read_dataset, read_gene_lengths, read_labels
+from lib.labels import read_labels
+from lib.readers import read_count_table, read_dataset, read_gene_lengths
 
 GENES = ["ACTB", "GAPDH", "MALAT1", "B2M", "CD3E", "CD19", "NKG7", "LYZ"]
 BARCODES = [f"{a}{b}{c}-1" for a in "AC" for b in "CGT" for c in "GT"]
