@@ -119,7 +119,7 @@ def filter_cells(adata: ad.AnnData) -> ad.AnnData:
             low, median, high = np.percentile(value, [5, 50, 95])
             print(
                 f"WARNING: {name} does not suit these data: {np.mean(~passes):.0%} of the cells fail it. Here 90 % of the cells "
-                f"lie in {low:,.4g} to {high:,.4g}, median {median:,.4g}; edit the constant, or set it to none"
+                f"lie in {low:,.1f} to {high:,.1f}, median {median:,.1f}; edit the constant, or set it to none"
             )
         keep &= passes
     if not keep.any():

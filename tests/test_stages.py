@@ -426,7 +426,7 @@ def test_thresholds_of_other_data_are_warned_about_with_numbers(tmp_path, capsys
     median = np.median(np.asarray(adata.X.sum(axis=1)))
     place.main(STAGES[1], MAX_COUNTS=int(np.quantile(np.asarray(adata.X.sum(axis=1)), 0.3)), MIN_GENES=None, REMOVE_DOUBLETS=False)
     out = capsys.readouterr().out
-    assert re.search(rf"WARNING: MAX_COUNTS = \d+ does not suit these data: 70% of the cells fail it.*median {median:,.4g}", out)
+    assert re.search(rf"WARNING: MAX_COUNTS = \d+ does not suit these data: 70% of the cells fail it.*median {median:,.1f}", out)
     with pytest.raises(ValueError, match="no cell passes the quality thresholds"):
         place.main(STAGES[1], MIN_GENES=10_000)
 
