@@ -122,7 +122,7 @@ def proportions(
     for name, colour in colours.items():
         bars.bar(np.arange(len(table)), table[name], bottom=bottom, color=colour, width=0.8, label=name, edgecolor="white", lw=0.3)
         bottom += table[name].to_numpy()
-    bars.set(ylim=(0, 1), ylabel="proportion of cells", title="the bulk" if len(bulk_estimate) <= MAX_BARS else f"first {MAX_BARS} of {len(bulk_estimate)} samples")
+    bars.set(xlim=(-0.6, len(table) - 0.4), ylim=(0, 1), ylabel="proportion of cells", title="the bulk" if len(bulk_estimate) <= MAX_BARS else f"first {MAX_BARS} of {len(bulk_estimate)} samples")
     bars.set_xticks(np.arange(len(table)), [name.replace("_", " ") for name in table.index], rotation=0 if len(table) < 4 else 90, fontsize=8)
     for axes in (scatter, bars):
         axes.spines[["top", "right"]].set_visible(False)
