@@ -58,8 +58,9 @@ def load() -> datasets.Source:
     if DATASET in datasets.NAMES:
         if CELL_TYPE_KEY is not None and LABELS_FILE is None:
             raise ValueError(f"CELL_TYPE_KEY is {CELL_TYPE_KEY!r}, but {DATASET} has its own labels; set it to none, or give LABELS_FILE")
-        source = datasets.load(DATASET, folder(f"{DATA_DIR}/raw"), GEO_URL, GENE_LENGTH_URL)
-        return source if GENE_LENGTHS == "auto" else source._replace(gene_length_file=lengths)
+        own_lengths = GENE_LENGTHS == "auto"
+        source = datasets.load(DATASET, folder(f"{DATA_DIR}/raw"), GEO_URL, GENE_LENGTH_URL if own_lengths else None)
+        return source if own_lengths else source._replace(gene_length_file=lengths)
     try:
         path = user_path(DATASET)
     except FileNotFoundError as error:

@@ -22,11 +22,16 @@ class Source(NamedTuple):
     gene_length_file: Path | None
 
 
-def gse130148(raw: Path, geo_url: str, gene_length_url: str) -> Source:
+def gse130148(raw: Path, geo_url: str, gene_length_url: str | None) -> Source:
     """Human lung, Drop-seq: 10,360 cells of 13 types (Vieira Braga et al., Nature Medicine 2019, doi 10.1038/s41591-019-0468-5)."""
     count_file = fetch(f"{geo_url}/GSE130148%5Fraw%5Fcounts.csv.gz", raw / "GSE130148_raw_counts.csv.gz")
     label_file = fetch(f"{geo_url}/GSE130148%5Fbarcodes%5Fcell%5Ftypes.txt.gz", raw / "GSE130148_barcodes_cell_types.txt.gz")
-    length_file = fetch(gene_length_url, raw / "GeneLength.txt")
+    length_file = None
+    if gene_length_url is not None:
+        try:
+            length_file = fetch(gene_length_url, raw / "GeneLength.txt")
+        except ConnectionError as error:  # the cells are there, and only USE_GENE_LENGTHS in stage 2 needs lengths
+            print(f"WARNING: no gene lengths, so USE_GENE_LENGTHS in stage 2 will not work: {error}")
     adata = read_count_table(count_file, "genes_in_rows")
     if adata.n_obs != 10_360:
         raise ValueError(f"{count_file} has {adata.n_obs:,} cells, expected the 10,360 of GSE130148; delete it and run this again, or give its path as DATASET")
@@ -53,7 +58,7 @@ def pbmc68k_reduced() -> Source:
 NAMES = ("GSE130148", "pbmc68k_reduced")
 
 
-def load(name: str, raw: Path, geo_url: str, gene_length_url: str) -> Source:
-    """A data set of `NAMES`; files that must be downloaded are kept in the folder `raw`."""
+def load(name: str, raw: Path, geo_url: str, gene_length_url: str | None) -> Source:
+    """A data set of `NAMES`; files that must be downloaded are kept in the folder `raw`. None: no gene lengths wanted."""
     source = pbmc68k_reduced() if name == "pbmc68k_reduced" else gse130148(raw, geo_url, gene_length_url)
     return source._replace(adata=tidy(source.adata, name))

@@ -314,6 +314,15 @@ def test_stage_0_refuses_another_number_of_cells(site, tmp_path, lung):
     assert not (place.data / "counts.h5ad").exists()
 
 
+def test_stage_0_goes_on_without_gene_lengths_and_says_so(site, tmp_path, lung):
+    _, files = lung
+    site.files = {path: content for path, content in files.items() if "GeneLength" not in path}
+    place = Workplace(tmp_path / "place")
+    printed = run_stage(site, place).stdout
+    assert "WARNING: no gene lengths, so USE_GENE_LENGTHS in stage 2 will not work" in printed and "404" in printed
+    assert "gene_length_bp" not in ad.read_h5ad(place.data / "counts.h5ad").var
+
+
 def test_stage_0_without_a_network_says_what_to_put_where(site, tmp_path):
     site.answers = [status(403)]
     place = Workplace(tmp_path / "place")
