@@ -17,7 +17,7 @@ import scanpy as sc
 from sklearn.model_selection import StratifiedGroupKFold
 
 from lib import options, plots
-from lib.counts import fingerprint, read_counts, write_counts
+from lib.counts import draw_of_each_type, fingerprint, read_counts, write_counts
 from lib.embedding import embed
 from lib.files import folder, report
 
@@ -189,15 +189,10 @@ def _natural(name: str) -> tuple:
 
 def split(obs: pd.DataFrame) -> np.ndarray:
     """Which cells are test cells: drawn within each type, or whole groups of SPLIT_BY with types spread as evenly as can be."""
-    rng = np.random.default_rng(SEED)
-    is_test = np.zeros(len(obs), dtype=bool)
     codes = obs["cell_type"].cat.codes.to_numpy()
     if SPLIT_BY is None:
-        for code in range(codes.max() + 1):
-            cells = np.flatnonzero(codes == code)
-            n_test = max(1, round(TEST_FRACTION * len(cells)))
-            is_test[rng.permutation(cells)[:n_test]] = True
-        return is_test
+        return draw_of_each_type(codes, TEST_FRACTION, np.random.default_rng(SEED))
+    is_test = np.zeros(len(obs), dtype=bool)
     groups = obs[SPLIT_BY].astype(str).to_numpy()
     n_folds = max(2, round(1 / TEST_FRACTION))
     if len(np.unique(groups)) < n_folds:

@@ -17,7 +17,7 @@ import scipy.sparse as sp
 from tqdm import tqdm
 
 from lib import options, pseudobulk
-from lib.counts import read_split
+from lib.counts import draw_of_each_type, read_split
 from lib.files import folder, replacing, report
 
 # Mixtures of train cells, to train the deconvolution
@@ -160,13 +160,10 @@ def write_train_samples(train: ad.AnnData, gene_length_bp: pd.Series | None, pat
 
 def part_cells(codes: np.ndarray, n_types: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Type of each cell in the fit mixtures and in the validation mixtures; -1 for a cell of the other kind."""
-    fit, validation = codes.copy(), np.full_like(codes, -1)
-    for k in range(n_types):
-        cells = rng.permutation(np.flatnonzero(codes == k))
-        held_out = cells[: max(1, round(VALIDATION_FRACTION * len(cells)))]
-        validation[held_out] = k
-        if len(cells) > 1:  # a type's only cell is in both, or the type could not be learned
-            fit[held_out] = -1
+    held_out = draw_of_each_type(codes, VALIDATION_FRACTION, rng)
+    n_cells = np.bincount(codes[codes >= 0], minlength=n_types)
+    validation = np.where(held_out, codes, -1)
+    fit = np.where(held_out & (n_cells[codes] > 1), -1, codes)  # a type's only cell is in both, or the type could not be learned
     return fit, validation
 
 

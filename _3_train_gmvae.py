@@ -14,7 +14,7 @@ import torch
 
 from lib import options
 from lib.batches import CellDataset
-from lib.counts import read_counts
+from lib.counts import draw_of_each_type, read_counts
 from lib.files import folder, report
 from lib.gmvae import GMVAE
 from lib.likelihoods import nb_per_type_log_likelihood
@@ -80,11 +80,8 @@ def main() -> None:
 
 def hold_out(counts, cell_type_idx: np.ndarray, device: torch.device) -> tuple[CellDataset, CellDataset]:
     """Part the train cells, type by type, into cells to train on and cells to stop by; a type keeps at least one of each."""
-    rng = np.random.default_rng(SEED)
-    is_held_out = np.zeros(len(cell_type_idx), dtype=bool)
-    for k in range(cell_type_idx.max() + 1):
-        cells = rng.permutation(np.flatnonzero(cell_type_idx == k))
-        is_held_out[cells[: max(1, round(VALIDATION_FRACTION * len(cells)))]] = len(cells) > 1
+    n_cells = np.bincount(cell_type_idx[cell_type_idx >= 0])
+    is_held_out = draw_of_each_type(cell_type_idx, VALIDATION_FRACTION, np.random.default_rng(SEED)) & (n_cells[cell_type_idx] > 1)
     return tuple(CellDataset(counts[part], cell_type_idx[part], device) for part in (~is_held_out, is_held_out))
 
 

@@ -26,7 +26,7 @@ class Batch:
     def n_cells(self) -> int:
         return len(self.library_size)
 
-    def log_normalized(self, target: float) -> torch.Tensor:
+    def log_normalized(self, target: float | torch.Tensor) -> torch.Tensor:
         """log(1 + count x target / library size), sparse, n_cells x n_genes: what the encoder sees."""
         values = torch.log1p(self.counts * (target / self.library_size)[self.cells])
         with warnings.catch_warnings():

@@ -182,6 +182,15 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "") if names else "none"
 
 
+def draw_of_each_type(cell_type_idx: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
+    """Mask of cells drawn at random: this fraction of each type, at least one cell; none of unknown type (-1)."""
+    drawn = np.zeros(len(cell_type_idx), dtype=bool)
+    for k in range(cell_type_idx.max() + 1):
+        cells = rng.permutation(np.flatnonzero(cell_type_idx == k))
+        drawn[cells[: max(1, round(fraction * len(cells)))]] = True
+    return drawn
+
+
 def log_normalize(counts: sp.csr_matrix, target: float) -> sp.csr_matrix:
     """log(1 + count x target / library size) per cell, sparse; `target` in counts per cell."""
     library_size = np.asarray(counts.sum(axis=1)).ravel()

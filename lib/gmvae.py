@@ -157,11 +157,11 @@ class GMVAE(nn.Module):
 
     def q_y(self, batch: Batch) -> torch.Tensor:
         """q(y|x) as logits, (n_cells, n_cell_types)."""
-        return self.q_y_x(batch.log_normalized(float(self.library_median)), self.log_library(batch.library_size))
+        return self.q_y_x(batch.log_normalized(self.library_median), self.log_library(batch.library_size))
 
     def q_z(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """q(z|x,y): mean and log-variance, each (n_cells, n_latent)."""
-        x = batch.log_normalized(float(self.library_median))
+        x = batch.log_normalized(self.library_median)
         extra = torch.cat([self.one_hot(batch.cell_type_idx), self.log_library(batch.library_size)], dim=1)
         return self.q_z_xy_mean(x, extra).float(), self.q_z_xy_log_var(x, extra).float().clamp(-10, 6)
 
