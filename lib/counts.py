@@ -6,14 +6,18 @@ cells it was trained on: so two files that do not belong together are refused (`
 
 import hashlib
 from pathlib import Path
+from typing import Iterable, Iterator
 
 import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+from anndata.abc import CSRDataset
 
 from lib.files import replacing, require
+
+BLOCK_CELLS = 2048  # cells in memory at a time: 10-30 MB of counts
 
 # Genes that nearly every human or mouse table holds; they tell the gene axis from the cell axis.
 COMMON_GENES = frozenset(
@@ -109,7 +113,7 @@ def write_counts(adata: ad.AnnData, path: Path) -> None:
 
 
 def read_counts(path: Path, stage: str) -> ad.AnnData:
-    """A count file that an earlier stage wrote.
+    """A count file that an earlier stage wrote; `X` stays on disk, to be read some rows at a time.
 
     Raises
     ------
@@ -118,16 +122,40 @@ def read_counts(path: Path, stage: str) -> ad.AnnData:
     ValueError
         If the file was put there by something else.
     """
-    adata = ad.read_h5ad(require(path, stage))
-    if "dataset" not in adata.uns or not sp.issparse(adata.X):
+    adata = ad.read_h5ad(require(path, stage), backed="r")
+    if "dataset" not in adata.uns or not isinstance(adata.X, CSRDataset):
         raise ValueError(f"{path} was not written by {stage}: it lacks uns['dataset'] or sparse counts; run {stage}")
     source = path.parent / "counts.h5ad"
-    if source.exists() and (current := read_uns(source, "counts_id")) != adata.uns.get("counts_id"):
+    if path != source and source.exists() and (current := read_uns(source, "counts_id")) != adata.uns.get("counts_id"):
         raise ValueError(
             f"{path} is stale: it was made of other counts of {adata.uns['dataset']} than {source} holds now "
             f"({read_uns(source, 'dataset')}, counts {current}; expected counts {adata.uns.get('counts_id')}); run _1_split_train_test.py again"
         )
     return adata
+
+
+def write_blocks(cells: ad.AnnData, blocks: Iterable[sp.csr_matrix], path: Path) -> None:
+    """A count file whose counts are written some rows at a time; `cells` holds all the rest, and no `X`."""
+    with replacing(path) as temporary:
+        cells.write_h5ad(temporary)
+        with h5py.File(temporary, "a") as file:
+            file.pop("X", None)
+            ad.io.write_elem(file, "X", sp.csr_matrix((0, cells.n_vars), dtype=np.float32))
+            X = ad.io.sparse_dataset(file["X"])
+            for block in blocks:
+                X.append(block)
+        assert X.shape == cells.shape
+
+
+def n_entries(counts: sp.csr_matrix | CSRDataset) -> int:
+    """How many counts above zero there are."""
+    return counts.nnz if sp.issparse(counts) else counts.group["data"].shape[0]
+
+
+def take(adata: ad.AnnData, rows: np.ndarray) -> ad.AnnData:
+    """Some cells of a count file, in memory. rows: ascending."""
+    parts = [block[rows[slice(*np.searchsorted(rows, [s.start, s.stop]))] - s.start] for s, block in row_blocks(adata.X)]
+    return ad.AnnData(sp.vstack(parts, format="csr"), obs=adata.obs.iloc[rows].copy(), var=adata.var.copy(), uns=dict(adata.uns))
 
 
 def read_uns(path: Path, key: str) -> str | None:
@@ -180,6 +208,13 @@ def check_same_names(got: list[str], got_by: object, expected: list[str], expect
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "") if names else "none"
+
+
+def row_blocks(counts: sp.csr_matrix | CSRDataset, size: int = BLOCK_CELLS) -> Iterator[tuple[slice, sp.csr_matrix]]:
+    """All rows of a matrix in memory or on disk, some at a time."""
+    for start in range(0, counts.shape[0], size):
+        rows = slice(start, min(start + size, counts.shape[0]))
+        yield rows, counts[rows]
 
 
 def draw_of_each_type(cell_type_idx: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:

@@ -14,6 +14,7 @@ the sum over all types weighted by q(y|x) (Kingma et al. 2014, "Semi-supervised 
 
 import math
 from dataclasses import dataclass
+from typing import Iterator
 
 import numpy as np
 import scipy.sparse as sp
@@ -21,11 +22,29 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib.batches import Batch, CellDataset
+from lib.batches import Batch, CellDataset, transposed
 from lib.likelihoods import gaussian_kl, gaussian_log_prob, log_theta_by_moments, nb_log_prob, type_profiles, zinb_log_prob
 
 LOG_THETA_RANGE = (math.log(1e-3), math.log(1e6))
-GENERATED_AT_ONCE = 512  # cells; each block has a random stream of its own
+GENERATED_AT_ONCE = 256  # cells; each block has a random stream of its own
+
+
+class SparseProduct(torch.autograd.Function):
+    """x @ weight for a sparse x that needs no gradient; torch's own gradient of it takes four times as long."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.x = x
+        return _product(x, weight)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return None, _product(transposed(ctx.x), upstream)
+
+
+def _product(x: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+    """x @ dense, sparse x; unlike `@`, without filling the result with zeros first and copying it afterwards."""
+    return dense.new_empty(x.shape[0], dense.shape[1]).addmm_(x, dense, beta=0)
 
 
 class SparseLinear(nn.Module):
@@ -37,7 +56,7 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):  # sparse products have no half precision everywhere
-            return x @ self.weight
+            return SparseProduct.apply(x, self.weight)
 
 
 def mlp(sizes: tuple[int, ...], dropout: float = 0.0) -> nn.Sequential:
@@ -49,41 +68,81 @@ def mlp(sizes: tuple[int, ...], dropout: float = 0.0) -> nn.Sequential:
 
 
 class Tower(nn.Module):
-    """(genes + extra)-hidden-...-n_out."""
+    """(genes + extra)-hidden-...-n_out, from where the genes have been multiplied by the first layer's weights."""
 
-    def __init__(self, n_genes: int, n_extra: int, hidden: tuple[int, ...], n_out: int, dropout: float):
+    def __init__(self, n_extra: int, hidden: tuple[int, ...], n_out: int, dropout: float):
         super().__init__()
-        self.genes = SparseLinear(n_genes, hidden[0])
         self.extra = nn.Linear(n_extra, hidden[0])
         self.rest = nn.Sequential(nn.LayerNorm(hidden[0]), nn.ReLU(), nn.Dropout(dropout), mlp(hidden, dropout), nn.Linear(hidden[-1], n_out))
 
-    def forward(self, x: torch.Tensor, extra: torch.Tensor) -> torch.Tensor:
-        return self.rest(self.genes(x) + self.extra(extra))
+    def forward(self, genes: torch.Tensor, extra: torch.Tensor) -> torch.Tensor:
+        return self.rest(genes + self.extra(extra))
 
 
 @dataclass
 class Likelihood:
     """Parameters of p(x|z) for some cells."""
 
-    log_mu: torch.Tensor  # (n_cells, n_genes)
+    logits: torch.Tensor  # (n_cells, n_genes): mu = library x softmax(logits)
+    log_library: torch.Tensor  # (n_cells,)
     log_theta: torch.Tensor  # (n_genes,), or (n_cells, n_genes) with a dispersion head
     zi_logits: torch.Tensor | None  # (n_cells, n_genes), None for NB
 
     def log_prob(self, batch: Batch) -> torch.Tensor:
         """log p(x|z) per cell, summed over genes, in nats."""
         if self.zi_logits is None:
-            return nb_log_prob(batch, self.log_mu, self.log_theta)
-        return zinb_log_prob(batch, self.log_mu, self.log_theta, self.zi_logits)
+            return nb_log_prob(batch, self.logits, self.log_library, self.log_theta)
+        return zinb_log_prob(batch, self.logits, self.log_library, self.log_theta, self.zi_logits)
 
-    def sample(self, generator: torch.Generator) -> torch.Tensor:
-        """Counts, (n_cells, n_genes): a Poisson draw whose rate is a gamma draw, and extra zeros for ZINB."""
-        theta = self.log_theta.exp().expand_as(self.log_mu)
-        rate = torch._standard_gamma(theta.contiguous(), generator=generator) * (self.log_mu - self.log_theta).exp()
-        counts = torch.poisson(rate, generator=generator)
+    def sample(self, generator: torch.Generator) -> sp.csr_matrix:
+        """Counts, n_cells x n_genes. Which genes are seen at all is drawn for every gene; how often, for those seen alone."""
+        theta = self.log_theta.exp()
+        ratio = F.softmax(self.logits, dim=1).mul_(self.log_library.exp()[:, None]).div_(theta)  # mu / theta
+        seen = torch.expm1(ratio.log1p().mul_(-theta)).neg_()  # P(x > 0)
         if self.zi_logits is not None:
-            dropped = torch.rand(counts.shape, generator=generator, device=counts.device) < torch.sigmoid(self.zi_logits)
-            counts = counts.masked_fill(dropped, 0.0)
-        return counts
+            seen *= torch.sigmoid(-self.zi_logits)
+        u = torch.rand(seen.shape, generator=generator, device=seen.device)
+        cells, genes = (u < seen).nonzero(as_tuple=True)
+        quantile = (u[cells, genes].double() + 2**-25) / seen[cells, genes]  # given that x > 0, uniform again
+        theta = (theta[genes] if theta.dim() == 1 else theta[cells, genes]).double()
+        counts = draw_positive_nb(ratio[cells, genes].double(), theta, quantile.clamp(max=1.0), generator)
+        indptr = F.pad(cells.bincount(minlength=len(seen)).cumsum(0), (1, 0)).cpu().numpy()
+        return sp.csr_matrix((counts.float().cpu().numpy(), genes.int().cpu().numpy(), indptr), shape=tuple(seen.shape))
+
+
+def draw_positive_nb(ratio: torch.Tensor, theta: torch.Tensor, quantile: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One count > 0 of each negative binomial, given that it is not 0.
+
+    Where zeros are the minority, x is a Poisson draw whose rate is a gamma draw, repeated until it is not 0. Elsewhere the
+    distribution function is inverted: x = 1, 2, ... until P(X > x) <= quantile x P(X > 0).
+
+    Parameters
+    ----------
+    ratio, theta
+        mu / theta, and theta: float64, one an entry.
+    quantile
+        Uniform in (0, 1].
+    """
+    counts = torch.ones_like(ratio)
+    log_zero = -theta * ratio.log1p()
+    is_rare = log_zero > -0.7  # P(x = 0) > 1/2
+    left = (~is_rare).nonzero()[:, 0]
+    while len(left):
+        rate = torch._standard_gamma(theta[left], generator=generator) * ratio[left]
+        counts[left] = torch.poisson(rate, generator=generator)
+        left = left[counts[left] == 0]
+
+    left = is_rare.nonzero()[:, 0]
+    theta, q, probability = theta[left], ratio[left] / (1 + ratio[left]), log_zero[left].exp()
+    tail, x = -torch.expm1(log_zero[left]), 0  # P(X > x)
+    threshold = quantile[left] * tail
+    while len(left):
+        probability *= q * (theta + x) / (x + 1)  # P(X = x + 1)
+        tail, x = tail - probability, x + 1
+        counts[left] = x
+        more = threshold < tail
+        left, theta, q, probability, tail, threshold = (v[more] for v in (left, theta, q, probability, tail, threshold))
+    return counts
 
 
 class GMVAE(nn.Module):
@@ -114,9 +173,10 @@ class GMVAE(nn.Module):
             likelihood=likelihood, dispersion=dispersion, dropout=dropout,
         )  # fmt: skip
         self.n_genes, self.n_cell_types, self.n_latent = n_genes, n_cell_types, n_latent
-        self.q_y_x = Tower(n_genes, 1, hidden[:1], n_cell_types, dropout)
-        self.q_z_xy_mean = Tower(n_genes, n_cell_types + 1, hidden, n_latent, dropout)
-        self.q_z_xy_log_var = Tower(n_genes, n_cell_types + 1, hidden, n_latent, dropout)
+        self.q_genes = SparseLinear(n_genes, 3 * hidden[0])  # first layer of the three towers that see x, in one product
+        self.q_y_x = Tower(1, hidden[:1], n_cell_types, dropout)
+        self.q_z_xy_mean = Tower(n_cell_types + 1, hidden, n_latent, dropout)
+        self.q_z_xy_log_var = Tower(n_cell_types + 1, hidden, n_latent, dropout)
         self.p_z_y_mean = nn.Sequential(nn.Linear(n_cell_types, hidden[0]), nn.ReLU(), nn.Linear(hidden[0], n_latent))
         self.p_z_y_log_var = nn.Sequential(nn.Linear(n_cell_types, hidden[0]), nn.ReLU(), nn.Linear(hidden[0], n_latent))
         self.p_x_z = mlp((n_latent, *reversed(hidden)), dropout)
@@ -130,17 +190,17 @@ class GMVAE(nn.Module):
         self.register_buffer("type_frequency", torch.full((n_cell_types,), 1 / n_cell_types))
 
     @torch.no_grad()
-    def initialise(self, counts: sp.csr_matrix, cell_type_idx: np.ndarray) -> None:
+    def initialise(self, dataset: CellDataset) -> None:
         """Start where the data are: mean profile, dispersion and library sizes of the training cells."""
-        library_size = np.asarray(counts.sum(axis=1)).ravel()
+        cell_type_idx, library_size = dataset.cell_type_idx, dataset.library_size
         self.library_median.fill_(float(np.median(library_size)))
         n_per_type = np.bincount(cell_type_idx[cell_type_idx >= 0], minlength=self.n_cell_types)
         self.type_frequency.copy_(torch.from_numpy((n_per_type + 1) / (n_per_type + 1).sum()))
-        profiles = type_profiles(counts, cell_type_idx, self.n_cell_types)
+        profiles = type_profiles(dataset, self.n_cell_types)
         mean_profile = self.type_frequency.cpu().double().numpy() @ profiles
         self.p_x_z_log_mean.bias.copy_(torch.from_numpy(np.log(mean_profile)))
         self.p_x_z_log_mean.weight.mul_(0.1)
-        self.log_theta.copy_(torch.from_numpy(log_theta_by_moments(counts, cell_type_idx, profiles)))
+        self.log_theta.copy_(torch.from_numpy(log_theta_by_moments(dataset, profiles)))
         if self.p_x_z_log_theta is not None:
             nn.init.zeros_(self.p_x_z_log_theta.weight), nn.init.zeros_(self.p_x_z_log_theta.bias)
         if self.p_x_z_zi_logits is not None:
@@ -155,15 +215,18 @@ class GMVAE(nn.Module):
     def one_hot(self, cell_type_idx: torch.Tensor) -> torch.Tensor:
         return F.one_hot(cell_type_idx, self.n_cell_types).float()
 
-    def q_y(self, batch: Batch) -> torch.Tensor:
-        """q(y|x) as logits, (n_cells, n_cell_types)."""
-        return self.q_y_x(batch.log_normalized(self.library_median), self.log_library(batch.library_size))
+    def see(self, batch: Batch) -> torch.Tensor:
+        """What the towers of q(y|x) and q(z|x,y) take of x: (3, n_cells, hidden)."""
+        return torch.stack(self.q_genes(batch.log_normalized(self.library_median)).chunk(3, dim=1))
 
-    def q_z(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """q(z|x,y): mean and log-variance, each (n_cells, n_latent)."""
-        x = batch.log_normalized(self.library_median)
+    def q_y(self, seen: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """q(y|x) as logits, (n_cells, n_cell_types). seen: from `see`."""
+        return self.q_y_x(seen[0], self.log_library(batch.library_size))
+
+    def q_z(self, seen: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """q(z|x,y): mean and log-variance, each (n_cells, n_latent). seen: from `see`."""
         extra = torch.cat([self.one_hot(batch.cell_type_idx), self.log_library(batch.library_size)], dim=1)
-        return self.q_z_xy_mean(x, extra).float(), self.q_z_xy_log_var(x, extra).float().clamp(-10, 6)
+        return self.q_z_xy_mean(seen[1], extra).float(), self.q_z_xy_log_var(seen[2], extra).float().clamp(-10, 6)
 
     def p_z(self, cell_type_idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """p(z|y): mean and log-variance, each (n_cells, n_latent)."""
@@ -173,24 +236,24 @@ class GMVAE(nn.Module):
     def p_x(self, z: torch.Tensor, library_size: torch.Tensor) -> Likelihood:
         """p(x|z,l). z: (n_cells, n_latent); library_size: (n_cells,)."""
         h = self.p_x_z(z)
-        log_mu = F.log_softmax(self.p_x_z_log_mean(h).float(), dim=1) + library_size.log()[:, None]
+        logits = self.p_x_z_log_mean(h).float()
         log_theta = self.log_theta if self.p_x_z_log_theta is None else self.log_theta + self.p_x_z_log_theta(h).float()
         zi_logits = None if self.p_x_z_zi_logits is None else self.p_x_z_zi_logits(h).float()
-        return Likelihood(log_mu, log_theta.clamp(*LOG_THETA_RANGE), zi_logits)
+        return Likelihood(logits, library_size.log(), log_theta.clamp(*LOG_THETA_RANGE), zi_logits)
 
     def p_l(self, z: torch.Tensor, cell_type_idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """p(log l|z,y), l relative to the median: mean and log-variance, each (n_cells,)."""
         return self.p_l_z_mean(z)[:, 0].float(), 2 * self.log_library_scale[cell_type_idx]
 
-    def elbo_terms(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
+    def elbo_terms(self, seen: torch.Tensor, batch: Batch, noise: torch.Tensor) -> dict[str, torch.Tensor]:
         """The parts of the bound on log p(x, l | y) of cells whose type is given; each (n_cells,), in nats.
 
-        `reconstruction_loss` = -log p(x|z,l), `library_loss` = -log p(log l|z,y), `kl_z` = KL(q(z|x,y) || p(z|y)), at one z
-        drawn from q(z|x,y).
+        `reconstruction_loss` = -log p(x|z,l), `library_loss` = -log p(log l|z,y), `kl_z` = KL(q(z|x,y) || p(z|y)), at
+        z = mean + standard deviation x noise of q(z|x,y); noise: (n_cells, n_latent), standard normal.
         """
-        q_mean, q_log_var = self.q_z(batch)
+        q_mean, q_log_var = self.q_z(seen, batch)
         p_mean, p_log_var = self.p_z(batch.cell_type_idx)
-        z = q_mean + (0.5 * q_log_var).exp() * torch.randn(q_mean.shape, generator=generator, device=q_mean.device)
+        z = q_mean + (0.5 * q_log_var).exp() * noise
         l_mean, l_log_var = self.p_l(z, batch.cell_type_idx)
         return {
             "reconstruction_loss": -self.p_x(z, batch.library_size).log_prob(batch),
@@ -198,36 +261,38 @@ class GMVAE(nn.Module):
             "kl_z": gaussian_kl(q_mean, q_log_var, p_mean, p_log_var),
         }
 
-    def loss(self, batch: Batch, kl_weight: float = 1.0, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
-        """Mean loss per cell and its parts, in nats; `loss` is what to minimise.
+    def forward(self, batch: Batch, noise: torch.Tensor, kl_weight: float = 1.0) -> dict[str, torch.Tensor]:
+        """Mean loss per cell and its parts, in nats; `loss` is what to minimise. noise: as in `elbo_terms`.
 
         Labelled cells: reconstruction + library + kl_weight x kl_z, and -log q(y|x) of their label (`kl_y`, the KL between
         the label and q(y|x)). Cells of unknown type: the same bound for every type, weighted by q(y|x), and
         kl_weight x KL(q(y|x) || p(y)).
         """
-        unknown = batch.cell_type_idx < 0
-        parts = []
-        if not unknown.all():
-            parts.append(self._labelled_terms(batch if not unknown.any() else batch.select(~unknown), kl_weight, generator))
-        if unknown.any():
-            parts.append(self._unlabelled_terms(batch.select(unknown), kl_weight, generator))
-        terms = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        seen = self.see(batch)
+        if not batch.all_labelled:
+            unknown = batch.cell_type_idx < 0
+            parts = [self._unlabelled_terms(seen[:, unknown], batch.select(unknown), noise[unknown], kl_weight)]
+            if not unknown.all():
+                parts.append(self._labelled_terms(seen[:, ~unknown], batch.select(~unknown), noise[~unknown], kl_weight))
+            terms = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        else:
+            terms = self._labelled_terms(seen, batch, noise, kl_weight)
         loss = terms.pop("loss").mean()
         elbo = -(terms["reconstruction_loss"] + terms["library_loss"] + terms["kl_z"])
         return {"loss": loss, "elbo": elbo.mean().detach()} | {name: value.mean().detach() for name, value in terms.items()}
 
-    def _labelled_terms(self, batch: Batch, kl_weight: float, generator: torch.Generator | None) -> dict[str, torch.Tensor]:
-        terms = self.elbo_terms(batch, generator)
-        terms["kl_y"] = F.cross_entropy(self.q_y(batch).float(), batch.cell_type_idx, reduction="none")
+    def _labelled_terms(self, seen: torch.Tensor, batch: Batch, noise: torch.Tensor, kl_weight: float) -> dict[str, torch.Tensor]:
+        terms = self.elbo_terms(seen, batch, noise)
+        terms["kl_y"] = F.cross_entropy(self.q_y(seen, batch).float(), batch.cell_type_idx, reduction="none")
         bound = terms["reconstruction_loss"] + terms["library_loss"] + kl_weight * terms["kl_z"]
         return terms | {"loss": bound + terms["kl_y"]}
 
-    def _unlabelled_terms(self, batch: Batch, kl_weight: float, generator: torch.Generator | None) -> dict[str, torch.Tensor]:
-        log_q_y = F.log_softmax(self.q_y(batch).float(), dim=1)
+    def _unlabelled_terms(self, seen: torch.Tensor, batch: Batch, noise: torch.Tensor, kl_weight: float) -> dict[str, torch.Tensor]:
+        log_q_y = F.log_softmax(self.q_y(seen, batch).float(), dim=1)
         q_y = log_q_y.exp()
         terms = {name: 0.0 for name in ("reconstruction_loss", "library_loss", "kl_z")}
         for k in range(self.n_cell_types):
-            for name, value in self.elbo_terms(batch.of_type(k), generator).items():
+            for name, value in self.elbo_terms(seen, batch.of_type(k), noise).items():
                 terms[name] = terms[name] + q_y[:, k] * value
         terms["kl_y"] = (q_y * (log_q_y - self.type_frequency.log())).sum(dim=1)
         bound = terms["reconstruction_loss"] + terms["library_loss"] + kl_weight * (terms["kl_z"] + terms["kl_y"])
@@ -244,7 +309,7 @@ class GMVAE(nn.Module):
         generator = torch.Generator(dataset.device).manual_seed(seed)
         log_likelihood = []
         for batch in dataset.in_order(batch_size):
-            q_mean, q_log_var = self.q_z(batch)
+            q_mean, q_log_var = self.q_z(self.see(batch), batch)
             p_mean, p_log_var = self.p_z(batch.cell_type_idx)
             weights = []
             for _ in range(n_samples):
@@ -255,32 +320,37 @@ class GMVAE(nn.Module):
         return torch.cat(log_likelihood).cpu().numpy()
 
     @torch.no_grad()
-    def sample(self, cell_type_idx: np.ndarray, seed: int, noise_factor: float = 1.0) -> sp.csr_matrix:
-        """New cells of the given types.
+    def sample(self, cell_type_idx: np.ndarray, seed: int, noise_factor: float = 1.0, blocks: range | None = None) -> Iterator[sp.csr_matrix]:
+        """New cells of the given types, `GENERATED_AT_ONCE` at a time.
 
         Parameters
         ----------
         cell_type_idx
             (n_cells,) type of each cell wanted.
         seed
-            The same seed gives the same cells; each block of cells has a stream of its own.
+            The same seed gives the same cells; each block of cells has a stream of its own, so blocks can be shared out.
         noise_factor
             Multiplies the standard deviation of p(z|y): below 1 cells closer to their type's middle, above 1 wider.
+        blocks
+            Numbers of the blocks wanted; None for all.
 
-        Returns
-        -------
-        n_cells x n_genes, raw counts, CSR.
+        Yields
+        ------
+        Cells x n_genes, raw counts, CSR.
         """
         device = self.log_theta.device
-        blocks = []
-        for number, start in enumerate(range(0, len(cell_type_idx), GENERATED_AT_ONCE)):
+        for number in range(n_blocks(len(cell_type_idx))) if blocks is None else blocks:
             stream = np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]
             generator = torch.Generator(device).manual_seed(int(stream >> np.uint64(1)))
-            y = torch.from_numpy(np.asarray(cell_type_idx[start : start + GENERATED_AT_ONCE], dtype=np.int64)).to(device)
+            wanted = np.asarray(cell_type_idx[number * GENERATED_AT_ONCE : (number + 1) * GENERATED_AT_ONCE], dtype=np.int64)
+            y = torch.from_numpy(wanted).to(device)
             p_mean, p_log_var = self.p_z(y)
             z = p_mean + noise_factor * (0.5 * p_log_var).exp() * torch.randn(p_mean.shape, generator=generator, device=device)
             l_mean, l_log_var = self.p_l(z, y)
             log_library = l_mean + (0.5 * l_log_var).exp() * torch.randn(l_mean.shape, generator=generator, device=device)
-            counts = self.p_x(z, log_library.exp() * self.library_median).sample(generator)
-            blocks.append(sp.csr_matrix(counts.cpu().numpy()))
-        return sp.vstack(blocks, format="csr") if blocks else sp.csr_matrix((0, self.n_genes), dtype=np.float32)
+            yield self.p_x(z, log_library.exp() * self.library_median).sample(generator)
+
+
+def n_blocks(n_cells: int) -> int:
+    """Into how many blocks `GMVAE.sample` parts so many cells."""
+    return -(-n_cells // GENERATED_AT_ONCE)

@@ -4,6 +4,9 @@
 of the negative binomial only one is not zero where the count is zero, so only that one is computed for all genes; the
 others, with their special functions, are computed at the non-zero counts alone (5-10 % of the entries), in float64: in
 float32 the difference lgamma(x + theta) - lgamma(theta) loses 0.9 nats per entry at theta = 1e6.
+
+The gradients are written out, not recorded: the dense part then reads and writes each entry a few times only, some cells
+at a time, while they are in the processor's cache.
 """
 
 import numpy as np
@@ -15,20 +18,23 @@ from scipy.special import gammaln
 from lib.batches import Batch, CellDataset
 
 PROFILE_VARIATION = np.array([0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000])  # squared, of a gene over types
+CACHED_ENTRIES = 2**18  # of a dense matrix worked on at a time on a CPU: 1 MB, about what a core's cache holds
 
 
-def nb_log_prob(batch: Batch, log_mu: torch.Tensor, log_theta: torch.Tensor) -> torch.Tensor:
-    """log NB(x; mu, theta) per cell, summed over genes.
+def nb_log_prob(batch: Batch, logits: torch.Tensor, log_library: torch.Tensor, log_theta: torch.Tensor) -> torch.Tensor:
+    """log NB(x; mu, theta) per cell, summed over genes; mu = library x softmax(logits).
 
-    With d = log mu - log theta, the logarithm of one entry is -theta softplus(d) where x = 0; where x > 0 it gains
-    lgamma(x + theta) - lgamma(theta) - lgamma(x + 1) + x (d - softplus(d)).
+    With r = mu / theta, the logarithm of one entry is -theta log(1 + r) where x = 0; where x > 0 it gains
+    lgamma(x + theta) - lgamma(theta) - lgamma(x + 1) + x log(r / (1 + r)).
 
     Parameters
     ----------
     batch
         Counts x.
-    log_mu
+    logits
         (n_cells, n_genes).
+    log_library
+        (n_cells,) log of the sum of mu over genes.
     log_theta
         (n_genes,) or (n_cells, n_genes).
 
@@ -36,34 +42,121 @@ def nb_log_prob(batch: Batch, log_mu: torch.Tensor, log_theta: torch.Tensor) -> 
     -------
     (n_cells,) float64 as far as float32 inputs allow.
     """
-    d = log_mu - log_theta
-    at_zero = (-F.softplus(d) * log_theta.exp()).sum(dim=1)
-    gained = _gain_where_positive(batch, d, log_theta)
-    return at_zero.double().index_add(0, batch.cells, gained)
+    return _LogProb.apply(logits, log_library, log_theta, None, batch, torch.is_grad_enabled())
 
 
-def zinb_log_prob(batch: Batch, log_mu: torch.Tensor, log_theta: torch.Tensor, zi_logits: torch.Tensor) -> torch.Tensor:
+def zinb_log_prob(
+    batch: Batch, logits: torch.Tensor, log_library: torch.Tensor, log_theta: torch.Tensor, zi_logits: torch.Tensor
+) -> torch.Tensor:
     """log ZINB(x; mu, theta, pi) per cell, summed over genes; pi = sigmoid(zi_logits) is the share of extra zeros.
 
-    x = 0: log(pi + (1 - pi) NB(0)); x > 0: log(1 - pi) + log NB(x). Shapes as in `nb_log_prob`; zi_logits as log_mu.
+    x = 0: log(pi + (1 - pi) NB(0)); x > 0: log(1 - pi) + log NB(x). Shapes as in `nb_log_prob`; zi_logits as logits.
     """
-    d = log_mu - log_theta
-    nb_zero = -F.softplus(d) * log_theta.exp()
-    zero_or_dropped = torch.logaddexp(zi_logits, nb_zero)
-    at_zero = (zero_or_dropped - F.softplus(zi_logits)).sum(dim=1)
-    entries = (batch.cells, batch.genes)
-    gained = _gain_where_positive(batch, d, log_theta) + (nb_zero[entries] - zero_or_dropped[entries]).double()
-    return at_zero.double().index_add(0, batch.cells, gained)
+    return _LogProb.apply(logits, log_library, log_theta, zi_logits, batch, torch.is_grad_enabled())
 
 
-def _gain_where_positive(batch: Batch, d: torch.Tensor, log_theta: torch.Tensor) -> torch.Tensor:
-    """(n_entries,) float64: log NB(x) - log NB(0) at the non-zero counts."""
-    x = batch.counts.double()
-    # index_select, not [...]: its gradient is summed in one order, so on a CPU the same seed gives the same model
-    at_gene = log_theta.index_select(0, batch.genes) if log_theta.dim() == 1 else log_theta[batch.cells, batch.genes]
-    theta = at_gene.double().exp()
-    d = d[batch.cells, batch.genes].double()
-    return torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1) + x * (d - F.softplus(d))
+class _LogProb(torch.autograd.Function):
+    """Both of the above; NB where `zi_logits` is None.
+
+    Dense part, every entry as if its count were zero: nb_zero = -theta log(1 + r), and for ZINB
+    log(exp(zi) + exp(nb_zero)) - softplus(zi). Sparse part: what the non-zero entries gain over that.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, log_library, log_theta, zi_logits, batch, with_gradient):
+        theta, library = log_theta.exp(), log_library.exp()
+        ratio = torch.empty_like(logits)
+        log_prob = -batch.log_factorials
+        for rows in _cached(logits):
+            r = torch.sub(logits[rows], logits[rows].amax(dim=1, keepdim=True), out=ratio[rows]).exp_()
+            r.mul_((library[rows] / r.sum(dim=1))[:, None]).div_(_rows(theta, rows))
+            nb_zero = r.log1p().mul_(_rows(theta, rows)).neg_()
+            if zi_logits is not None:
+                nb_zero = torch.logaddexp(zi_logits[rows], nb_zero).sub_(F.softplus(zi_logits[rows]))
+            log_prob[rows] += nb_zero.sum(dim=1)
+
+        entries = batch.cells * logits.shape[1] + batch.genes
+        at_theta = batch.genes if log_theta.dim() == 1 else entries
+        r_x, theta_x = ratio.view(-1)[entries], theta.reshape(-1)[at_theta]
+        # lgamma(1 + theta) - lgamma(theta) = log theta, so counts of 1, which most are, need no special function
+        gain = batch.counts * (r_x.double() / (1 + r_x.double())).log() + log_theta.reshape(-1)[at_theta]
+        several = _several(batch)
+        x, theta_several = batch.counts[several].double(), theta_x[several].double()
+        gain[several] += torch.lgamma(x + theta_several) - torch.lgamma(1 + theta_several)
+        dropped = None
+        if zi_logits is not None:
+            over = zi_logits.reshape(-1)[entries] + theta_x * r_x.log1p()  # zi - nb_zero
+            gain -= F.softplus(over)  # = log(exp(zi) + exp(nb_zero)) - nb_zero
+            dropped = torch.sigmoid(over)
+        if with_gradient:
+            ctx.save_for_backward(theta, library, ratio, zi_logits, dropped, entries, at_theta)
+            ctx.batch = batch
+        return log_prob.index_add_(0, batch.cells, gain)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        """d / d log mu and d / d log theta first; d / d logits = d / d log mu - softmax(logits) x its sum over genes.
+
+        With s = r / (1 + r): d nb_zero / d log mu = -theta s, d nb_zero / d log theta = theta (s - log(1 + r)).
+        """
+        theta, library, ratio, zi_logits, dropped, entries, at_theta = ctx.saved_tensors
+        cells, counts = ctx.batch.cells, ctx.batch.counts.to(ratio.dtype)
+        g = upstream.to(ratio.dtype)
+        g_x, r_x, theta_x = g[cells], ratio.view(-1)[entries], theta.reshape(-1)[at_theta]
+        s_x = r_x / (1 + r_x)
+        of_mu_x = counts * (1 - s_x)
+        of_lgamma = torch.ones_like(theta_x)  # theta (digamma(1 + theta) - digamma(theta)) = 1
+        several = _several(ctx.batch)
+        x, theta_several = counts[several].double(), theta_x[several].double()
+        of_lgamma[several] = (theta_several * (torch.digamma(x + theta_several) - torch.digamma(theta_several))).to(ratio.dtype)
+        of_theta_x = of_lgamma - of_mu_x
+        if zi_logits is not None:  # at these entries nothing was dropped: give back what the dense part takes
+            of_mu_x = of_mu_x - dropped * theta_x * s_x
+            of_theta_x = of_theta_x + dropped * theta_x * (s_x - r_x.log1p())
+        of_library = torch.zeros_like(g).index_add_(0, cells, g_x * of_mu_x)
+
+        of_logits, of_zi = torch.empty_like(ratio), None if zi_logits is None else torch.empty_like(ratio)
+        of_theta = torch.zeros_like(theta)
+        for rows in _cached(ratio):
+            r, theta_r, g_r = ratio[rows], _rows(theta, rows), g[rows, None]
+            s, log1p_r = torch.div(r, r + 1, out=of_logits[rows]), r.log1p()
+            weight = g_r
+            if zi_logits is not None:
+                is_dropped = torch.sigmoid(torch.addcmul(zi_logits[rows], log1p_r, theta_r))
+                torch.mul(g_r, torch.sigmoid(zi_logits[rows]).sub_(is_dropped).neg_(), out=of_zi[rows])
+                weight = is_dropped.sub_(1).mul_(-g_r)
+            if theta.dim() == 2:
+                of_theta[rows] = weight * theta_r * (s - log1p_r)
+            elif zi_logits is None:
+                of_theta += g[rows] @ s - g[rows] @ log1p_r
+            else:
+                of_theta += (weight * log1p_r.sub_(s)).sum(dim=0).neg_()
+            s.mul_(weight).mul_(theta_r).neg_()  # d / d log mu
+            of_library[rows] += s.sum(dim=1)
+            s.addcmul_(r * theta_r, (of_library[rows] / library[rows])[:, None], value=-1)
+        if theta.dim() == 1:
+            of_theta *= theta
+        if zi_logits is not None:
+            of_zi.view(-1)[entries] -= g_x * dropped
+        of_logits.view(-1)[entries] += g_x * of_mu_x
+        of_theta.view(-1).index_add_(0, at_theta, g_x * of_theta_x)
+        return of_logits, of_library, of_theta, of_zi, None, None
+
+
+def _cached(dense: torch.Tensor):
+    """Slices of rows to work on at a time: on a GPU all of them."""
+    size = max(1, CACHED_ENTRIES // dense.shape[1]) if dense.device.type == "cpu" else max(1, len(dense))
+    return [slice(start, start + size) for start in range(0, len(dense), size)]
+
+
+def _rows(parameter: torch.Tensor, rows: slice) -> torch.Tensor:
+    """A parameter of these cells: the same for all, or a row a cell."""
+    return parameter if parameter.dim() == 1 else parameter[rows]
+
+
+def _several(batch: Batch) -> torch.Tensor | slice:
+    """The entries above 1; on a GPU all entries, since counting them would make the processor wait."""
+    return (batch.counts > 1).nonzero()[:, 0] if batch.counts.device.type == "cpu" else slice(None)
 
 
 def gaussian_kl(q_mean: torch.Tensor, q_log_var: torch.Tensor, p_mean: torch.Tensor, p_log_var: torch.Tensor) -> torch.Tensor:
@@ -78,7 +171,7 @@ def gaussian_log_prob(x: torch.Tensor, mean: torch.Tensor, log_var: torch.Tensor
     return -0.5 * ((x - mean).square() * (-log_var).exp() + log_var + float(np.log(2 * np.pi)))
 
 
-def type_profiles(counts: sp.csr_matrix, cell_type_idx: np.ndarray, n_cell_types: int) -> np.ndarray:
+def type_profiles(dataset: CellDataset, n_cell_types: int) -> np.ndarray:
     """Mean expression of each type as a fraction of its counts, by empirical Bayes.
 
     A gene's rate in a type is gamma-distributed about its rate m in all cells with squared coefficient of variation c, and
@@ -90,11 +183,9 @@ def type_profiles(counts: sp.csr_matrix, cell_type_idx: np.ndarray, n_cell_types
     -------
     Cell types x genes, rows sum to 1, no zeros.
     """
-    labelled = cell_type_idx >= 0
-    indicator = sp.csr_matrix(
-        (np.ones(labelled.sum()), (cell_type_idx[labelled], np.flatnonzero(labelled))), shape=(n_cell_types, counts.shape[0])
-    )
-    x = (indicator @ counts.astype(np.float64)).toarray()
+    x = np.zeros((n_cell_types, dataset.n_genes))
+    for counts, cell_type_idx in dataset.blocks():
+        x += (_per_type(np.ones(len(cell_type_idx)), cell_type_idx, n_cell_types) @ counts).toarray()
     total = x.sum(axis=1, keepdims=True)
     m = x.sum(axis=0) + 0.5  # half a count: no gene is impossible
     m /= m.sum()
@@ -114,13 +205,19 @@ def type_profiles(counts: sp.csr_matrix, cell_type_idx: np.ndarray, n_cell_types
     return profiles / profiles.sum(axis=1, keepdims=True)
 
 
+def _per_type(weight: np.ndarray, cell_type_idx: np.ndarray, n_cell_types: int) -> sp.csr_matrix:
+    """Cell types x cells: the weight of each labelled cell in its type's row; times counts, sums per type."""
+    cells = np.flatnonzero(cell_type_idx >= 0)
+    return sp.csr_matrix((weight[cells].astype(np.float64), (cell_type_idx[cells], cells)), shape=(n_cell_types, len(cell_type_idx)))
+
+
 def _gamma_poisson(x: np.ndarray, mean: np.ndarray, shape: float) -> np.ndarray:
     """log probability of counts whose Poisson rate is gamma-distributed about `mean`."""
     log_rising = gammaln(x + shape) - gammaln(shape) - gammaln(x + 1)
     return log_rising + shape * np.log(shape / (shape + mean)) + x * np.log(np.maximum(mean, 1e-300) / (shape + mean))
 
 
-def log_theta_by_moments(counts: sp.csr_matrix, cell_type_idx: np.ndarray, profiles: np.ndarray) -> np.ndarray:
+def log_theta_by_moments(dataset: CellDataset, profiles: np.ndarray) -> np.ndarray:
     """log theta of every gene, from the variance that is left within the types.
 
     1 / theta = sum((x - mu)^2 - mu) / sum(mu^2) over cells, mu = library size x profile of the cell's type. Genes with few
@@ -131,17 +228,18 @@ def log_theta_by_moments(counts: sp.csr_matrix, cell_type_idx: np.ndarray, profi
     -------
     (n_genes,), within [log 0.01, log 10,000].
     """
-    labelled = np.flatnonzero(cell_type_idx >= 0)
-    counts, cell_type_idx = counts[labelled].astype(np.float64), cell_type_idx[labelled]
-    library_size = np.asarray(counts.sum(axis=1)).ravel()
-    n_cell_types = len(profiles)
-    sum_l = np.bincount(cell_type_idx, library_size, n_cell_types)
-    sum_l2 = np.bincount(cell_type_idx, library_size**2, n_cell_types)
+    n_cell_types, n_genes = profiles.shape
+    sum_l, sum_l2 = np.zeros(n_cell_types), np.zeros(n_cell_types)
+    sum_x_mu, sum_x2 = np.zeros(n_genes), np.zeros(n_genes)
+    for counts, cell_type_idx in dataset.blocks():
+        labelled = cell_type_idx >= 0
+        library_size = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
+        sum_l += np.bincount(cell_type_idx[labelled], library_size[labelled], n_cell_types)
+        sum_l2 += np.bincount(cell_type_idx[labelled], library_size[labelled] ** 2, n_cell_types)
+        # sum (x - mu)^2 = sum x^2 - 2 sum x mu + sum mu^2, the first two over the non-zero counts only
+        sum_x_mu += np.sum((_per_type(library_size, cell_type_idx, n_cell_types) @ counts).toarray() * profiles, axis=0)
+        sum_x2 += labelled.astype(np.float64) @ counts.astype(np.float64).power(2)
     sum_mu, sum_mu2 = sum_l @ profiles, sum_l2 @ profiles**2
-    # sum (x - mu)^2 = sum x^2 - 2 sum x mu + sum mu^2, the first two over the non-zero counts only
-    weighted = sp.csr_matrix((library_size, (cell_type_idx, np.arange(len(labelled)))), shape=(n_cell_types, len(labelled))) @ counts
-    sum_x_mu = np.asarray(weighted.multiply(profiles).sum(axis=0)).ravel()
-    sum_x2 = np.asarray(counts.multiply(counts).sum(axis=0)).ravel()
     excess = sum_x2 - 2 * sum_x_mu + sum_mu2 - sum_mu
     overall = max(excess.sum() / sum_mu2.sum(), 1e-4)
     inverse = (excess + 10 * overall) / (sum_mu2 + 10)
@@ -155,11 +253,11 @@ def nb_per_type_log_likelihood(train: CellDataset, test: CellDataset, batch_size
     The baseline of the GMVAE, with the same empirical-Bayes profiles and the same start of theta.
     """
     n_cell_types = int(max(train.cell_type_idx.max(), test.cell_type_idx.max())) + 1
-    profiles = type_profiles(train.counts, train.cell_type_idx, n_cell_types)
-    log_theta = torch.from_numpy(log_theta_by_moments(train.counts, train.cell_type_idx, profiles)).float().to(train.device)
+    profiles = type_profiles(train, n_cell_types)
+    log_theta = torch.from_numpy(log_theta_by_moments(train, profiles)).float().to(train.device)
     log_profiles = torch.from_numpy(np.log(profiles)).float().to(train.device)
     per_batch = [
-        nb_log_prob(batch, log_profiles[batch.cell_type_idx] + batch.library_size.log()[:, None], log_theta)
+        nb_log_prob(batch, log_profiles[batch.cell_type_idx], batch.library_size.log(), log_theta)
         for batch in test.in_order(batch_size)
     ]
     return torch.cat(per_batch).cpu().numpy()

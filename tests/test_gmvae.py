@@ -4,26 +4,36 @@ import math
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
+import scipy.stats
 import torch
 from conftest import simulated_cells
 
 from lib.batches import CellDataset
-from lib.gmvae import GMVAE
+from lib.gmvae import GENERATED_AT_ONCE, GMVAE, Likelihood, draw_positive_nb
 from lib.likelihoods import nb_log_prob, nb_per_type_log_likelihood
 
 CPU = torch.device("cpu")
 
 
+def noise_of(batch, generator=None) -> torch.Tensor:
+    return torch.randn(batch.n_cells, 4, generator=generator)
+
+
+def all_cells(counts, types):
+    return CellDataset(counts, np.asarray(types), CPU).held.batch(np.arange(len(types)))
+
+
 def trained(counts, cell_type_idx, epochs: int = 150, seed: int = 0, **arguments) -> GMVAE:
     torch.manual_seed(seed)
     model = GMVAE(counts.shape[1], 3, n_latent=4, hidden=(32, 16), **({"likelihood": "nb"} | arguments))
-    model.initialise(counts, cell_type_idx)
     dataset, generator = CellDataset(counts, cell_type_idx, CPU), torch.Generator().manual_seed(seed)
+    model.initialise(dataset)
     optimizer = torch.optim.Adam([{"params": [model.log_theta], "lr": 2e-2}, {"params": [p for n, p in model.named_parameters() if n != "log_theta"]}], lr=3e-3)
     for epoch in range(epochs):
         for batch in dataset.shuffled(64, generator):
             optimizer.zero_grad()
-            model.loss(batch, min(1.0, epoch / 50), generator)["loss"].backward()
+            model(batch, noise_of(batch, generator), min(1.0, epoch / 50))["loss"].backward()
             optimizer.step()
     return model.eval()
 
@@ -55,7 +65,7 @@ def test_every_variant_learns(data, arguments):
 def test_the_bound_rises_with_importance_samples_to_the_likelihood(data, model):
     test = CellDataset(*data[1], CPU)
     with torch.no_grad():
-        terms = [model.elbo_terms(b) for b in test.in_order(64)]
+        terms = [model.elbo_terms(model.see(b), b, noise_of(b)) for b in test.in_order(64)]
     elbo = -torch.cat([t["reconstruction_loss"] + t["kl_z"] for t in terms]).mean().item()
     one, few, many = (model.log_likelihood(test, n).mean() for n in (1, 10, 100))
     assert abs(one - elbo) < 1.0  # one sample is the ELBO, up to the draw
@@ -71,10 +81,9 @@ def test_the_likelihood_is_exact_where_z_does_nothing(data, model):
     heads = (blind.p_z_y_mean[-1], 0.0), (blind.p_z_y_log_var[-1], 0.0), (blind.q_z_xy_mean.rest[-1], 0.3), (blind.q_z_xy_log_var.rest[-1], 0.4)
     for head, bias in heads:
         torch.nn.init.zeros_(head.weight), torch.nn.init.constant_(head.bias, bias)
-    test = CellDataset(*data[1], CPU)
-    batch = test.batch(np.arange(len(test)))
-    log_mu = torch.log_softmax(blind.p_x_z_log_mean.bias, 0)[None] + batch.library_size.log()[:, None]
-    exact = nb_log_prob(batch, log_mu, blind.log_theta).detach().numpy()
+    test, batch = CellDataset(*data[1], CPU), all_cells(*data[1])
+    logits = blind.p_x_z_log_mean.bias.expand(batch.n_cells, -1)
+    exact = nb_log_prob(batch, logits, batch.library_size.log(), blind.log_theta).detach().numpy()
     assert blind.eval().log_likelihood(test, n_samples=2000).mean() == pytest.approx(exact.mean(), abs=0.1)
 
 
@@ -82,27 +91,25 @@ def test_cells_without_labels_sum_over_all_types(data):
     """An unlabelled cell's loss is the labelled bounds weighted by q(y|x), plus KL(q(y|x) || p(y)): here term by term."""
     (counts, types), _ = data
     model = trained(counts, types, epochs=2)
-    unknown = CellDataset(counts[:5], np.full(5, -1), CPU).batch(np.arange(5))
-    q = torch.softmax(model.q_y(unknown), dim=1).detach()
-    generator = torch.Generator().manual_seed(7)
+    unknown, noise = all_cells(counts[:5], np.full(5, -1)), torch.randn(5, 4)
+    q = torch.softmax(model.q_y(model.see(unknown), unknown), dim=1).detach()
     expected = (q * (q.log() - model.type_frequency.log())).sum(dim=1).double()
     for k in range(3):
-        terms = model.elbo_terms(unknown.of_type(k), generator)
+        of_type_k = all_cells(counts[:5], np.full(5, k))
+        terms = model.elbo_terms(model.see(of_type_k), of_type_k, noise)
         expected = expected + q[:, k] * (terms["reconstruction_loss"] + terms["library_loss"] + terms["kl_z"]).detach()
-    ours = model.loss(unknown, generator=torch.Generator().manual_seed(7))["loss"]
-    assert ours.item() == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert model(unknown, noise)["loss"].item() == pytest.approx(expected.mean().item(), rel=1e-5)
 
 
 def test_mixed_batches_equal_their_parts(data):
     (counts, types), _ = data
     model = trained(counts, types, epochs=1)
-    model.q_z_xy_log_var.rest[-1].bias.data.fill_(-60)  # next to no noise, so that the order of the draws plays no part
     decoded = []
     model.p_x_z.register_forward_hook(lambda _, z, __: decoded.append(len(z[0])))
-    labels = np.where(np.arange(8) < 4, types[:8], -1)
-    whole = model.loss(CellDataset(counts[:8], labels, CPU).batch(np.arange(8)))["loss"].item()
-    parts = [model.loss(CellDataset(counts[:8], labels, CPU).batch(np.arange(*ends)))["loss"].item() for ends in ((0, 4), (4, 8))]
-    assert whole == pytest.approx(np.mean(parts), rel=1e-3)
+    labels, noise = np.where(np.arange(8) < 4, types[:8], -1), torch.randn(8, 4)
+    whole = model(all_cells(counts[:8], labels), noise)["loss"].item()
+    parts = [model(all_cells(counts[part], labels[part]), noise[part])["loss"].item() for part in (slice(4), slice(4, 8))]
+    assert whole == pytest.approx(np.mean(parts), rel=1e-5)
     assert sum(decoded) == 2 * (4 + 4 * 3)  # a labelled cell is decoded once, whoever shares its batch
 
 
@@ -111,14 +118,15 @@ def test_unlabelled_cells_help_and_get_their_types_back(data):
     few = np.where(np.random.default_rng(0).random(len(types)) < 0.1, types, -1)
     model = trained(counts, few, epochs=25)
     with torch.no_grad():
-        guess = model.q_y(CellDataset(test_counts, test_types, CPU).batch(np.arange(len(test_types)))).argmax(dim=1).numpy()
+        test = all_cells(test_counts, test_types)
+        guess = model.q_y(model.see(test), test).argmax(dim=1).numpy()
     assert (guess == test_types).mean() > 0.9
 
 
 def test_generated_cells_have_the_margins_of_their_type(data, model):
     (counts, types), _ = data
     wanted = np.repeat([0, 1, 2], 400)
-    cells = model.sample(wanted, seed=0)
+    cells = sp.vstack(list(model.sample(wanted, seed=0)), format="csr")
     assert cells.dtype == np.float32 and (cells.data == np.rint(cells.data)).all() and (cells.data > 0).all()
     for k in range(3):
         real, made = counts[types == k].toarray(), cells[wanted == k].toarray()
@@ -130,15 +138,18 @@ def test_generated_cells_have_the_margins_of_their_type(data, model):
 
 
 def test_generation_is_seeded_and_in_the_order_asked_for(model):
-    a, b, c = model.sample(np.array([0, 2, 1] * 10), 1), model.sample(np.array([0, 2, 1] * 10), 1), model.sample(np.array([0, 2, 1] * 10), 2)
+    wanted = np.arange(3 * GENERATED_AT_ONCE) % 3
+    a, b, c = (sp.vstack(list(model.sample(wanted, seed)), format="csr") for seed in (1, 1, 2))
     np.testing.assert_array_equal(a.toarray(), b.toarray())
     assert (a != c).nnz > 0
-    assert model.sample(np.array([], dtype=int), 1).shape == (0, 60)
+    part = sp.vstack(list(model.sample(wanted, 1, blocks=range(1, 3))))
+    np.testing.assert_array_equal(part.toarray(), a[GENERATED_AT_ONCE:].toarray())  # whoever makes a block, it is the same
+    assert list(model.sample(np.array([], dtype=int), 1)) == []
 
 
 def test_noise_factor_narrows_the_cells(model):
     def spread(factor):
-        z_driven = model.sample(np.zeros(600, dtype=int), 0, factor).toarray()
+        z_driven = sp.vstack(list(model.sample(np.zeros(600, dtype=int), 0, factor))).toarray()
         shares = np.log1p(z_driven / np.maximum(z_driven.sum(axis=1, keepdims=True), 1) * 400)
         return shares.var(axis=0).sum()
 
@@ -147,12 +158,10 @@ def test_noise_factor_narrows_the_cells(model):
 
 @pytest.mark.parametrize("zi_logits", [None, 0.0])
 def test_the_sampler_draws_from_the_likelihood(zi_logits):
-    from lib.gmvae import Likelihood
-
     n, mu, theta = 40_000, 3.0, 2.0
-    full = torch.full((n, 1), math.log(mu))
-    draws = Likelihood(full, torch.tensor([math.log(theta)]), None if zi_logits is None else torch.full((n, 1), zi_logits))
-    x = draws.sample(torch.Generator().manual_seed(0)).numpy()
+    one_gene = torch.zeros((n, 1))  # all of the library is its mean
+    draws = Likelihood(one_gene, torch.full((n,), math.log(mu)), torch.tensor([math.log(theta)]), None if zi_logits is None else torch.full((n, 1), zi_logits))
+    x = draws.sample(torch.Generator().manual_seed(0)).toarray()
     keep = 1.0 if zi_logits is None else 0.5
     variance = mu + mu**2 / theta
     assert x.mean() == pytest.approx(keep * mu, rel=0.03)
@@ -160,13 +169,27 @@ def test_the_sampler_draws_from_the_likelihood(zi_logits):
     assert (x == 0).mean() == pytest.approx(1 - keep + keep * (theta / (theta + mu)) ** theta, abs=0.01)
 
 
+@pytest.mark.parametrize("mu, theta", [(0.05, 0.02), (0.3, 5.0), (4.0, 0.1), (4.0, 30.0), (300.0, 2.0), (50.0, 0.02), (0.01, 1e6)])
+def test_positive_counts_follow_the_truncated_distribution(mu, theta):
+    """Both ways of drawing, against scipy's negative binomial without its zeros."""
+    n, generator = 60_000, torch.Generator().manual_seed(1)
+    ratio, shape = (torch.full((n,), value, dtype=torch.float64) for value in (mu / theta, theta))
+    x = draw_positive_nb(ratio, shape, torch.rand(n, generator=generator, dtype=torch.float64), generator).numpy()
+    assert x.min() >= 1
+    nb = scipy.stats.nbinom(theta, theta / (theta + mu))
+    edges = np.unique([nb.isf(nb.sf(0) * tail) for tail in (0.99, 0.9, 0.75, 0.5, 0.25, 0.1, 0.02)])
+    expected = nb.sf(edges) / nb.sf(0)
+    observed = (x[:, None] > edges).mean(axis=0)
+    np.testing.assert_allclose(observed, expected, atol=4 * 0.5 / np.sqrt(n))
+
+
 def test_half_precision_keeps_the_likelihood_in_float32(data):
     (counts, types), _ = data
     model = trained(counts, types, epochs=3)
-    batch = CellDataset(counts, types, CPU).batch(np.arange(64))
-    plain = model.loss(batch, generator=torch.Generator().manual_seed(0))
+    batch, noise = all_cells(counts[:64], types[:64]), torch.randn(64, 4)
+    plain = model(batch, noise)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = model.loss(batch, generator=torch.Generator().manual_seed(0))
+        half = model(batch, noise)
     half["loss"].backward()
     assert all(value.dtype in (torch.float32, torch.float64) for value in half.values())
     for name in ("reconstruction_loss", "kl_z", "library_loss"):

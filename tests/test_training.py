@@ -9,7 +9,8 @@ import torch
 from conftest import Workplace, simulated_dataset
 
 from lib.counts import fingerprint, write_counts
-from lib.training import load_checkpoint, pick_device
+from lib.parallel import pick_device
+from lib.training import load_checkpoint
 
 STAGE = "_3_train_gmvae.py"
 SMALL = {"DROPOUT": 0.1, "EPOCHS": 6, "KL_WARMUP_EPOCHS": 2, "N_LATENT": 4, "HIDDEN": (16, 8), "DEVICE": "cpu"}
