@@ -6,6 +6,7 @@ run     python _1_split_train_test.py
 note    Scrublet and the clusters see all cells, before the split, as in the original: with LABELS = "leiden" the types are the
         clusters of all cells. Genes are chosen after the split, by train cells alone.
 time    10,000 cells: 2 minutes; 700 cells: 20 seconds
+memory  1-2 GB, whatever the number of cells: the counts are read in blocks
 """
 
 from typing import Literal
@@ -17,8 +18,8 @@ import scanpy as sc
 from sklearn.model_selection import StratifiedGroupKFold
 
 from lib import options, plots
-from lib.counts import draw_of_each_type, fingerprint, read_counts, write_counts
-from lib.embedding import embed
+from lib.counts import chosen_blocks, digest, draw_of_each_type, read_counts, row_blocks, take, write_blocks
+from lib.embedding import embed, labels_of_neighbours, lazy, principal_components
 from lib.files import folder, report
 
 # Quality control (the original's thresholds; none switches one off)
@@ -28,6 +29,7 @@ MAX_COUNTS: int | None = 6000  # counts of a cell, below
 MAX_PCT_MT: float | None = 15.0  # percent of a cell's counts from mitochondrial genes (MT-), below
 MIN_CELLS = 3  # train cells that must hold a gene (the original counted all cells, test cells too)
 REMOVE_DOUBLETS = True  # by Scrublet
+MAX_CELLS_SCRUBLET = 20_000  # that Scrublet sees at once; of more cells, random parts of equal size (ours)
 
 # Clusters (the original's)
 N_TOP_GENES = 2000  # highly variable genes
@@ -35,6 +37,7 @@ N_PCS = 50  # principal components
 N_NEIGHBORS = 15  # neighbours of a cell
 LEIDEN_RESOLUTION = 0.7  # higher: more clusters
 MIN_CLUSTER_CELLS = 30  # smaller Leiden clusters are dropped
+MAX_CELLS_EMBEDDED = 50_000  # clustered and drawn; of more cells a random draw, the others go to their neighbours' clusters (ours)
 
 # Cell types
 LABELS: Literal["auto", "leiden", "author"] = "auto"  # auto: the author's labels where the data have them, else Leiden clusters
@@ -64,44 +67,56 @@ def main() -> None:
     if SPLIT_BY is not None and SPLIT_BY not in adata.obs:
         raise ValueError(f"SPLIT_BY is {SPLIT_BY!r}, but obs has {', '.join(adata.obs.columns) or 'no columns'}; set it to one of them or to none")
 
-    adata = filter_cells(adata)
+    rows = good_cells(adata)
     if REMOVE_DOUBLETS:
-        adata = remove_doublets(adata)
-    embedding = embed(adata, N_TOP_GENES, N_PCS, N_NEIGHBORS, SEED)
+        rows = without_doublets(adata, rows)
+    obs = adata.obs.iloc[rows].copy()
+    pcs = principal_components(lazy(adata, rows), N_TOP_GENES, N_PCS, SEED)
+    embedded = np.sort(np.random.default_rng(SEED).permutation(len(rows))[:MAX_CELLS_EMBEDDED])
+    embedding = embed(pcs[embedded], N_NEIGHBORS, SEED)
     sc.tl.leiden(embedding, resolution=LEIDEN_RESOLUTION, flavor="igraph", n_iterations=2, directed=False, random_state=SEED)
-    adata.obs["leiden"] = embedding.obs["leiden"]
-    adata.obsm["X_umap"] = embedding.obsm["X_umap"]
-    adata = label(adata)
+    obs["leiden"] = pd.Categorical(labels_of_neighbours(pcs, embedded, embedding.obs["leiden"].astype(str).to_numpy(), N_NEIGHBORS))
+    obs[["umap_1", "umap_2"]] = np.nan
+    obs.iloc[embedded, -2:] = embedding.obsm["X_umap"]
+    obs["row"] = rows
+    obs = label(obs)
 
-    is_test = split(adata.obs)
-    usable = ~is_test | adata.obs["cell_type"].notna().to_numpy()
+    is_test = split(obs)
+    usable = ~is_test | obs["cell_type"].notna().to_numpy()
     if not usable.all():  # with SPLIT_BY: neither test cells, which need a type, nor train cells, whose donors are others
         print(f"cells without a type among the test cells' {SPLIT_BY}: {np.sum(~usable):,} removed")
-        adata, is_test = adata[usable].copy(), is_test[usable]
+        obs, is_test = obs[usable], is_test[usable]
     print(f"test cells: {is_test.sum():,} of {len(is_test):,} ({is_test.mean():.0%})")
-    train, test = adata[~is_test].copy(), adata[is_test].copy()
-    in_train = np.asarray((train.X > 0).sum(axis=0)).ravel() >= MIN_CELLS
+    in_train = cells_with_gene(adata, obs["row"][~is_test]) >= MIN_CELLS
     print(f"genes seen in fewer than {MIN_CELLS} train cells: {np.sum(~in_train):,} removed, {in_train.sum():,} left")
-    train, test = (drop_empty_cells(part[:, in_train], adata.obs["cell_type"].cat.categories) for part in (train, test))
-    split_id = fingerprint(train)[:6] + fingerprint(test)[:6]
-    for part in (train, test):
-        part.uns["split_id"] = split_id
-    print_types(train.obs["cell_type"], test.obs["cell_type"])
+    filled = genes_in_cell(adata, obs["row"], in_train) > 0
+    if not filled.all():
+        print(f"cells without any count in these genes: {np.sum(~filled):,} removed")
+        obs, is_test = obs[filled], is_test[filled]
+    print_types(obs["cell_type"][~is_test], obs["cell_type"][is_test])
 
-    write_counts(train, data / "train.h5ad")
-    write_counts(test, data / "test.h5ad")
-    plots.umap_reference(adata.obsm["X_umap"], adata.obs["cell_type"], is_test, fig / "umap_reference.png")
+    umap = obs[["umap_1", "umap_2"]].to_numpy()
+    drawn = ~np.isnan(umap[:, 0])
+    plots.umap_reference(umap[drawn], obs["cell_type"][drawn], is_test[drawn], fig / "umap_reference.png")
+    uns = {key: adata.uns[key] for key in ("dataset", "source", "counts_id") if key in adata.uns}
+    uns["split_id"] = digest([uns["counts_id"], *adata.var_names[in_train], *obs.index, *obs["cell_type"].astype(str), *is_test.astype(str)])
+    for part, name in ((obs[~is_test], "train.h5ad"), (obs[is_test], "test.h5ad")):
+        cells = ad.AnnData(obs=part.drop(columns=["row", "umap_1", "umap_2"]), var=adata.var[in_train].copy(), uns=uns)
+        rows_of_part = part["row"].to_numpy()
+        write_blocks(cells, (block[:, in_train] for block, _ in chosen_blocks(adata.X, rows_of_part)), data / name)
     report("stage 1", [data / "train.h5ad", data / "test.h5ad", fig / "umap_reference.png"], "python _2_make_pseudobulk.py")
 
 
-def filter_cells(adata: ad.AnnData) -> ad.AnnData:
-    """Cells within the thresholds; every filter says how many it removed."""
+def good_cells(adata: ad.AnnData) -> np.ndarray:
+    """Rows of the cells within the thresholds; every filter says how many it removed."""
     mitochondrial = adata.var_names.str.upper().str.startswith("MT-")
     if MAX_PCT_MT is not None and not mitochondrial.any():
         print("no gene is called MT-...: cells are not filtered by their mitochondrial counts")
-    counts_per_cell = np.asarray(adata.X.sum(axis=1)).ravel()
-    genes_per_cell = np.diff(adata.X.indptr)
-    pct_mt = 100 * np.asarray(adata.X[:, mitochondrial].sum(axis=1)).ravel() / np.maximum(counts_per_cell, 1)
+    counts_per_cell, genes_per_cell, pct_mt = (np.empty(adata.n_obs) for _ in range(3))
+    for rows, counts in row_blocks(adata.X):
+        counts_per_cell[rows] = counts.sum(axis=1).ravel()
+        genes_per_cell[rows] = np.diff(counts.indptr)
+        pct_mt[rows] = 100 * (counts @ mitochondrial.astype(np.float32)) / np.maximum(counts_per_cell[rows], 1)
     filters = [
         ("cells without any count", genes_per_cell, 1, None),
         (f"MIN_GENES = {MIN_GENES}", genes_per_cell, MIN_GENES, None),
@@ -127,35 +142,47 @@ def filter_cells(adata: ad.AnnData) -> ad.AnnData:
             f"no cell passes the quality thresholds of stage 1: all {adata.n_obs:,} were removed; "
             "see the warnings above for values that suit these data"
         )
-    return adata[keep].copy()
+    return np.flatnonzero(keep)
 
 
-def remove_doublets(adata: ad.AnnData) -> ad.AnnData:
-    """Without the doublets that Scrublet calls (Wolock, Lopez and Klein, Cell Systems 2019)."""
-    if adata.n_obs < 100:
-        print(f"doublets: not looked for, {adata.n_obs} cells are too few")
-        return adata
-    n_comps = min(30, adata.n_obs // 2, adata.n_vars - 1)
-    adata.obs = adata.obs.drop(columns=["predicted_doublet", "doublet_score"], errors="ignore")
-    sc.pp.scrublet(adata, n_prin_comps=n_comps, random_state=SEED, verbose=False)
-    if "predicted_doublet" not in adata.obs:
-        print("doublets: Scrublet found no threshold that parts them from single cells; none removed")
-        return adata
-    doublet = adata.obs["predicted_doublet"].to_numpy(dtype=bool)
-    print(f"doublets: {doublet.sum():,} cells removed, {(~doublet).sum():,} left")
-    kept = adata[~doublet].copy()
-    kept.obs = kept.obs.drop(columns=["predicted_doublet", "doublet_score"])
-    del kept.uns["scrublet"]
-    return kept
+def without_doublets(adata: ad.AnnData, rows: np.ndarray) -> np.ndarray:
+    """Rows without the doublets that Scrublet calls (Wolock, Lopez and Klein, Cell Systems 2019)."""
+    if len(rows) < 100:
+        print(f"doublets: not looked for, {len(rows)} cells are too few")
+        return rows
+    shuffled = np.random.default_rng(SEED).permutation(len(rows))
+    parts = np.array_split(shuffled, -(-len(rows) // MAX_CELLS_SCRUBLET))
+    doublet = np.zeros(len(rows), dtype=bool)
+    for part in map(np.sort, parts):
+        cells = ad.AnnData(take(adata, rows[part]).X)
+        n_comps = min(30, cells.n_obs // 2, cells.n_vars - 1)
+        sc.pp.scrublet(cells, n_prin_comps=n_comps, random_state=SEED, verbose=False)
+        if "predicted_doublet" in cells.obs:
+            doublet[part] = cells.obs["predicted_doublet"].to_numpy(dtype=bool)
+        else:
+            print(f"doublets: Scrublet found no threshold that parts them from single cells; none removed{f' of {len(part):,} cells' * (len(parts) > 1)}")
+    if doublet.any():
+        print(f"doublets: {doublet.sum():,} cells removed, {(~doublet).sum():,} left")
+    return rows[~doublet]
 
 
-def label(adata: ad.AnnData) -> ad.AnnData:
-    """Cells with their type in obs["cell_type"], categorical; small clusters and unlabelled cells dropped as the constants say."""
-    by_author = LABELS == "author" or (LABELS == "auto" and "cell_type" in adata.obs)
-    cell_type = (adata.obs["cell_type"] if by_author else "cluster " + adata.obs["leiden"].astype(str)).astype("object")
+def cells_with_gene(adata: ad.AnnData, rows: pd.Series) -> np.ndarray:
+    """In how many of these cells each gene is seen."""
+    return sum(np.bincount(block.indices, minlength=adata.n_vars) for block, _ in chosen_blocks(adata.X, rows.to_numpy()))
+
+
+def genes_in_cell(adata: ad.AnnData, rows: pd.Series, genes: np.ndarray) -> np.ndarray:
+    """How many of these genes are seen in each of these cells."""
+    return np.concatenate([np.diff(block[:, genes].indptr) for block, _ in chosen_blocks(adata.X, rows.to_numpy())])
+
+
+def label(obs: pd.DataFrame) -> pd.DataFrame:
+    """The table of cells with their type in obs["cell_type"], categorical; small clusters and unlabelled cells dropped as the constants say."""
+    by_author = LABELS == "author" or (LABELS == "auto" and "cell_type" in obs)
+    cell_type = (obs["cell_type"] if by_author else "cluster " + obs["leiden"].astype(str)).astype("object")
     print(f"cell types: {'labels of the author' if by_author else 'Leiden clusters'}")
     unlabelled = cell_type.isna().to_numpy()
-    keep = np.ones(adata.n_obs, dtype=bool)
+    keep = np.ones(len(obs), dtype=bool)
     if unlabelled.any():
         keep = ~unlabelled if UNLABELLED == "drop" else keep
         print(f"cells without a label: {unlabelled.sum():,} {'removed' if UNLABELLED == 'drop' else 'kept for training'}, {keep.sum():,} left")
@@ -173,11 +200,11 @@ def label(adata: ad.AnnData) -> ad.AnnData:
     if len(sizes) - len(small) < 2:
         left = ", ".join(sizes.index.difference(small.index)) or "none"
         raise ValueError(f"too few cell types are left ({left}); expected at least 2: give labels, or raise LEIDEN_RESOLUTION")
-    labelled = adata[keep].copy()
-    if not by_author and "cell_type" in labelled.obs:
-        labelled.obs["author_cell_type"] = labelled.obs["cell_type"]
+    labelled = obs[keep].copy()
+    if not by_author and "cell_type" in labelled:
+        labelled["author_cell_type"] = labelled["cell_type"]
     types = sorted(sizes.index.difference(small.index), key=_natural)
-    labelled.obs["cell_type"] = pd.Categorical(cell_type[keep], categories=types)
+    labelled["cell_type"] = pd.Categorical(cell_type[keep], categories=types)
     return labelled
 
 
@@ -207,17 +234,6 @@ def split(obs: pd.DataFrame) -> np.ndarray:
     if absent:
         raise ValueError(f"the split by {SPLIT_BY} leaves no train cell of {', '.join(sorted(absent))}; set another SEED, or leave these types out")
     return is_test
-
-
-def drop_empty_cells(part: ad.AnnData, cell_types: pd.Index) -> ad.AnnData:
-    """The cells that still hold a count when the genes were filtered; both parts know the same types, present or not."""
-    filled = np.diff(part.X.indptr) > 0
-    if not filled.all():
-        print(f"cells without any count in these genes: {np.sum(~filled):,} removed")
-    part = part[filled].copy()
-    del part.obsm["X_umap"]
-    part.obs["cell_type"] = part.obs["cell_type"].cat.set_categories(cell_types)
-    return part
 
 
 def print_types(train: pd.Series, test: pd.Series) -> None:

@@ -17,7 +17,7 @@ import scipy.sparse as sp
 from tqdm import tqdm
 
 from lib import options, pseudobulk
-from lib.counts import draw_of_each_type, read_split
+from lib.counts import draw_of_each_type, n_entries, read_split
 from lib.files import folder, replacing, report
 
 # Mixtures of train cells, to train the deconvolution
@@ -39,6 +39,7 @@ NEAR_SHARE = 0.25  # near the train cells' own composition (mixtures of train ce
 USE_GENE_LENGTHS = False  # divide by gene length, as the original does; right for full-length counts, not for UMI counts
 
 # Other
+MEMORY_GB = 0.5  # that the train cells may take; a larger set is read from disk several times
 SEED = 123  # of everything random in this stage
 DATA_DIR = "data"  # folder
 
@@ -74,7 +75,7 @@ def write_test_tables(test: ad.AnnData, gene_length_bp: pd.Series | None, data: 
     mixing = test_mixing_matrix(test.obs["cell_type"].cat)
     names = [f"own_{i + 1}" for i in range(N_TEST_OWN)] + [f"dirichlet_{i + 1}" for i in range(N_TEST_DIRICHLET)]
     index = pd.Index(names, name=pseudobulk.sample_header(test.uns["split_id"], gene_length_bp is not None))
-    counts = pd.DataFrame((mixing @ test.X).toarray().astype(np.int64), index=index, columns=test.var_names)
+    counts = pd.DataFrame(pseudobulk.mix(mixing, test.X).astype(np.int64), index=index, columns=test.var_names)
     has_length = slice(None) if gene_length_bp is None else gene_length_bp.notna().to_numpy()
     lengths = None if gene_length_bp is None else gene_length_bp[has_length].to_numpy()
     tpm = counts.loc[:, has_length]
@@ -125,6 +126,7 @@ def true_proportions(mixing: sp.csr_matrix, cell_type: pd.Series) -> pd.DataFram
 def write_train_samples(train: ad.AnnData, gene_length_bp: pd.Series | None, path: Path) -> Path:
     """Thousands of mixtures of train cells, written block by block."""
     rng = np.random.default_rng([SEED, 1])
+    counts = train.X[:] if n_entries(train.X) * 8 <= MEMORY_GB * 1e9 else train.X
     cell_types = list(train.obs["cell_type"].cat.categories)
     codes = train.obs["cell_type"].cat.codes.to_numpy()
     fit_codes, validation_codes = part_cells(codes, len(cell_types), rng)
@@ -151,7 +153,7 @@ def write_train_samples(train: ad.AnnData, gene_length_bp: pd.Series | None, pat
             written = 0
             parts = (cells_per_type[:n_fit], fit_codes, MIN_DISTINCT_CELLS), (cells_per_type[n_fit:], validation_codes, None)
             for part, (cells, pool, min_distinct) in enumerate(parts):
-                for block in pseudobulk.simulate(cells, pool, train.X, 2 * SEED + part, min_distinct):
+                for block in pseudobulk.simulate(cells, pool, counts, 2 * SEED + part, min_distinct):
                     X[written : written + len(block)] = block
                     written += len(block)
                     progress.update(len(block))

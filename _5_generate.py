@@ -4,29 +4,33 @@ reads   models/gmvae.pt, models/sctape.pt, data/train.h5ad, data/test.h5ad, data
 writes  data/generated.h5ad: raw counts, obs["cell_type"], obs["sample"]; data/predicted_proportions.csv;
         fig/proportions.png, umap_original_vs_generated.png, umap_by_cell_type.png, gene_correlation.png
 run     python _5_generate.py
+        torchrun --nproc-per-node 4 _5_generate.py            on four GPUs, or processors: the same cells, made together
 time    650 cells x 13,000 genes: half a minute; 10,000 x 16,000: 2 minutes
 """
 
+import itertools
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Iterator, Literal
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import scanpy as sc
 import scipy.io
+import scipy.sparse as sp
+import torch
 
-from lib import metrics, options, plots, sctape
+from lib import metrics, options, parallel, plots, sctape
 from lib.batches import CellDataset
 from lib.bulk import read_bulk, to_tpm
-from lib.counts import log_normalize, read_split, write_counts
-from lib.embedding import embed
+from lib.counts import log_normalize, read_split, row_blocks, take, write_blocks
+from lib.embedding import embed, principal_components
 from lib.files import ROOT, folder, replacing, report, user_path
-from lib.gmvae import GMVAE
+from lib.gmvae import GMVAE, n_blocks
 from lib.likelihoods import nb_per_type_log_likelihood
 from lib.pseudobulk import largest_remainder, read_test_mixtures
 from lib.tables import separator
-from lib.training import check_checkpoint, load_checkpoint, pick_device
+from lib.training import check_checkpoint, keep_freed_memory, load_checkpoint
 
 # What to generate
 BULK_FILE: str | None = None  # bulk table, csv or tsv, genes in rows or columns; none: the sum of the test cells
@@ -44,7 +48,7 @@ N_CORRELATION_GENES = 145  # most variable genes of the train cells (paper)
 N_TOP_GENES = 2000  # highly variable genes for the UMAP
 N_PCS = 50  # principal components for the UMAP
 N_NEIGHBORS = 15  # neighbours for the UMAP
-MAX_CELLS_DRAWN = 5000  # generated cells drawn, and compared, at most
+MAX_CELLS_DRAWN = 5000  # generated, test and train cells, of each at most, that are compared and drawn: a random draw
 
 # Running
 DEVICE: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
@@ -56,6 +60,9 @@ FIG_DIR = "fig"  # folder
 
 def main() -> None:
     data, models, fig = folder(DATA_DIR), folder(MODELS_DIR), folder(FIG_DIR)
+    keep_freed_memory()
+    device = parallel.pick_device(DEVICE)
+    parallel.join(device)
     output = output_path(data)
     if BULK_FILE is not None and CELL_COUNTS is not None:
         raise ValueError("BULK_FILE and CELL_COUNTS are both set; cell numbers come either from a bulk or from a table: set one of them to none")
@@ -63,7 +70,7 @@ def main() -> None:
     cell_types = list(test.obs["cell_type"].cat.categories)
     gmvae_checkpoint = load_checkpoint(models / "gmvae.pt", "_3_train_gmvae.py")
     check_checkpoint(gmvae_checkpoint, models / "gmvae.pt", "_3_train_gmvae.py", list(test.var_names), cell_types, test.uns["split_id"], data / "test.h5ad")
-    model = load_model(gmvae_checkpoint)
+    model = load_model(gmvae_checkpoint, device)
 
     written = []
     if CELL_COUNTS is None:
@@ -71,29 +78,32 @@ def main() -> None:
         check_checkpoint(checkpoint, models / "sctape.pt", "_4_train_sctape.py", checkpoint["gene_names"], cell_types, test.uns["split_id"], data / "test.h5ad")
         bulk = bulk_samples(test, checkpoint)
         predicted = sctape.predict(checkpoint, bulk)
-        with replacing(data / "predicted_proportions.csv") as temporary:
-            predicted.to_csv(temporary, float_format="%.6f")
         totals = test.n_obs if BULK_FILE is None else N_CELLS
         cells_per_type = pd.DataFrame(largest_remainder(predicted.to_numpy(), totals), predicted.index, cell_types)
-        judge_proportions(checkpoint, predicted, train, test, data, fig)
-        written += [data / "predicted_proportions.csv", fig / "proportions.png"]
+        if parallel.IS_FIRST:
+            with replacing(data / "predicted_proportions.csv") as temporary:
+                predicted.to_csv(temporary, float_format="%.6f")
+            judge_proportions(checkpoint, predicted, train, test, data, fig)
+            written += [data / "predicted_proportions.csv", fig / "proportions.png"]
     else:
         cells_per_type = wanted_cells(test.obs["cell_type"])
 
-    generated = generate(model, cells_per_type, test)
-    write_counts(generated, output)
+    generate(model, cells_per_type, test, output)
+    if not parallel.IS_FIRST:
+        return
     written.append(output)
+    generated = ad.read_h5ad(output, backed="r")
     if WRITE_MTX:
-        written.append(write_mtx(generated, output.with_suffix("")))
+        written.append(write_mtx(generated.to_memory(), output.with_suffix("")))
     compare(model, train, test, generated, fig)
     written += [fig / f"{name}.png" for name in ("umap_original_vs_generated", "umap_by_cell_type", "gene_correlation")]
     report("stage 5", written, f"look at {FIG_DIR}/*.png, or open the cells: scanpy.read_h5ad({str(output)!r})")
 
 
-def load_model(checkpoint: dict[str, Any]) -> GMVAE:
+def load_model(checkpoint: dict[str, Any], device: torch.device) -> GMVAE:
     model = GMVAE(**checkpoint["arguments"])
     model.load_state_dict(checkpoint["weights"])
-    return model.to(pick_device(DEVICE)).eval()
+    return model.to(device).eval()
 
 
 def bulk_samples(test: ad.AnnData, checkpoint: dict[str, Any]) -> pd.DataFrame:
@@ -101,7 +111,8 @@ def bulk_samples(test: ad.AnnData, checkpoint: dict[str, Any]) -> pd.DataFrame:
     lengths = checkpoint["gene_length_bp"]
     lengths = None if lengths is None else pd.Series(lengths)
     if BULK_FILE is None:
-        total = pd.DataFrame(np.asarray(test.X.sum(axis=0), dtype=np.float64).reshape(1, -1), index=["test_cells"], columns=test.var_names)
+        summed = sum(np.asarray(counts.sum(axis=0), dtype=np.float64) for _, counts in row_blocks(test.X))
+        total = pd.DataFrame(summed.reshape(1, -1), index=["test_cells"], columns=test.var_names)
         return to_tpm(total, "counts", lengths)
     return to_tpm(read_bulk(user_path(BULK_FILE), list(test.var_names)), BULK_UNITS, lengths)
 
@@ -129,23 +140,54 @@ def wanted_cells(cell_type: pd.Series) -> pd.DataFrame:
     return table.astype(np.int64)
 
 
-def generate(model: GMVAE, cells_per_type: pd.DataFrame, test: ad.AnnData) -> ad.AnnData:
-    """New cells of all samples, sample by sample and type by type."""
+def generate(model: GMVAE, cells_per_type: pd.DataFrame, test: ad.AnnData, output: Path) -> None:
+    """New cells of all samples, sample by sample and type by type, written while they are made."""
     n_cells = cells_per_type.to_numpy()
     types = np.tile(np.arange(n_cells.shape[1]), len(n_cells)).repeat(n_cells.ravel())
     samples = np.repeat(cells_per_type.index.astype(str).to_numpy(), n_cells.sum(axis=1))
     print(f"generating {len(types):,} cells for {len(n_cells):,} bulk sample{'s' * (len(n_cells) > 1)}")
-    counts = model.sample(types, SEED, NOISE_FACTOR)
     obs = pd.DataFrame(
         {
             "cell_type": pd.Categorical.from_codes(types, cells_per_type.columns),
             "sample": pd.Categorical(samples, categories=pd.unique(samples)),
-            "library_size": np.asarray(counts.sum(axis=1)).ravel(),
+            "library_size": np.zeros(len(types)),
         },
         index=[f"generated_{i + 1}" for i in range(len(types))],
     )
     uns = {"dataset": test.uns["dataset"], "split_id": test.uns["split_id"], "seed": SEED, "noise_factor": NOISE_FACTOR}
-    return ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=test.var_names), uns=uns)
+    cells = ad.AnnData(obs=obs, var=pd.DataFrame(index=test.var_names), uns=uns)
+    edges = np.linspace(0, n_blocks(len(types)), parallel.N_RANKS + 1).astype(int)  # each process makes the blocks between two of these
+    blocks = [model.sample(types, SEED, NOISE_FACTOR, range(*ends)) for ends in zip(edges, edges[1:])]
+    if parallel.IS_FIRST:
+        of_all = itertools.chain(blocks[0], taken_over(output, range(edges[1], edges[-1])))
+        write_blocks(cells, with_library_size(of_all, cells.obs), output)
+    else:
+        for number, counts in enumerate(blocks[parallel.RANK], start=edges[parallel.RANK]):
+            sp.save_npz(part_path(output, number), counts, compressed=False)
+        parallel.wait()
+
+
+def part_path(output: Path, number: int) -> Path:
+    """A block on its way from another process to the first."""
+    return output.with_suffix(f".part{number}.npz")
+
+
+def taken_over(output: Path, numbers: range) -> Iterator[sp.csr_matrix]:
+    """The blocks that other processes made."""
+    if parallel.N_RANKS > 1:
+        parallel.wait()
+    for number in numbers:
+        yield sp.load_npz(part_path(output, number))
+        part_path(output, number).unlink()
+
+
+def with_library_size(blocks: Iterator[sp.csr_matrix], obs: pd.DataFrame) -> Iterator[sp.csr_matrix]:
+    """The blocks as they come, and the sums of their rows in the table of cells."""
+    done = 0
+    for counts in blocks:
+        obs.iloc[done : done + counts.shape[0], obs.columns.get_loc("library_size")] = np.asarray(counts.sum(axis=1)).ravel()
+        done += counts.shape[0]
+        yield counts
 
 
 def output_path(data: Path) -> Path:
@@ -194,34 +236,37 @@ def judge_proportions(checkpoint: dict[str, Any], predicted: pd.DataFrame, train
 
 def compare(model: GMVAE, train: ad.AnnData, test: ad.AnnData, generated: ad.AnnData, fig: Path) -> None:
     """Likelihood of the test cells, and the figures that hold generated cells against them."""
-    ours, baseline = (part.mean() for part in likelihoods(model, train, test))
+    rng = np.random.default_rng(SEED)
+    drawn_generated, drawn_test, drawn_train = (
+        take(cells, np.sort(rng.permutation(cells.n_obs)[:MAX_CELLS_DRAWN])) for cells in (generated, test, train)
+    )
+    ours, baseline = (part.mean() for part in likelihoods(model, train, drawn_test))
     print(f"log-likelihood of the test cells, nats per cell: GMVAE {ours:.1f}; one negative binomial per gene and type {baseline:.1f}")
 
-    rng = np.random.default_rng(SEED)
-    drawn = generated[np.sort(rng.permutation(generated.n_obs)[:MAX_CELLS_DRAWN])]
-    both = ad.concat({"original": test, "generated": drawn}, label="source", index_unique="-")
+    both = ad.concat({"original": drawn_test, "generated": drawn_generated}, label="source", index_unique="-")
     both.obs["cell_type"] = pd.Categorical(both.obs["cell_type"], categories=test.obs["cell_type"].cat.categories)
     is_generated = (both.obs["source"] == "generated").to_numpy()
-    umap = embed(both, N_TOP_GENES, N_PCS, N_NEIGHBORS, SEED).obsm["X_umap"]
+    umap = embed(principal_components(both, N_TOP_GENES, N_PCS, SEED), N_NEIGHBORS, SEED).obsm["X_umap"]
     plots.umap_original_vs_generated(umap, is_generated, fig / "umap_original_vs_generated.png")
     plots.umap_by_cell_type(umap, is_generated, both.obs["cell_type"], fig / "umap_by_cell_type.png")
 
-    genes = variable_genes(train)
-    correlations = [gene_correlation(part, genes) for part in (test, drawn, train)]
+    genes = variable_genes(drawn_train)
+    correlations = [gene_correlation(part, genes) for part in (drawn_test, drawn_generated, drawn_train)]
     plots.gene_correlation(*correlations, fig / "gene_correlation.png")
 
 
 def likelihoods(model: GMVAE, train: ad.AnnData, test: ad.AnnData) -> tuple[np.ndarray, np.ndarray]:
     """log p(x|y,l) of each test cell under the model and under per-type negative binomials fitted to the train cells."""
-    parts = (CellDataset(part.X, part.obs["cell_type"].cat.codes, model.log_theta.device) for part in (train, test))
-    train_cells, test_cells = parts
+    device = model.log_theta.device
+    train_cells = CellDataset(train.X, train.obs["cell_type"].cat.codes, device, in_memory=False)
+    test_cells = CellDataset(test.X, test.obs["cell_type"].cat.codes, device)
     return model.log_likelihood(test_cells, n_samples=20, seed=SEED), nb_per_type_log_likelihood(train_cells, test_cells)
 
 
-def variable_genes(train: ad.AnnData) -> np.ndarray:
-    """Places of the genes whose counts vary most beyond chance, by the train cells alone (variance of Pearson residuals)."""
-    counts = ad.AnnData(train.X)
-    sc.experimental.pp.highly_variable_genes(counts, n_top_genes=min(N_CORRELATION_GENES, train.n_vars))
+def variable_genes(cells: ad.AnnData) -> np.ndarray:
+    """Places of the genes whose counts vary most beyond chance, by train cells alone (variance of Pearson residuals)."""
+    counts = ad.AnnData(cells.X)
+    sc.experimental.pp.highly_variable_genes(counts, n_top_genes=min(N_CORRELATION_GENES, cells.n_vars))
     return np.flatnonzero(counts.var["highly_variable"])
 
 

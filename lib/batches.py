@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from anndata.abc import CSRDataset
 from scipy.special import gammaln
 
-from lib.counts import row_blocks
+from lib.counts import chosen_blocks
 
 SHUFFLED_CELLS = 256  # neighbours on disk that stay together when cells are shuffled there: one read
 WINDOW_CELLS = 16_384  # cells on disk that are in memory at a time, from random places, and are shuffled among themselves
@@ -168,12 +168,8 @@ class CellDataset:
 
     def blocks(self) -> Iterator[tuple[sp.csr_matrix, np.ndarray]]:
         """All cells in order, some at a time: counts and types."""
-        for rows, counts in row_blocks(self.counts):
-            if self.held is not None:
-                yield counts, self.cell_type_idx[rows]
-            else:
-                mine = self._of(rows)
-                yield counts[self.cells[mine] - rows.start], self.cell_type_idx[mine]
+        for counts, places in chosen_blocks(self.counts, np.arange(len(self)) if self.held is not None else self.cells):
+            yield counts, self.cell_type_idx[places]
 
     def in_order(self, batch_size: int) -> Iterator[Batch]:
         for counts, cell_type_idx in [(None, None)] if self.held is not None else self.blocks():
@@ -211,11 +207,7 @@ class CellDataset:
         parts, cell_type_idx = [], []
         for start in np.sort(blocks) * SHUFFLED_CELLS:
             rows = slice(start, min(start + SHUFFLED_CELLS, self.counts.shape[0]))
-            mine = self._of(rows)
+            mine = slice(*np.searchsorted(self.cells, [rows.start, rows.stop]))
             parts.append(self.counts[rows][self.cells[mine] - start])
             cell_type_idx.append(self.cell_type_idx[mine])
         return Held(sp.vstack(parts, format="csr"), np.concatenate(cell_type_idx), self.device)
-
-    def _of(self, rows: slice) -> slice:
-        """Places in `cells` of those that lie in some rows of the file."""
-        return slice(*np.searchsorted(self.cells, [rows.start, rows.stop]))

@@ -98,13 +98,16 @@ def check_orientation(adata: ad.AnnData, what: str) -> None:
 
 def fingerprint(adata: ad.AnnData) -> str:
     """Twelve hexadecimal digits that change with any count, barcode, gene name or cell type."""
-    digest = hashlib.sha256()
-    for part in (adata.X.data, adata.X.indices, adata.X.indptr):
-        digest.update(np.ascontiguousarray(part))
     cell_types = adata.obs["cell_type"].astype(str) if "cell_type" in adata.obs else []
-    for names in (adata.obs_names, adata.var_names, cell_types):
-        digest.update("\n".join(names).encode())
-    return digest.hexdigest()[:12]
+    return digest([*adata.obs_names, *adata.var_names, *cell_types], adata.X.data, adata.X.indices, adata.X.indptr)
+
+
+def digest(names: list[str], *arrays: np.ndarray) -> str:
+    """Twelve hexadecimal digits that change with any of these."""
+    sha = hashlib.sha256("\n".join(names).encode())
+    for array in arrays:
+        sha.update(np.ascontiguousarray(array))
+    return sha.hexdigest()[:12]
 
 
 def write_counts(adata: ad.AnnData, path: Path) -> None:
@@ -144,7 +147,8 @@ def write_blocks(cells: ad.AnnData, blocks: Iterable[sp.csr_matrix], path: Path)
             X = ad.io.sparse_dataset(file["X"])
             for block in blocks:
                 X.append(block)
-        assert X.shape == cells.shape
+            assert X.shape == cells.shape
+            ad.io.write_elem(file, "obs", cells.obs)  # again: the blocks may have filled a column
 
 
 def n_entries(counts: sp.csr_matrix | CSRDataset) -> int:
@@ -154,8 +158,8 @@ def n_entries(counts: sp.csr_matrix | CSRDataset) -> int:
 
 def take(adata: ad.AnnData, rows: np.ndarray) -> ad.AnnData:
     """Some cells of a count file, in memory. rows: ascending."""
-    parts = [block[rows[slice(*np.searchsorted(rows, [s.start, s.stop]))] - s.start] for s, block in row_blocks(adata.X)]
-    return ad.AnnData(sp.vstack(parts, format="csr"), obs=adata.obs.iloc[rows].copy(), var=adata.var.copy(), uns=dict(adata.uns))
+    counts = sp.vstack([block for block, _ in chosen_blocks(adata.X, rows)], format="csr")
+    return ad.AnnData(counts, obs=adata.obs.iloc[rows].copy(), var=adata.var.copy(), uns=dict(adata.uns))
 
 
 def read_uns(path: Path, key: str) -> str | None:
@@ -215,6 +219,13 @@ def row_blocks(counts: sp.csr_matrix | CSRDataset, size: int = BLOCK_CELLS) -> I
     for start in range(0, counts.shape[0], size):
         rows = slice(start, min(start + size, counts.shape[0]))
         yield rows, counts[rows]
+
+
+def chosen_blocks(counts: sp.csr_matrix | CSRDataset, rows: np.ndarray) -> Iterator[tuple[sp.csr_matrix, slice]]:
+    """Some rows (ascending), those of a block at a time, and their places among all that are chosen."""
+    for block_rows, block in row_blocks(counts):
+        places = slice(*np.searchsorted(rows, [block_rows.start, block_rows.stop]))
+        yield block[rows[places] - block_rows.start], places
 
 
 def draw_of_each_type(cell_type_idx: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:

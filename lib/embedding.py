@@ -1,25 +1,33 @@
-"""Principal components and UMAP of cells, the same way for real and generated ones."""
+"""Principal components and UMAP of cells, the same way for real and generated ones, in memory or larger than memory."""
 
 import anndata as ad
 import numpy as np
 import scanpy as sc
+from anndata.experimental import read_elem_lazy
+from sklearn.neighbors import KNeighborsClassifier
 
-from lib.counts import log_normalize
+from lib.counts import BLOCK_CELLS
 
 MIN_CELLS = 10  # fewer have no neighbourhood to speak of
 
 
-def embed(counts: ad.AnnData, n_top_genes: int, n_pcs: int, n_neighbors: int, seed: int) -> ad.AnnData:
-    """Median normalisation, log1p, highly variable genes, PCA, neighbours, UMAP (scanpy), on all given cells jointly.
+def lazy(adata: ad.AnnData, rows: np.ndarray) -> ad.AnnData:
+    """Some cells of a file, their counts a dask array, which reads them in blocks whenever they are needed. rows: ascending."""
+    counts = read_elem_lazy(adata.X.group, chunks=(BLOCK_CELLS, adata.n_vars))
+    return ad.AnnData(counts[rows], var=adata.var[[]].copy())
+
+
+def principal_components(counts: ad.AnnData, n_top_genes: int, n_pcs: int, seed: int) -> np.ndarray:
+    """Median normalisation, log1p, highly variable genes, PCA (scanpy), on all given cells jointly.
 
     Parameters
     ----------
     counts
-        Cells x genes, raw counts.
+        Cells x genes, raw counts; sparse, in memory or as a dask array.
 
     Returns
     -------
-    A new object with the variable genes only: `obsm["X_pca"]`, `obsm["X_umap"]`, the neighbour graph in `obsp`.
+    Cells x components, float32.
 
     Raises
     ------
@@ -28,13 +36,30 @@ def embed(counts: ad.AnnData, n_top_genes: int, n_pcs: int, n_neighbors: int, se
     """
     if counts.n_obs < MIN_CELLS:
         raise ValueError(f"{counts.n_obs} cells are too few for an embedding; expected at least {MIN_CELLS}")
-    library_size = np.asarray(counts.X.sum(axis=1)).ravel()
-    adata = ad.AnnData(log_normalize(counts.X, float(np.median(library_size))), obs=counts.obs.copy(), var=counts.var[[]].copy())
+    adata = ad.AnnData(counts.X.copy(), var=counts.var[[]].copy())
+    sc.pp.normalize_total(adata)
+    sc.pp.log1p(adata)
     if adata.n_vars > n_top_genes:
         sc.pp.highly_variable_genes(adata, n_top_genes=n_top_genes)
         adata = adata[:, adata.var["highly_variable"]].copy()
-    n_pcs = min(n_pcs, adata.n_obs - 1, adata.n_vars - 1)
-    sc.pp.pca(adata, n_comps=n_pcs, random_state=seed)
-    sc.pp.neighbors(adata, n_neighbors=min(n_neighbors, adata.n_obs - 1), n_pcs=n_pcs, random_state=seed)
+    sc.pp.pca(adata, n_comps=min(n_pcs, adata.n_obs - 1, adata.n_vars - 1), random_state=seed)
+    return np.asarray(adata.obsm["X_pca"], dtype=np.float32)
+
+
+def embed(pcs: np.ndarray, n_neighbors: int, seed: int) -> ad.AnnData:
+    """Neighbour graph and UMAP (scanpy) of cells x principal components: `obsp`, `obsm["X_umap"]`."""
+    adata = ad.AnnData(obsm={"X_pca": pcs})
+    sc.pp.neighbors(adata, n_neighbors=min(n_neighbors, adata.n_obs - 1), use_rep="X_pca", random_state=seed)
     sc.tl.umap(adata, random_state=seed)
     return adata
+
+
+def labels_of_neighbours(pcs: np.ndarray, known: np.ndarray, labels: np.ndarray, n_neighbors: int) -> np.ndarray:
+    """A label for every cell: its own, or what most of its nearest neighbours among the `known` cells have."""
+    nearest = KNeighborsClassifier(n_neighbors).fit(pcs[known], labels)
+    everyone = np.empty(len(pcs), dtype=object)
+    everyone[known] = labels
+    others = np.setdiff1d(np.arange(len(pcs)), known)
+    if len(others):
+        everyone[others] = nearest.predict(pcs[others])
+    return everyone

@@ -43,8 +43,7 @@ def join(device: torch.device) -> None:
 
 def wait() -> None:
     """Until all processes are here."""
-    if N_RANKS > 1:
-        dist.barrier()
+    dist.barrier()
 
 
 def shared(model: torch.nn.Module) -> torch.nn.Module:

@@ -12,10 +12,14 @@ from typing import Iterator
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+from anndata.abc import CSRDataset
 
+from lib.counts import row_blocks
 from lib.files import require
 
 BLOCK = 250  # mixtures computed at a time and thread: 250 x 16,000 genes are 16 MB, and 32 MB more while they are sparse
+BLOCKS_AT_ONCE = 8  # blocks for which counts on disk are read once
+BAND = 16_384  # cells on disk read at a time: 100-200 MB
 
 
 def largest_remainder(proportions: np.ndarray, totals: np.ndarray | int) -> np.ndarray:
@@ -109,24 +113,34 @@ def draw_cells(
     return sp.csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=(n_samples, len(cell_type_idx)))
 
 
-def simulate(
-    cells_per_type: np.ndarray, cell_type_idx: np.ndarray, counts: sp.csr_matrix, seed: int, min_distinct: int | None = None
-) -> Iterator[np.ndarray]:
-    """Pseudo-bulk counts of random mixtures, in blocks: at most `BLOCK` samples x genes, float32.
+def mix(mixing: sp.csr_matrix, counts: sp.csr_matrix | CSRDataset) -> np.ndarray:
+    """mixing @ counts: mixtures x genes, float32. The counts may be on disk; they are read once, in bands."""
+    mixed = np.zeros((mixing.shape[0], counts.shape[1]), np.float32)
+    parts = [slice(start, start + BLOCK) for start in range(0, mixing.shape[0], BLOCK)]
+    by_cell = [mixing[part].tocsc() for part in parts]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for cells, band in row_blocks(counts, counts.shape[0] if sp.issparse(counts) else BAND):
 
-    Each block has a random stream of its own, so the result depends neither on the number of threads nor on their order.
+            def add(part: slice, weights: sp.csc_matrix) -> None:
+                mixed[part] += (weights[:, cells].tocsr() @ band).toarray()
+
+            list(pool.map(add, parts, by_cell))
+    return mixed
+
+
+def simulate(
+    cells_per_type: np.ndarray, cell_type_idx: np.ndarray, counts: sp.csr_matrix | CSRDataset, seed: int, min_distinct: int | None = None
+) -> Iterator[np.ndarray]:
+    """Pseudo-bulk counts of random mixtures, some at a time: samples x genes, float32.
+
+    Each block of mixtures has a random stream of its own, so the result does not depend on how many are made at once.
     """
     starts = range(0, len(cells_per_type), BLOCK)
-    seeds = np.random.SeedSequence(seed).spawn(len(starts))
-
-    def block(start: int, stream: np.random.SeedSequence) -> np.ndarray:
-        mixing = draw_cells(cells_per_type[start : start + BLOCK], cell_type_idx, np.random.default_rng(stream), min_distinct)
-        return (mixing @ counts).toarray()
-
-    n_threads = os.cpu_count() or 1
-    with ThreadPoolExecutor(n_threads) as pool:
-        for first in range(0, len(starts), n_threads):  # a few blocks at a time, so that memory stays bounded
-            yield from pool.map(block, starts[first : first + n_threads], seeds[first : first + n_threads])
+    streams = [np.random.default_rng(stream) for stream in np.random.SeedSequence(seed).spawn(len(starts))]
+    blocks = [(cells_per_type[start : start + BLOCK], stream) for start, stream in zip(starts, streams)]
+    for first in range(0, len(blocks), BLOCKS_AT_ONCE):
+        drawn = [draw_cells(cells, cell_type_idx, rng, min_distinct) for cells, rng in blocks[first : first + BLOCKS_AT_ONCE]]
+        yield mix(sp.vstack(drawn, format="csr"), counts)
 
 
 def tpm(counts: np.ndarray, gene_length_bp: np.ndarray | None = None) -> np.ndarray:

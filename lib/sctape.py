@@ -46,16 +46,15 @@ class ScTAPE(nn.Module):
     def standardised(self, profiles: torch.Tensor) -> torch.Tensor:
         return (profiles - self.gene_mean) / self.gene_scale
 
-    def forward(self, profiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Profiles as `scale` gives them, (n_samples, n_genes) -> raw proportions (n_samples, n_cell_types), standardised reconstruction."""
-        raw = self.encoder(self.standardised(profiles))
-        return raw, self.decoder(raw)
+    def forward(self, profiles: torch.Tensor, proportions: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Mean absolute errors of the proportions and of the reconstructed profile, and their sum: what to minimise.
 
-    def loss(self, profiles: torch.Tensor, proportions: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Mean absolute errors of the proportions and of the reconstructed profile, and their sum: what to minimise."""
-        raw, reconstruction = self(profiles)
+        profiles: as `scale` gives them, (n_samples, n_genes); proportions: (n_samples, n_cell_types).
+        """
+        standardised = self.standardised(profiles)
+        raw = self.encoder(standardised)
         proportion_loss = (raw - proportions).abs().mean()
-        reconstruction_loss = (reconstruction - self.standardised(profiles)).abs().mean()
+        reconstruction_loss = (self.decoder(raw) - standardised).abs().mean()
         return {"loss": proportion_loss + reconstruction_loss, "proportion_loss": proportion_loss, "reconstruction_loss": reconstruction_loss}
 
     def proportions(self, profiles: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,7 @@ def learned(n_genes: int = 30, n_types: int = 3):
     for _ in range(40):
         for rows in torch.randperm(1000).split(100):
             optimizer.zero_grad()
-            model.loss(x[rows], p[rows])["loss"].backward()
+            model(x[rows], p[rows])["loss"].backward()
             optimizer.step()
     names = [f"G{i}" for i in range(n_genes)]
     checkpoint = {

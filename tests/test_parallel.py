@@ -1,0 +1,70 @@
+"""Two processes under torchrun train and generate what one does."""
+
+import subprocess
+import sys
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT, STAGES, Workplace, simulated_dataset
+
+from lib.counts import write_counts
+
+SMALL = "--hidden 16 8 --n-latent 4 --batch-size 64 --epochs 4 --learning-rate 0.01 --device cpu".split()
+
+
+def torchrun(place: Workplace, stage: str, *options: str) -> subprocess.CompletedProcess:
+    folders = ["--data-dir", place.data, "--models-dir", place.models, "--fig-dir", place.fig]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / stage, *folders, *options]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def cells(path) -> Workplace:
+    place = Workplace(path)
+    place.data.mkdir(parents=True)
+    for name, seed in (("train", 0), ("test", 1)):
+        adata = simulated_dataset(n_cells=300, n_genes=60, seed=seed)
+        adata.uns |= {"dataset": "simulated", "split_id": "s"}
+        write_counts(adata, place.data / f"{name}.h5ad")
+    return place
+
+
+def history(place: Workplace, name: str) -> pd.DataFrame:
+    return pd.read_csv(place.models / f"{name}_history.csv").drop(columns="seconds")
+
+
+@pytest.mark.parametrize("options", [[], ["--memory-gb", "0"]], ids=["in memory", "from disk"])
+def test_two_processes_train_the_gmvae_that_one_trains(tmp_path, options):
+    one, two = cells(tmp_path / "one"), cells(tmp_path / "two")
+    one.run(STAGES[3], *SMALL, *options)
+    done = torchrun(two, STAGES[3], *SMALL, *options)
+    assert done.stdout.count("stage 3 wrote") == 1 and "2 processes" in done.stdout  # the second process is silent
+    pd.testing.assert_frame_equal(history(one, "gmvae"), history(two, "gmvae"), rtol=2e-4)  # sums in another order
+
+
+def test_two_processes_train_sctape(tmp_path):
+    one, two = cells(tmp_path / "one"), cells(tmp_path / "two")
+    options = ["--epochs", "6", "--dropout", "0", "--batch-size", "50"]
+    for place in (one, two):
+        place.run(STAGES[2], "--n-train-samples", "400", "--cells-per-sample", "200")
+    one.run(STAGES[4], *options)
+    torchrun(two, STAGES[4], *options)
+    pd.testing.assert_frame_equal(history(one, "sctape"), history(two, "sctape"), rtol=2e-3, atol=1e-5)
+
+
+def test_generated_cells_do_not_depend_on_the_number_of_processes(tmp_path):
+    place = cells(tmp_path / "place")
+    place.run(STAGES[3], *SMALL)
+    place.data.joinpath("wanted.csv").write_text("cell_type,n\ntype 0,300\ntype 1,400\ntype 2,500\n")
+    options = ["--cell-counts", str(place.data / "wanted.csv"), "--device", "cpu"]
+    place.run(STAGES[5], *options, "--output", "one.h5ad")
+    done = torchrun(place, STAGES[5], *options, "--output", "two.h5ad")
+    assert done.stdout.count("stage 5 wrote") == 1
+    one, two = (ad.read_h5ad(place.data / f"{name}.h5ad") for name in ("one", "two"))
+    assert one.shape == (1200, 60) and (one.X != two.X).nnz <= 2  # a rounding may tip a count
+    pd.testing.assert_frame_equal(one.obs[["cell_type", "sample"]], two.obs[["cell_type", "sample"]])
+    np.testing.assert_allclose(two.obs["library_size"], np.asarray(two.X.sum(axis=1)).ravel())
+    assert not list(place.data.glob("*.npz"))
