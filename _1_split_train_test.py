@@ -71,7 +71,7 @@ def main() -> None:
     if REMOVE_DOUBLETS:
         rows = without_doublets(adata, rows)
     obs = adata.obs.iloc[rows].copy()
-    pcs = principal_components(lazy(adata, rows), N_TOP_GENES, N_PCS, SEED)
+    pcs = principal_components(lazy(adata, rows), N_TOP_GENES, N_PCS)
     embedded = np.sort(np.random.default_rng(SEED).permutation(len(rows))[:MAX_CELLS_EMBEDDED])
     embedding = embed(pcs[embedded], N_NEIGHBORS, SEED)
     sc.tl.leiden(embedding, resolution=LEIDEN_RESOLUTION, flavor="igraph", n_iterations=2, directed=False, random_state=SEED)

@@ -17,7 +17,7 @@ def lazy(adata: ad.AnnData, rows: np.ndarray) -> ad.AnnData:
     return ad.AnnData(counts[rows], var=adata.var[[]].copy())
 
 
-def principal_components(counts: ad.AnnData, n_top_genes: int, n_pcs: int, seed: int) -> np.ndarray:
+def principal_components(counts: ad.AnnData, n_top_genes: int, n_pcs: int) -> np.ndarray:
     """Median normalisation, log1p, highly variable genes, PCA (scanpy), on all given cells jointly.
 
     Parameters
@@ -42,7 +42,7 @@ def principal_components(counts: ad.AnnData, n_top_genes: int, n_pcs: int, seed:
     if adata.n_vars > n_top_genes:
         sc.pp.highly_variable_genes(adata, n_top_genes=n_top_genes)
         adata = adata[:, adata.var["highly_variable"]].copy()
-    sc.pp.pca(adata, n_comps=min(n_pcs, adata.n_obs - 1, adata.n_vars - 1), random_state=seed)
+    sc.pp.pca(adata, n_comps=min(n_pcs, adata.n_obs - 1, adata.n_vars - 1), svd_solver="covariance_eigh")  # no random start
     return np.asarray(adata.obsm["X_pca"], dtype=np.float32)
 
 
