@@ -20,7 +20,7 @@ from lib.counts import draw_of_each_type, n_entries, read_counts
 from lib.files import folder, report
 from lib.gmvae import GMVAE
 from lib.likelihoods import nb_per_type_log_likelihood
-from lib.training import Trainer, keep_freed_memory
+from lib.training import Trainer, clip_gradients, keep_freed_memory
 
 # Model (fig. 1 of the paper)
 N_LATENT = 32  # dimensions of z (paper)
@@ -123,7 +123,7 @@ def train_epoch(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train:
             losses = model(batch, noise_of(batch, generator), kl_weight)
         share = batch.n_cells / batch.n_global * parallel.N_RANKS  # gradients are averaged over processes, cells should be
         (losses["loss"] * share).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+        clip_gradients(model, MAX_GRADIENT_NORM)
         optimizer.step()
         parts.append((batch.n_cells, losses))
     return parallel.mean_over(parts)

@@ -21,7 +21,7 @@ from lib.counts import check_same_split, read_uns
 from lib.files import folder, report, require, user_path
 from lib.pseudobulk import tpm
 from lib.sctape import ScTAPE, scale
-from lib.training import Trainer, keep_freed_memory
+from lib.training import Trainer, clip_gradients, keep_freed_memory
 
 # Genes (chosen by the training mixtures alone)
 N_GENES = 1000  # those whose expression the proportions explain best (ours; original code: the 85 % that vary most)
@@ -160,7 +160,7 @@ def train_epoch(
         with torch.autocast(profiles.device.type, dtype=torch.bfloat16, enabled=profiles.device.type == "cuda"):
             losses = model(profiles[rows], proportions[rows])
         (losses["loss"] * (len(rows) / len(batch) * parallel.N_RANKS)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+        clip_gradients(model, MAX_GRADIENT_NORM)
         optimizer.step()
         parts.append((len(rows), losses))
     return parallel.mean_over(parts)

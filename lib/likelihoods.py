@@ -79,7 +79,8 @@ class _LogProb(torch.autograd.Function):
         at_theta = batch.genes if log_theta.dim() == 1 else entries
         r_x, theta_x = ratio.view(-1)[entries], theta.reshape(-1)[at_theta]
         # lgamma(1 + theta) - lgamma(theta) = log theta, so counts of 1, which most are, need no special function
-        gain = batch.counts * (r_x.double() / (1 + r_x.double())).log() + log_theta.reshape(-1)[at_theta]
+        s_x = r_x.double() / (1 + r_x)
+        gain = batch.counts * s_x.log() + theta_x.log()
         several = _several(batch)
         x, theta_several = batch.counts[several].double(), theta_x[several].double()
         gain[several] += torch.lgamma(x + theta_several) - torch.lgamma(1 + theta_several)
@@ -89,8 +90,8 @@ class _LogProb(torch.autograd.Function):
             gain -= F.softplus(over)  # = log(exp(zi) + exp(nb_zero)) - nb_zero
             dropped = torch.sigmoid(over)
         if with_gradient:
-            ctx.save_for_backward(theta, library, ratio, zi_logits, dropped, entries, at_theta)
-            ctx.batch = batch
+            ctx.save_for_backward(theta, library, ratio, zi_logits, dropped, entries, at_theta, s_x, theta_x)
+            ctx.batch, ctx.several = batch, several
         return log_prob.index_add_(0, batch.cells, gain)
 
     @staticmethod
@@ -99,20 +100,18 @@ class _LogProb(torch.autograd.Function):
 
         With s = r / (1 + r): d nb_zero / d log mu = -theta s, d nb_zero / d log theta = theta (s - log(1 + r)).
         """
-        theta, library, ratio, zi_logits, dropped, entries, at_theta = ctx.saved_tensors
+        theta, library, ratio, zi_logits, dropped, entries, at_theta, s_x, theta_x = ctx.saved_tensors
         cells, counts = ctx.batch.cells, ctx.batch.counts.to(ratio.dtype)
         g = upstream.to(ratio.dtype)
-        g_x, r_x, theta_x = g[cells], ratio.view(-1)[entries], theta.reshape(-1)[at_theta]
-        s_x = r_x / (1 + r_x)
+        g_x, s_x, several = g[cells], s_x.to(ratio.dtype), ctx.several
         of_mu_x = counts * (1 - s_x)
         of_lgamma = torch.ones_like(theta_x)  # theta (digamma(1 + theta) - digamma(theta)) = 1
-        several = _several(ctx.batch)
         x, theta_several = counts[several].double(), theta_x[several].double()
         of_lgamma[several] = (theta_several * (torch.digamma(x + theta_several) - torch.digamma(theta_several))).to(ratio.dtype)
         of_theta_x = of_lgamma - of_mu_x
         if zi_logits is not None:  # at these entries nothing was dropped: give back what the dense part takes
             of_mu_x = of_mu_x - dropped * theta_x * s_x
-            of_theta_x = of_theta_x + dropped * theta_x * (s_x - r_x.log1p())
+            of_theta_x = of_theta_x + dropped * theta_x * (s_x + (-s_x).log1p())  # log(1 + r) = -log(1 - s)
         of_library = torch.zeros_like(g).index_add_(0, cells, g_x * of_mu_x)
 
         of_logits, of_zi = torch.empty_like(ratio), None if zi_logits is None else torch.empty_like(ratio)
