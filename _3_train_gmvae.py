@@ -25,7 +25,7 @@ from lib.training import Trainer, clip_gradients, keep_freed_memory
 # Model (fig. 1 of the paper)
 N_LATENT = 32  # dimensions of z (paper)
 HIDDEN = (128, 64)  # layers of q(z|x,y), and of p(x|z) in reverse (paper)
-LIKELIHOOD: Literal["zinb", "nb"] = "zinb"  # of counts: with extra zeros (paper) or without
+LIKELIHOOD: Literal["nb", "zinb"] = "nb"  # of counts: without extra zeros (ours; better on held-out cells) or with (paper)
 DISPERSION: Literal["gene", "gene-cell"] = "gene"  # one theta a gene (ours), or a head of the decoder (paper)
 DROPOUT = 0.0  # in encoders and decoder; any leaves z unused (ours)
 
@@ -86,6 +86,8 @@ def main() -> None:
     trainer.draw(fig / "gmvae_loss.png", "nats per cell")
     if not parallel.IS_FIRST:
         return
+    model.fit_prior(train, SEED)
+    trainer.save_best(prior=model.prior)
     compare_with_nb(model, train, held_out)
     report("stage 3", [trainer.best_path, trainer.last_path, trainer.history_path, fig / "gmvae_loss.png"], "python _4_train_sctape.py")
 

@@ -2,7 +2,7 @@
 
 reads   models/gmvae.pt, models/sctape.pt, data/train.h5ad, data/test.h5ad, data/pseudobulk_test_*.csv, and BULK_FILE
 writes  data/generated.h5ad: raw counts, obs["cell_type"], obs["sample"]; data/predicted_proportions.csv;
-        fig/proportions.png, umap_original_vs_generated.png, umap_by_cell_type.png, gene_correlation.png
+        fig/proportions.png, umap_original_vs_generated.png, umap_by_cell_type.png, gene_correlation.png, fidelity.png; fig/metrics.csv
 run     python _5_generate.py
         torchrun --nproc-per-node 4 _5_generate.py            on four GPUs, or processors: the same cells, made together
 time    650 cells x 13,000 genes: half a minute; 10,000 x 16,000: 2 minutes
@@ -16,7 +16,6 @@ from typing import Any, Iterator, Literal
 import anndata as ad
 import numpy as np
 import pandas as pd
-import scanpy as sc
 import scipy.io
 import scipy.sparse as sp
 import torch
@@ -24,7 +23,7 @@ import torch
 from lib import metrics, options, parallel, plots, sctape
 from lib.batches import CellDataset
 from lib.bulk import read_bulk, to_tpm
-from lib.counts import log_normalize, read_split, row_blocks, take, write_blocks
+from lib.counts import read_split, row_blocks, take, write_blocks
 from lib.embedding import embed, principal_components
 from lib.files import ROOT, folder, replacing, report, user_path
 from lib.gmvae import GMVAE, n_blocks
@@ -49,6 +48,7 @@ N_CORRELATION_GENES = 145  # most variable genes of the train cells (paper)
 N_TOP_GENES = 2000  # highly variable genes for the UMAP
 N_PCS = 50  # principal components for the UMAP
 N_NEIGHBORS = 15  # neighbours for the UMAP
+MAX_CELLS_JUDGED = 2500  # test cells, at most, held against as many generated and as many train cells (metrics.csv): a random draw
 MAX_CELLS_DRAWN = 5000  # generated, test and train cells, of each at most, that are compared and drawn: a random draw
 
 # Running
@@ -97,13 +97,16 @@ def main() -> None:
     if WRITE_MTX:
         written.append(write_mtx(generated.to_memory(), output.with_suffix("")))
     compare(model, train, test, generated, fig)
-    written += [fig / f"{name}.png" for name in ("umap_original_vs_generated", "umap_by_cell_type", "gene_correlation")]
+    judge_cells(model, train, test, fig)
+    written += [fig / f"{name}.png" for name in ("umap_original_vs_generated", "umap_by_cell_type", "gene_correlation", "fidelity")]
+    written.append(fig / "metrics.csv")
     report("stage 5", written, f"look at {FIG_DIR}/*.png, or open the cells: scanpy.read_h5ad({str(output)!r})")
 
 
 def load_model(checkpoint: dict[str, Any], device: torch.device) -> GMVAE:
     model = GMVAE(**checkpoint["arguments"])
     model.load_state_dict(checkpoint["weights"])
+    model.prior = checkpoint.get("prior")  # fitted when the training ends
     return model.to(device).eval()
 
 
@@ -254,9 +257,28 @@ def compare(model: GMVAE, train: ad.AnnData, test: ad.AnnData, generated: ad.Ann
     plots.umap_original_vs_generated(umap, is_generated, fig / "umap_original_vs_generated.png")
     plots.umap_by_cell_type(umap, is_generated, both.obs["cell_type"], fig / "umap_by_cell_type.png")
 
-    genes = variable_genes(drawn_train)
-    correlations = [gene_correlation(part, genes) for part in (drawn_test, drawn_generated, drawn_train)]
+    genes = metrics.variable_genes(drawn_train, N_CORRELATION_GENES)
+    correlations = [metrics.gene_correlation(part, genes) for part in (drawn_test, drawn_generated, drawn_train)]
     plots.gene_correlation(*correlations, fig / "gene_correlation.png")
+
+
+def judge_cells(model: GMVAE, train: ad.AnnData, test: ad.AnnData, fig: Path) -> None:
+    """Test cells held against new cells of the same types and numbers, and against train cells: what a generator could reach at best."""
+    rng = np.random.default_rng([SEED, 5])
+    real = take(test, np.sort(rng.permutation(test.n_obs)[:MAX_CELLS_JUDGED]))
+    floor_rows = metrics.draw_like(train, real.obs["cell_type"], rng)
+    other_rows = np.sort(rng.permutation(np.setdiff1d(np.arange(train.n_obs), floor_rows))[: real.n_obs])
+    floor, others = take(train, floor_rows), take(train, other_rows)
+    counts = sp.vstack(list(model.sample(real.obs["cell_type"].cat.codes.to_numpy(), SEED + 1)), format="csr")
+    made = ad.AnnData(counts, obs=real.obs[["cell_type"]].copy(), var=real.var[[]].copy())
+    genes = metrics.variable_genes(take(train, np.sort(rng.permutation(train.n_obs)[:MAX_CELLS_DRAWN])), metrics.N_CORRELATED_GENES)
+    table = metrics.fidelity_table(real, made, floor, others, genes, SEED)
+    with replacing(fig / "metrics.csv") as temporary:
+        table.to_csv(temporary, index=False, float_format="%.5f")
+    pooled = table[table["cells"] == "all"].drop(columns="cells").set_index("figure")
+    print(f"{real.n_obs:,} test cells against as many generated ones, and against real train cells of the same types:")
+    print(pooled.rename(columns={"real": "real train cells"}).to_string(float_format="{:.3f}".format))
+    plots.fidelity(table, real, made, floor, fig / "fidelity.png")
 
 
 def likelihoods(model: GMVAE, train: ad.AnnData, test: ad.AnnData) -> tuple[np.ndarray, np.ndarray]:
@@ -265,22 +287,6 @@ def likelihoods(model: GMVAE, train: ad.AnnData, test: ad.AnnData) -> tuple[np.n
     train_cells = CellDataset(train.X, train.obs["cell_type"].cat.codes, device, in_memory=False)
     test_cells = CellDataset(test.X, test.obs["cell_type"].cat.codes, device)
     return model.log_likelihood(test_cells, n_samples=20, seed=SEED), nb_per_type_log_likelihood(train_cells, test_cells)
-
-
-def variable_genes(cells: ad.AnnData) -> np.ndarray:
-    """Places of the genes whose counts vary most beyond chance, by train cells alone (variance of Pearson residuals)."""
-    counts = ad.AnnData(cells.X)
-    sc.experimental.pp.highly_variable_genes(counts, n_top_genes=min(N_CORRELATION_GENES, cells.n_vars))
-    return np.flatnonzero(counts.var["highly_variable"])
-
-
-def gene_correlation(cells: ad.AnnData, genes: np.ndarray) -> np.ndarray:
-    """Pearson's r between genes over cells, on log(1 + counts per 10,000); 0 where a gene does not vary."""
-    values = log_normalize(cells.X, 1e4)[:, genes].toarray()
-    values -= values.mean(axis=0)
-    norm = np.linalg.norm(values, axis=0)
-    values /= np.where(norm > 0, norm, 1)
-    return values.T @ values
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from torch import nn
 
 from lib.batches import Batch, CellDataset, transposed
 from lib.likelihoods import gaussian_kl, gaussian_log_prob, log_theta_by_moments, nb_log_prob, type_profiles, zinb_log_prob
+from lib.prior import Prior, fit_prior, sample_prior
 
 LOG_THETA_RANGE = (math.log(1e-3), math.log(1e6))
 GENERATED_AT_ONCE = 256  # cells; each block has a random stream of its own
@@ -156,7 +157,7 @@ class GMVAE(nn.Module):
     hidden
         Layers of q(z|x,y) from the genes down; p(x|z) has the same in reverse. q(y|x) and p(z|y) have the first alone.
     likelihood
-        "zinb" or "nb".
+        "nb" or "zinb".
     dispersion
         "gene": one theta a gene; "gene-cell": a head of the decoder, as in the paper.
     dropout
@@ -165,7 +166,7 @@ class GMVAE(nn.Module):
 
     def __init__(
         self, n_genes: int, n_cell_types: int, n_latent: int = 32, hidden: tuple[int, ...] = (128, 64),
-        likelihood: str = "zinb", dispersion: str = "gene", dropout: float = 0.0,
+        likelihood: str = "nb", dispersion: str = "gene", dropout: float = 0.0,
     ):  # fmt: skip
         super().__init__()
         self.arguments = dict(
@@ -186,6 +187,7 @@ class GMVAE(nn.Module):
         self.log_theta = nn.Parameter(torch.zeros(n_genes))  # of each gene; the head, where there is one, adds to it
         self.p_l_z_mean = nn.Linear(n_latent, 1)
         self.log_library_scale = nn.Parameter(torch.zeros(n_cell_types))
+        self.prior: Prior | None = None
         self.register_buffer("library_median", torch.tensor(1.0))
         self.register_buffer("type_frequency", torch.full((n_cell_types,), 1 / n_cell_types))
 
@@ -207,6 +209,31 @@ class GMVAE(nn.Module):
             nn.init.zeros_(self.p_x_z_zi_logits.weight), nn.init.constant_(self.p_x_z_zi_logits.bias, -4.0)
         nn.init.zeros_(self.p_l_z_mean.bias)
         self.log_library_scale.fill_(float(np.log(np.log(library_size).std() + 1e-2)))
+
+    @torch.no_grad()
+    def fit_prior(self, dataset: CellDataset, seed: int) -> None:
+        """Fit, after training, where each type's z and library sizes lie; `sample` then draws from there."""
+        generator = torch.Generator(dataset.device).manual_seed(seed)
+        points, types = [], []
+        for batch in dataset.in_order(512):
+            batch = batch.select(batch.cell_type_idx >= 0)
+            mean, log_var = self.q_z(self.see(batch), batch)
+            z = mean + (0.5 * log_var).exp() * torch.randn(mean.shape, generator=generator, device=mean.device)
+            points.append(torch.cat([z, self.log_library(batch.library_size)], dim=1).cpu())
+            types.append(batch.cell_type_idx.cpu())
+        rng = np.random.default_rng(seed)
+        self.prior = fit_prior(torch.cat(points).double().numpy(), torch.cat(types).numpy(), self.n_cell_types, rng)
+
+    def draw_z(self, cell_type_idx: torch.Tensor, noise_factor: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """z (n_cells, n_latent) and log library size (n_cells,), relative to the median, of new cells: fitted, or p(z|y) p(l|z)."""
+        mean, log_var = self.p_z(cell_type_idx)
+        if self.prior is not None:
+            *z, log_library = sample_prior(self.prior, cell_type_idx, generator).unbind(dim=1)
+            middle = self.prior["mean"][:, :-1].to(mean.device)[cell_type_idx]
+            return middle + noise_factor * (torch.stack(z, dim=1) - middle), log_library
+        z = mean + noise_factor * (0.5 * log_var).exp() * torch.randn(mean.shape, generator=generator, device=mean.device)
+        l_mean, l_log_var = self.p_l(z, cell_type_idx)
+        return z, l_mean + (0.5 * l_log_var).exp() * torch.randn(l_mean.shape, generator=generator, device=mean.device)
 
     def log_library(self, library_size: torch.Tensor) -> torch.Tensor:
         """log(l / median l of the training cells), (n_cells, 1)."""
@@ -330,7 +357,7 @@ class GMVAE(nn.Module):
         seed
             The same seed gives the same cells; each block of cells has a stream of its own, so blocks can be shared out.
         noise_factor
-            Multiplies the standard deviation of p(z|y): below 1 cells closer to their type's middle, above 1 wider.
+            Multiplies a cell's distance in z from its type's middle: below 1 cells are more alike, above 1 less.
         blocks
             Numbers of the blocks wanted; None for all.
 
@@ -344,10 +371,7 @@ class GMVAE(nn.Module):
             generator = torch.Generator(device).manual_seed(int(stream >> np.uint64(1)))
             wanted = np.asarray(cell_type_idx[number * GENERATED_AT_ONCE : (number + 1) * GENERATED_AT_ONCE], dtype=np.int64)
             y = torch.from_numpy(wanted).to(device)
-            p_mean, p_log_var = self.p_z(y)
-            z = p_mean + noise_factor * (0.5 * p_log_var).exp() * torch.randn(p_mean.shape, generator=generator, device=device)
-            l_mean, l_log_var = self.p_l(z, y)
-            log_library = l_mean + (0.5 * l_log_var).exp() * torch.randn(l_mean.shape, generator=generator, device=device)
+            z, log_library = self.draw_z(y, noise_factor, generator)
             yield self.p_x(z, log_library.exp() * self.library_median).sample(generator)
 
 

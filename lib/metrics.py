@@ -170,53 +170,91 @@ def memorisation(pcs: np.ndarray, train_pcs: np.ndarray, test_pcs: np.ndarray) -
     return float(np.mean(to_train < to_test) + 0.5 * np.mean(to_train == to_test))
 
 
-def fidelity(real: ad.AnnData, other: ad.AnnData, genes: np.ndarray, seed: int) -> pd.Series:
-    """All figures of one set of cells against real ones. genes: those whose correlations are compared."""
+def distribution_distances(real: ad.AnnData, other: ad.AnnData) -> dict[str, float]:
+    """Kolmogorov-Smirnov distances of library sizes and of numbers of genes detected."""
+    totals, detected = zip(*(library_and_genes(cells) for cells in (real, other)))
+    return {"library size KS": float(ks_2samp(*totals).statistic), "genes detected KS": float(ks_2samp(*detected).statistic)}
+
+
+def library_and_genes(cells: ad.AnnData) -> tuple[np.ndarray, np.ndarray]:
+    """Counts, and genes detected, of each cell."""
+    return np.asarray(cells.X.sum(axis=1)).ravel(), np.diff(cells.X.indptr)
+
+
+def fidelity(real: ad.AnnData, other: ad.AnnData, genes: np.ndarray, seed: int, within_type: bool = False) -> pd.Series:
+    """All figures of one set of cells against real ones.
+
+    Parameters
+    ----------
+    genes
+        Places of those whose correlations are compared.
+    within_type
+        Leave out what needs several types.
+    """
     pcs = principal_components(ad.concat([real, other], index_unique="-"), N_TOP_GENES, N_PCS)
     is_other = np.arange(len(pcs)) >= real.n_obs
     correlation_r, correlation_mae = correlation_agreement(gene_correlation(real, genes), gene_correlation(other, genes))
     a, b = gene_statistics(real), gene_statistics(other)
-    overlap, fold_change_r = marker_recovery(real, other)
-    types, other_types = (cells.obs["cell_type"].astype(str).to_numpy() for cells in (real, other))
-    return pd.Series(
-        {
-            "forest AUC": forest_auc(pcs, is_other, seed),
-            "linear AUC": linear_auc(real, other, seed),
-            "MMD": mmd(pcs[~is_other], pcs[is_other]),
-            "iLISI": ilisi(pcs, is_other),
-            "gene correlation r": correlation_r,
-            "gene correlation MAE": correlation_mae,
-            **{f"gene {name} MAE": mae(a[name], b[name]) for name in a},
-            **distribution_distances(real, other),
+    found = {
+        "forest AUC": forest_auc(pcs, is_other, seed),
+        "linear AUC": linear_auc(real, other, seed),
+        "MMD": mmd(pcs[~is_other], pcs[is_other]),
+        "iLISI": ilisi(pcs, is_other),
+        "gene correlation r": correlation_r,
+        "gene correlation MAE": correlation_mae,
+        **{f"gene {name} MAE": mae(a[name], b[name]) for name in a},
+        **distribution_distances(real, other),
+    }
+    if not within_type:
+        overlap, fold_change_r = marker_recovery(real, other)
+        types, other_types = (cells.obs["cell_type"].astype(str).to_numpy() for cells in (real, other))
+        found |= {
             "marker overlap": overlap,
             "fold change r": fold_change_r,
             "F1 train on these, test on real": transfer_f1(pcs[is_other], other_types, pcs[~is_other], types, seed),
             "F1 train on real, test on these": transfer_f1(pcs[~is_other], types, pcs[is_other], other_types, seed),
         }
-    )
+    return pd.Series(found)
 
 
-def distribution_distances(real: ad.AnnData, other: ad.AnnData) -> dict[str, float]:
-    """Kolmogorov-Smirnov distances of library sizes and of numbers of genes detected."""
-    totals, detected = ([np.asarray(f(c)).ravel() for c in (real, other)] for f in (lambda c: c.X.sum(axis=1), lambda c: np.diff(c.X.indptr)))
-    return {"library size KS": float(ks_2samp(*totals).statistic), "genes detected KS": float(ks_2samp(*detected).statistic)}
+def draw_like(cells: ad.AnnData, wanted: pd.Series, rng: np.random.Generator) -> np.ndarray:
+    """Rows of cells of the same types and numbers as `wanted`, drawn without replacement; of a type with fewer cells, all."""
+    rows = []
+    for name, n_cells in wanted.value_counts(sort=False).items():
+        pool = np.flatnonzero(cells.obs["cell_type"] == name)
+        rows.append(rng.permutation(pool)[:n_cells])
+    return np.sort(np.concatenate(rows))
 
 
-def fidelity_of_type(real: ad.AnnData, other: ad.AnnData, genes: np.ndarray, seed: int) -> pd.Series:
-    """The figures that make sense within one type."""
-    pcs = principal_components(ad.concat([real, other], index_unique="-"), N_TOP_GENES, N_PCS)
-    is_other = np.arange(len(pcs)) >= real.n_obs
-    correlation_r, correlation_mae = correlation_agreement(gene_correlation(real, genes), gene_correlation(other, genes))
-    a, b = gene_statistics(real), gene_statistics(other)
-    return pd.Series(
-        {
-            "forest AUC": forest_auc(pcs, is_other, seed),
-            "linear AUC": linear_auc(real, other, seed),
-            "MMD": mmd(pcs[~is_other], pcs[is_other]),
-            "iLISI": ilisi(pcs, is_other),
-            "gene correlation r": correlation_r,
-            "gene correlation MAE": correlation_mae,
-            **{f"gene {name} MAE": mae(a[name], b[name]) for name in a},
-            **distribution_distances(real, other),
-        }
-    )
+def fidelity_table(test: ad.AnnData, generated: ad.AnnData, floor: ad.AnnData, others: ad.AnnData, genes: np.ndarray, seed: int) -> pd.DataFrame:
+    """Every figure of generated cells against test cells, beside that of real train cells against the same test cells.
+
+    Parameters
+    ----------
+    generated, floor
+        Cells of the same types and numbers as `test`; `floor` are train cells.
+    others
+        Train cells that are not in `floor`, for the memorisation check of real cells.
+    genes
+        Places of those whose correlations are compared, chosen by train cells.
+
+    Returns
+    -------
+    Rows: one a figure, of all cells and of every type that has `MIN_CELLS_PER_TYPE` cells; columns: cells, figure,
+    generated, real.
+    """
+    tables = [pd.DataFrame({"generated": fidelity(test, generated, genes, seed), "real": fidelity(test, floor, genes, seed)})]
+    names = ["all"]
+    both = ad.concat([test, floor, generated, others], index_unique="-")
+    ends = np.cumsum([0, test.n_obs, floor.n_obs, generated.n_obs, others.n_obs])
+    pcs = principal_components(both, N_TOP_GENES, N_PCS)
+    test_pcs, floor_pcs, generated_pcs, other_pcs = (pcs[a:b] for a, b in zip(ends, ends[1:]))
+    unseen = memorisation(other_pcs, floor_pcs, test_pcs) if others.n_obs else np.nan
+    tables[0].loc["nearest real cell is a train cell"] = [memorisation(generated_pcs, floor_pcs, test_pcs), unseen]
+    for name in test.obs["cell_type"].cat.categories:
+        parts = [cells[(cells.obs["cell_type"] == name).to_numpy()].copy() for cells in (test, generated, floor)]
+        if min(part.n_obs for part in parts) >= MIN_CELLS_PER_TYPE:
+            real = parts[0]
+            tables.append(pd.DataFrame({c: fidelity(real, part, genes, seed, True) for c, part in zip(("generated", "real"), parts[1:])}))
+            names.append(name)
+    return pd.concat(tables, keys=names, names=["cells", "figure"]).reset_index()

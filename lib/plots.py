@@ -10,7 +10,7 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
 from lib.files import replacing
-from lib.metrics import ccc, mae, pearson
+from lib.metrics import ccc, gene_statistics, library_and_genes, log_fold_changes, mae, pearson
 
 # Okabe and Ito's colours for the colour-blind, then Paul Tol's "muted" and "bright" where types outnumber them.
 COLOURS = (
@@ -181,6 +181,62 @@ def gene_correlation(original: np.ndarray, generated: np.ndarray, train: np.ndar
         axes.set(xlabel=f"{len(original)} most variable genes", xticks=[], yticks=[])
     panels[0].set_ylabel("the same genes, in the same order")
     figure.colorbar(image, ax=panels, label="correlation between genes (Pearson's r)", shrink=0.8, extend="both")
+    save(figure, path)
+
+
+def fidelity(table: pd.DataFrame, test, generated, floor, path: Path) -> None:
+    """Generated cells beside real train cells, both held against test cells: what tells them apart, and where.
+
+    table: from `metrics.fidelity_table`; the three sets are AnnData of the same types and numbers.
+    """
+    figure = Figure(figsize=(15.5, 7.6), layout="constrained")
+    (judges, by_type, library, detected), (mean_variance, mean_zeros, correlation, markers) = figure.subplots(2, 4)
+    sets = (("test", test, NEUTRAL), ("train", floor, ORIGINAL), ("generated", generated, GENERATED))
+
+    figures = ["forest AUC", "linear AUC"]
+    for axes, rows, names in (
+        (judges, table[(table["cells"] == "all") & table["figure"].isin(figures)].set_index("figure"), ["random forest\n(PCs)", "linear\n(genes)"]),
+        (by_type, table[(table["cells"] != "all") & (table["figure"] == "forest AUC")].set_index("cells"), None),
+    ):
+        places = np.arange(len(rows))
+        axes.barh(places + 0.2, rows["real"], 0.38, color=ORIGINAL, label="train cells")
+        axes.barh(places - 0.2, rows["generated"], 0.38, color=GENERATED, label="generated cells")
+        axes.axvline(0.5, c="k", lw=0.8, ls="--")
+        axes.set_yticks(places, names or list(rows.index), fontsize=8)
+        axes.set(xlim=(0.4, 1), xlabel="area under the ROC curve (0.5: cannot tell)", title="told apart from test cells" + ("" if names else ",\nwithin a type (random forest)"))
+    judges.legend(frameon=False, fontsize=8, loc="lower right")
+
+    for axes, values, label in zip((library, detected), zip(*(library_and_genes(cells) for _, cells, _ in sets)), ("counts per cell", "genes detected per cell")):
+        bins = np.histogram_bin_edges(np.log10(np.concatenate(values) + 1), 40)
+        for (name, _, colour), value in zip(sets, values):
+            axes.hist(np.log10(value + 1), bins, histtype="step", color=colour, lw=1.5, density=True, label=name)
+        axes.set(xlabel=f"log10({label})", ylabel="density")
+    library.legend(frameon=False, fontsize=8, loc="upper left")
+
+    statistics = {name: gene_statistics(cells) for name, cells, _ in sets}
+    for axes, what in ((mean_variance, "variance"), (mean_zeros, "zeros")):
+        for name, _, colour in (sets[0], sets[2]):
+            of = statistics[name]
+            axes.scatter(of["mean"].clip(1e-3), of[what].clip(1e-3 if what == "variance" else 0), s=2, c=colour, lw=0, alpha=0.5, rasterized=True)
+            axes.scatter([], [], s=20, c=colour, lw=0, label=name)
+        axes.set(xscale="log", xlabel="mean of a gene, log(1 + counts per 10,000)", ylabel="variance" if what == "variance" else "share of zeros")
+    mean_variance.set_yscale("log")
+    mean_zeros.legend(frameon=False, fontsize=8)
+
+    means = statistics["test"]["mean"], statistics["generated"]["mean"]
+    correlation.scatter(*(m.clip(1e-3) for m in means), s=2, c=GENERATED, lw=0, alpha=0.5, rasterized=True)
+    correlation.set(xscale="log", yscale="log", xlabel="mean of a gene, test cells", ylabel="mean of a gene, generated cells", title=f"r = {pearson(*means):.3f}")
+    changes, made = log_fold_changes(test), log_fold_changes(generated)
+    for name, colour in palette(list(test.obs["cell_type"].cat.categories)).items():
+        if name in changes and name in made:
+            markers.scatter(changes[name], made[name], s=2, c=colour, lw=0, alpha=0.5, rasterized=True)
+    markers.set(xlabel="log2 fold change of a gene in a type, test cells", ylabel="the same, generated cells", title="markers, by type's colour")
+    for axes in (correlation, markers):
+        limits = min(axes.get_xlim()[0], axes.get_ylim()[0]), max(axes.get_xlim()[1], axes.get_ylim()[1])
+        axes.plot(limits, limits, c="k", lw=0.8, ls="--")
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.title.set_fontsize(10)
     save(figure, path)
 
 

@@ -204,8 +204,8 @@ class Trainer:
         """Best first: should the run be killed in between, the last one is the older, and resuming makes the best again."""
         if not parallel.IS_FIRST:
             return
-        about = self.about | {"epoch": self.best_epoch, "best_epoch": self.best_epoch, "best_criterion": self.best_criterion}
-        last = about | {
+        self.save_best()
+        last = self._about_best() | {
             "epoch": len(self.history),
             "device": self.device_type,
             "weights": self.model.state_dict(),
@@ -218,11 +218,19 @@ class Trainer:
                 "cuda": torch.cuda.get_rng_state() if self.device_type == "cuda" else None,
             },
         }
-        for path, content in ((self.best_path, about | {"weights": self.best_weights}), (self.last_path, last)):
-            with replacing(path) as temporary:
-                torch.save(content, temporary)
+        with replacing(self.last_path) as temporary:
+            torch.save(last, temporary)
         with replacing(self.history_path) as temporary:
             pd.DataFrame(self.history).to_csv(temporary, index=False)
+
+    def save_best(self, **more: Any) -> None:
+        """The checkpoint to use; `more` is kept beside the weights."""
+        if parallel.IS_FIRST:
+            with replacing(self.best_path) as temporary:
+                torch.save(self._about_best() | {"weights": self.best_weights} | more, temporary)
+
+    def _about_best(self) -> dict[str, Any]:
+        return self.about | {"epoch": self.best_epoch, "best_epoch": self.best_epoch, "best_criterion": self.best_criterion}
 
     def draw(self, path: Path, unit: str) -> None:
         if parallel.IS_FIRST:

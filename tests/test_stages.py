@@ -26,7 +26,7 @@ data/counts.h5ad data/train.h5ad data/test.h5ad data/pseudobulk_test_tpm.csv dat
 data/pseudobulk_test_proportions.csv data/pseudobulk_train.h5ad data/generated.h5ad data/predicted_proportions.csv
 models/gmvae.pt models/gmvae_last.pt models/gmvae_history.csv models/sctape.pt models/sctape_last.pt models/sctape_history.csv
 fig/umap_reference.png fig/gmvae_loss.png fig/sctape_loss.png fig/proportions.png fig/umap_original_vs_generated.png
-fig/umap_by_cell_type.png fig/gene_correlation.png
+fig/umap_by_cell_type.png fig/gene_correlation.png fig/fidelity.png fig/metrics.csv
 """.split()
 
 

@@ -166,7 +166,7 @@ class Scvi:
             warnings.simplefilter("ignore")
             self.model.train(
                 max_epochs=epochs, batch_size=stage.BATCH_SIZE, accelerator="cpu", callbacks=[clock], enable_progress_bar=False,
-                logger=False if "check_val_every_n_epoch" not in arguments else True, **arguments,
+                **({} if "early_stopping" in arguments else {"logger": False}), **arguments,
             )  # fmt: skip
         return clock.seconds
 

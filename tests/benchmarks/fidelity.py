@@ -1,0 +1,146 @@
+"""Generated cells held against held-out real cells: ours, scVI, independent negative binomials, and real train cells.
+
+run     python tests/benchmarks/fidelity.py            (needs tests/benchmarks/requirements.txt for scVI; 20 minutes)
+        python tests/benchmarks/fidelity.py --data my.h5ad --seeds 1
+
+The data are parted once, 75/25 within the author's types, seed 123; genes seen in three train cells. Each generator is
+trained with each seed on the train cells alone, ours by the real stage 3 with its default constants, and makes as many cells
+of each type as there are test cells. All are judged by `lib.metrics.fidelity`, the same code and the same test cells; the
+floor are train cells, drawn anew with each seed. Printed: mean and, after +-, half the range over the seeds.
+"""
+
+import argparse
+import importlib
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from lib import metrics  # noqa: E402
+from lib.batches import CellDataset  # noqa: E402
+from lib.counts import digest, draw_of_each_type, write_counts  # noqa: E402
+from lib.gmvae import GMVAE  # noqa: E402
+from lib.likelihoods import log_theta_by_moments, type_profiles  # noqa: E402
+
+CPU = torch.device("cpu")
+SPLIT_SEED = 123
+PBMC3K = ROOT.parent / "shared" / "data" / "pbmc3k.h5ad"
+
+
+def load(data: str) -> tuple[ad.AnnData, ad.AnnData]:
+    """Train and test cells."""
+    if data == "pbmc68k_reduced":
+        from lib.datasets import load as load_dataset
+
+        adata = load_dataset(data, Path(tempfile.mkdtemp()), "", None).adata
+    else:
+        adata = ad.read_h5ad(data)
+    counts = sp.csr_matrix(adata.X, dtype=np.float32)
+    cell_type = pd.Categorical(adata.obs["cell_type"].astype(str))
+    is_test = draw_of_each_type(cell_type.codes.astype(np.int64), 0.25, np.random.default_rng(SPLIT_SEED))
+    genes = counts[~is_test].getnnz(axis=0) >= 3
+    parts = []
+    for rows in (~is_test, is_test):
+        obs = pd.DataFrame({"cell_type": cell_type[rows]}, index=adata.obs_names[rows])
+        part = ad.AnnData(counts[rows][:, genes], obs=obs, var=pd.DataFrame(index=adata.var_names[genes]))
+        part.X.sort_indices()
+        part.uns |= {"dataset": str(data), "split_id": digest([str(data), str(SPLIT_SEED)])}
+        parts.append(part)
+    print(f"{data}: {parts[0].n_obs:,} train cells, {parts[1].n_obs:,} test cells, {genes.sum():,} genes, {len(cell_type.categories)} types")
+    return parts[0], parts[1]
+
+
+def ours(train: ad.AnnData, types: np.ndarray, seed: int) -> sp.csr_matrix:
+    """The real stage 3, and the sampling of stage 5."""
+    stage = importlib.reload(importlib.import_module("_3_train_gmvae"))
+    with tempfile.TemporaryDirectory() as folder:
+        write_counts(train, Path(folder) / "train.h5ad")
+        for name, value in {"DATA_DIR": folder, "MODELS_DIR": folder, "FIG_DIR": folder, "SEED": seed}.items():
+            setattr(stage, name, value)
+        stage.main()
+        checkpoint = torch.load(Path(folder) / "gmvae.pt", weights_only=True)
+    model = GMVAE(**checkpoint["arguments"])
+    model.load_state_dict(checkpoint["weights"])
+    model.prior = checkpoint["prior"]
+    return sp.vstack(list(model.eval().sample(types, seed)), format="csr")
+
+
+def independent_nb(train: ad.AnnData, types: np.ndarray, seed: int) -> sp.csr_matrix:
+    """Every gene of a type a negative binomial of its own: no latent variable; library sizes drawn from the type's train cells."""
+    rng = np.random.default_rng(seed)
+    idx = train.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64)
+    dataset = CellDataset(train.X, idx, CPU)
+    profiles = type_profiles(dataset, idx.max() + 1)
+    theta = np.exp(log_theta_by_moments(dataset, profiles))
+    library = np.array([rng.choice(dataset.library_size[idx == k]) for k in types])
+    mu = library[:, None] * profiles[types]
+    return sp.csr_matrix(rng.poisson(rng.gamma(theta, mu / theta)).astype(np.float32))
+
+
+def scvi_posterior_predictive(train: ad.AnnData, types: np.ndarray, seed: int) -> sp.csr_matrix:
+    """SCVI with its defaults, types as labels; a new cell is drawn from the posterior predictive of a train cell of its type."""
+    import scvi
+
+    scvi.settings.seed = seed
+    data = train.copy()
+    scvi.model.SCVI.setup_anndata(data, labels_key="cell_type")
+    model = scvi.model.SCVI(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.train(accelerator="cpu", early_stopping=True, enable_progress_bar=False)
+    rng = np.random.default_rng(seed)
+    idx = train.obs["cell_type"].cat.codes.to_numpy()
+    cells = np.array([rng.choice(np.flatnonzero(idx == k)) for k in types])
+    drawn = model.posterior_predictive_sample(indices=cells, n_samples=1)
+    return sp.csr_matrix(np.asarray(drawn.todense()).reshape(len(types), -1).astype(np.float32))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default=str(PBMC3K), help="h5ad with raw counts in X and obs['cell_type'], or pbmc68k_reduced")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", help="some of: real ours scvi nb")
+    arguments = parser.parse_args()
+    train, test = load(arguments.data)
+    types = test.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64)
+    genes = metrics.variable_genes(train, metrics.N_CORRELATED_GENES)
+    generators = {"ours": ours, "scVI": scvi_posterior_predictive, "independent NB per type": independent_nb}
+    wanted = {"real": "real vs real", "ours": "ours", "scvi": "scVI", "nb": "independent NB per type"}
+    names = [wanted[key] for key in arguments.only or wanted]
+    rows = []
+    for seed in range(arguments.seeds):
+        floor_rows = metrics.draw_like(train, test.obs["cell_type"], np.random.default_rng(seed))
+        floor = train[floor_rows].copy()
+        for name in names:
+            started = time.perf_counter()
+            if name == "real vs real":
+                cells = floor
+            else:
+                cells = ad.AnnData(generators[name](train, types, seed), obs=test.obs[["cell_type"]].copy(), var=test.var[[]].copy())
+            seconds = time.perf_counter() - started
+            found = metrics.fidelity(test, cells, genes, seed)
+            pcs = metrics.principal_components(ad.concat([test, floor, cells], index_unique="-"), metrics.N_TOP_GENES, metrics.N_PCS)
+            n = test.n_obs
+            found["nearest real cell is a train cell"] = metrics.memorisation(pcs[n + floor.n_obs :], pcs[n : n + floor.n_obs], pcs[:n]) if cells is not floor else np.nan
+            rows.append(found.rename((name, seed)))
+            print(f"{name}, seed {seed}: {seconds:.0f} s; " + ", ".join(f"{k} {v:.3f}" for k, v in found.iloc[:5].items()), flush=True)
+    table = pd.DataFrame(rows)
+    table.index = pd.MultiIndex.from_tuples(table.index, names=["cells", "seed"])
+    by_name = table.groupby("cells", sort=False)
+    mean, half = by_name.mean(), (by_name.max() - by_name.min()) / 2
+    shown = mean.map("{:.3f}".format) + " +- " + half.map("{:.3f}".format)
+    print(f"\n{arguments.seeds} seeds\n" + shown.T.to_string())
+
+
+if __name__ == "__main__":
+    main()
