@@ -23,7 +23,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lib.batches import Batch, CellDataset, transposed
-from lib.likelihoods import gaussian_kl, gaussian_log_prob, log_theta_by_moments, nb_log_prob, type_profiles, zinb_log_prob
+from lib.likelihoods import (
+    counts_per_type, gaussian_kl, gaussian_log_prob, log_theta_by_moments, nb_log_prob, shrunken_ratio, type_profiles, zinb_log_prob,
+)  # fmt: skip
 from lib.prior import Prior, fit_prior, sample_prior
 
 LOG_THETA_RANGE = (math.log(1e-3), math.log(1e6))
@@ -223,6 +225,18 @@ class GMVAE(nn.Module):
             types.append(batch.cell_type_idx.cpu())
         rng = np.random.default_rng(seed)
         self.prior = fit_prior(torch.cat(points).double().numpy(), torch.cat(types).numpy(), self.n_cell_types, rng)
+        observed = counts_per_type(dataset, self.n_cell_types)
+        expected = np.stack([self._mean_profile(k, generator) for k in range(self.n_cell_types)]) * observed.sum(axis=1, keepdims=True)
+        self.prior["log_ratio"] = torch.from_numpy(np.log(shrunken_ratio(observed, expected + 1e-9))).float()
+
+    def _mean_profile(self, cell_type_idx: int, generator: torch.Generator, n_cells: int = 1024) -> np.ndarray:
+        """Mean expression of new cells of a type, as a fraction of their counts: (n_genes,)."""
+        total = 0.0
+        for _ in range(n_cells // GENERATED_AT_ONCE):
+            y = torch.full((GENERATED_AT_ONCE,), cell_type_idx, device=generator.device)
+            z, log_library = self.draw_z(y, 1.0, generator)
+            total = total + (log_library.exp()[:, None] * F.softmax(self.p_x(z, log_library.exp()).logits, dim=1)).sum(dim=0).double()
+        return (total / total.sum()).cpu().numpy()
 
     def draw_z(self, cell_type_idx: torch.Tensor, noise_factor: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """z (n_cells, n_latent) and log library size (n_cells,), relative to the median, of new cells: fitted, or p(z|y) p(l|z)."""
@@ -372,7 +386,10 @@ class GMVAE(nn.Module):
             wanted = np.asarray(cell_type_idx[number * GENERATED_AT_ONCE : (number + 1) * GENERATED_AT_ONCE], dtype=np.int64)
             y = torch.from_numpy(wanted).to(device)
             z, log_library = self.draw_z(y, noise_factor, generator)
-            yield self.p_x(z, log_library.exp() * self.library_median).sample(generator)
+            likelihood = self.p_x(z, log_library.exp() * self.library_median)
+            if self.prior is not None:
+                likelihood.logits += self.prior["log_ratio"].to(device)[y]
+            yield likelihood.sample(generator)
 
 
 def n_blocks(n_cells: int) -> int:

@@ -173,26 +173,31 @@ def gaussian_log_prob(x: torch.Tensor, mean: torch.Tensor, log_var: torch.Tensor
 def type_profiles(dataset: CellDataset, n_cell_types: int) -> np.ndarray:
     """Mean expression of each type as a fraction of its counts, by empirical Bayes.
 
-    A gene's rate in a type is gamma-distributed about its rate m in all cells with squared coefficient of variation c, and
-    its summed count x among the type's L counts is Poisson, so its rate is (x + 1/c) / (L + 1/(c m)) given c. What c can be is
-    learned from all genes of like expression (an EM over a grid), so a marker keeps its rate even in a type of ten cells,
-    while a gene seen there by chance is drawn to m.
+    A gene's fraction in all cells, times what the type has more of it (`shrunken_ratio`).
 
     Returns
     -------
     Cell types x genes, rows sum to 1, no zeros.
     """
-    x = np.zeros((n_cell_types, dataset.n_genes))
-    for counts, cell_type_idx in dataset.blocks():
-        x += (_per_type(np.ones(len(cell_type_idx)), cell_type_idx, n_cell_types) @ counts).toarray()
-    total = x.sum(axis=1, keepdims=True)
+    x = counts_per_type(dataset, n_cell_types)
     m = x.sum(axis=0) + 0.5  # half a count: no gene is impossible
     m /= m.sum()
+    profiles = m * shrunken_ratio(x, x.sum(axis=1, keepdims=True) * m)
+    return profiles / profiles.sum(axis=1, keepdims=True)
+
+
+def shrunken_ratio(x: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """How much more of each gene was counted in each type than expected, by empirical Bayes. All: cell types x genes.
+
+    The ratio is gamma-distributed about 1 with squared coefficient of variation c, the count x Poisson: the ratio's mean is
+    (x + 1/c) / (expected + 1/c) given c. What c can be is learned from all genes of like expression (an EM over a grid), so a
+    marker keeps its ratio even in a type of ten cells, while a gene seen there by chance is drawn to 1.
+    """
     shapes = 1 / PROFILE_VARIATION  # 1/c
-    log_evidence = np.stack([_gamma_poisson(x, total * m, shape).sum(axis=0) for shape in shapes])
+    log_evidence = np.stack([_gamma_poisson(x, expected, shape).sum(axis=0) for shape in shapes])
     evidence = np.exp(log_evidence - log_evidence.max(axis=0))
     weights = np.empty_like(evidence)
-    by_expression = np.array_split(np.argsort(m, kind="stable"), min(10, max(1, len(m) // 100)))
+    by_expression = np.array_split(np.argsort(expected.sum(axis=0), kind="stable"), min(10, max(1, x.shape[1] // 100)))
     for genes in by_expression:
         prior = np.full(len(shapes), 1 / len(shapes))
         for _ in range(100):
@@ -200,8 +205,15 @@ def type_profiles(dataset: CellDataset, n_cell_types: int) -> np.ndarray:
             posterior /= posterior.sum(axis=0)
             prior = posterior.mean(axis=1)
         weights[:, genes] = posterior
-    profiles = sum(weight * (x + shape) / (total + shape / m) for weight, shape in zip(weights, shapes))
-    return profiles / profiles.sum(axis=1, keepdims=True)
+    return sum(weight * (x + shape) / (expected + shape) for weight, shape in zip(weights, shapes))
+
+
+def counts_per_type(dataset: CellDataset, n_cell_types: int) -> np.ndarray:
+    """Counts of each gene summed over the cells of each type: cell types x genes."""
+    x = np.zeros((n_cell_types, dataset.n_genes))
+    for counts, cell_type_idx in dataset.blocks():
+        x += (_per_type(np.ones(len(cell_type_idx)), cell_type_idx, n_cell_types) @ counts).toarray()
+    return x
 
 
 def _per_type(weight: np.ndarray, cell_type_idx: np.ndarray, n_cell_types: int) -> sp.csr_matrix:
