@@ -29,7 +29,7 @@ MAX_COUNTS: int | None = 6000  # counts of a cell, below
 MAX_PCT_MT: float | None = 15.0  # percent of a cell's counts from mitochondrial genes (MT-), below
 MIN_CELLS = 3  # train cells that must hold a gene (the original counted all cells, test cells too)
 REMOVE_DOUBLETS = True  # by Scrublet
-MAX_CELLS_SCRUBLET = 20_000  # that Scrublet sees at once; of more cells, random parts of equal size (ours)
+MAX_CELLS_SCRUBLET = 6_000  # that Scrublet sees at once, about one capture; of more cells, random parts of equal size (ours; 1 GB)
 
 # Clusters (the original's)
 N_TOP_GENES = 2000  # highly variable genes
