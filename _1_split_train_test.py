@@ -18,7 +18,15 @@ import scanpy as sc
 from sklearn.model_selection import StratifiedGroupKFold
 
 from lib import options, plots
-from lib.counts import chosen_blocks, digest, draw_of_each_type, read_counts, row_blocks, take, write_blocks
+from lib.counts import (
+    chosen_blocks,
+    digest,
+    draw_of_each_type,
+    read_counts,
+    row_blocks,
+    take,
+    write_blocks,
+)
 from lib.embedding import embed, labels_of_neighbours, lazy, principal_components
 from lib.files import folder, report
 

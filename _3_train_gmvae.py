@@ -19,7 +19,7 @@ from lib.batches import Batch, CellDataset
 from lib.counts import draw_of_each_type, n_entries, read_counts
 from lib.files import folder, report
 from lib.gmvae import GMVAE
-from lib.likelihoods import nb_per_type_log_likelihood
+from lib.profiles import nb_per_type_log_likelihood
 from lib.training import Trainer, clip_gradients, keep_freed_memory
 
 # Model (fig. 1 of the paper)

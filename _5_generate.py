@@ -27,7 +27,7 @@ from lib.counts import read_split, row_blocks, take, write_blocks
 from lib.embedding import embed, principal_components
 from lib.files import ROOT, folder, replacing, report, user_path
 from lib.gmvae import GMVAE, n_blocks
-from lib.likelihoods import nb_per_type_log_likelihood
+from lib.profiles import nb_per_type_log_likelihood
 from lib.pseudobulk import largest_remainder, read_test_mixtures
 from lib.tables import separator
 from lib.training import check_checkpoint, keep_freed_memory, load_checkpoint

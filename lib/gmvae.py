@@ -13,7 +13,6 @@ the sum over all types weighted by q(y|x) (Kingma et al. 2014, "Semi-supervised 
 """
 
 import math
-from dataclasses import dataclass
 from typing import Iterator
 
 import numpy as np
@@ -22,130 +21,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib.batches import Batch, CellDataset, transposed
-from lib.likelihoods import (
-    counts_per_type, gaussian_kl, gaussian_log_prob, log_theta_by_moments, nb_log_prob, shrunken_ratio, type_profiles, zinb_log_prob,
-)  # fmt: skip
+from lib.batches import Batch, CellDataset
+from lib.layers import SparseLinear, Tower, mlp
+from lib.likelihoods import Likelihood, gaussian_kl, gaussian_log_prob
 from lib.prior import Prior, fit_prior, sample_prior
+from lib.profiles import (
+    counts_per_type,
+    log_theta_by_moments,
+    shrunken_ratio,
+    type_profiles,
+)
 
 LOG_THETA_RANGE = (math.log(1e-3), math.log(1e6))
 GENERATED_AT_ONCE = 256  # cells; each block has a random stream of its own
-
-
-class SparseProduct(torch.autograd.Function):
-    """x @ weight for a sparse x that needs no gradient; torch's own gradient of it takes four times as long."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.x = x
-        return _product(x, weight)
-
-    @staticmethod
-    def backward(ctx, upstream):
-        return None, _product(transposed(ctx.x), upstream)
-
-
-def _product(x: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
-    """x @ dense, sparse x; unlike `@`, without filling the result with zeros first and copying it afterwards."""
-    return dense.new_empty(x.shape[0], dense.shape[1]).addmm_(x, dense, beta=0)
-
-
-class SparseLinear(nn.Module):
-    """A linear layer whose input is sparse: genes to n_out."""
-
-    def __init__(self, n_genes: int, n_out: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(n_genes, n_out) / math.sqrt(n_genes))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(x.device.type, enabled=False):  # sparse products have no half precision everywhere
-            return SparseProduct.apply(x, self.weight)
-
-
-def mlp(sizes: tuple[int, ...], dropout: float = 0.0) -> nn.Sequential:
-    """Linear layers with LayerNorm, ReLU and dropout after each."""
-    layers = []
-    for n_in, n_out in zip(sizes, sizes[1:]):
-        layers += [nn.Linear(n_in, n_out), nn.LayerNorm(n_out), nn.ReLU(), nn.Dropout(dropout)]
-    return nn.Sequential(*layers)
-
-
-class Tower(nn.Module):
-    """(genes + extra)-hidden-...-n_out, from where the genes have been multiplied by the first layer's weights."""
-
-    def __init__(self, n_extra: int, hidden: tuple[int, ...], n_out: int, dropout: float):
-        super().__init__()
-        self.extra = nn.Linear(n_extra, hidden[0])
-        self.rest = nn.Sequential(nn.LayerNorm(hidden[0]), nn.ReLU(), nn.Dropout(dropout), mlp(hidden, dropout), nn.Linear(hidden[-1], n_out))
-
-    def forward(self, genes: torch.Tensor, extra: torch.Tensor) -> torch.Tensor:
-        return self.rest(genes + self.extra(extra))
-
-
-@dataclass
-class Likelihood:
-    """Parameters of p(x|z) for some cells."""
-
-    logits: torch.Tensor  # (n_cells, n_genes): mu = library x softmax(logits)
-    log_library: torch.Tensor  # (n_cells,)
-    log_theta: torch.Tensor  # (n_genes,), or (n_cells, n_genes) with a dispersion head
-    zi_logits: torch.Tensor | None  # (n_cells, n_genes), None for NB
-
-    def log_prob(self, batch: Batch) -> torch.Tensor:
-        """log p(x|z) per cell, summed over genes, in nats."""
-        if self.zi_logits is None:
-            return nb_log_prob(batch, self.logits, self.log_library, self.log_theta)
-        return zinb_log_prob(batch, self.logits, self.log_library, self.log_theta, self.zi_logits)
-
-    def sample(self, generator: torch.Generator) -> sp.csr_matrix:
-        """Counts, n_cells x n_genes. Which genes are seen at all is drawn for every gene; how often, for those seen alone."""
-        theta = self.log_theta.exp()
-        ratio = F.softmax(self.logits, dim=1).mul_(self.log_library.exp()[:, None]).div_(theta)  # mu / theta
-        seen = torch.expm1(ratio.log1p().mul_(-theta)).neg_()  # P(x > 0)
-        if self.zi_logits is not None:
-            seen *= torch.sigmoid(-self.zi_logits)
-        u = torch.rand(seen.shape, generator=generator, device=seen.device)
-        cells, genes = (u < seen).nonzero(as_tuple=True)
-        quantile = (u[cells, genes].double() + 2**-25) / seen[cells, genes]  # given that x > 0, uniform again
-        theta = (theta[genes] if theta.dim() == 1 else theta[cells, genes]).double()
-        counts = draw_positive_nb(ratio[cells, genes].double(), theta, quantile.clamp(max=1.0), generator)
-        indptr = F.pad(cells.bincount(minlength=len(seen)).cumsum(0), (1, 0)).cpu().numpy()
-        return sp.csr_matrix((counts.float().cpu().numpy(), genes.int().cpu().numpy(), indptr), shape=tuple(seen.shape))
-
-
-def draw_positive_nb(ratio: torch.Tensor, theta: torch.Tensor, quantile: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One count > 0 of each negative binomial, given that it is not 0.
-
-    Where zeros are the minority, x is a Poisson draw whose rate is a gamma draw, repeated until it is not 0. Elsewhere the
-    distribution function is inverted: x = 1, 2, ... until P(X > x) <= quantile x P(X > 0).
-
-    Parameters
-    ----------
-    ratio, theta
-        mu / theta, and theta: float64, one an entry.
-    quantile
-        Uniform in (0, 1].
-    """
-    counts = torch.ones_like(ratio)
-    log_zero = -theta * ratio.log1p()
-    is_rare = log_zero > -0.7  # P(x = 0) > 1/2
-    left = (~is_rare).nonzero()[:, 0]
-    while len(left):
-        rate = torch._standard_gamma(theta[left], generator=generator) * ratio[left]
-        counts[left] = torch.poisson(rate, generator=generator)
-        left = left[counts[left] == 0]
-
-    left = is_rare.nonzero()[:, 0]
-    theta, q, probability = theta[left], ratio[left] / (1 + ratio[left]), log_zero[left].exp()
-    tail, x = -torch.expm1(log_zero[left]), 0  # P(X > x)
-    threshold = quantile[left] * tail
-    while len(left):
-        probability *= q * (theta + x) / (x + 1)  # P(X = x + 1)
-        tail, x = tail - probability, x + 1
-        counts[left] = x
-        more = threshold < tail
-        left, theta, q, probability, tail, threshold = (v[more] for v in (left, theta, q, probability, tail, threshold))
-    return counts
 
 
 class GMVAE(nn.Module):

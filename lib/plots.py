@@ -10,7 +10,14 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
 from lib.files import replacing
-from lib.metrics import ccc, gene_statistics, library_and_genes, log_fold_changes, mae, pearson
+from lib.metrics import (
+    ccc,
+    gene_statistics,
+    library_and_genes,
+    log_fold_changes,
+    mae,
+    pearson,
+)
 
 # Okabe and Ito's colours for the colour-blind, then Paul Tol's "muted" and "bright" where types outnumber them.
 COLOURS = (

@@ -6,7 +6,14 @@ import pytest
 import scipy.sparse as sp
 from conftest import simulated_dataset
 
-from lib.counts import check_same_names, check_same_split, fingerprint, log_normalize, sum_duplicate_genes, to_counts
+from lib.counts import (
+    check_same_names,
+    check_same_split,
+    fingerprint,
+    log_normalize,
+    sum_duplicate_genes,
+    to_counts,
+)
 
 
 @pytest.mark.parametrize(

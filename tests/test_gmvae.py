@@ -10,8 +10,9 @@ import torch
 from conftest import simulated_cells
 
 from lib.batches import CellDataset
-from lib.gmvae import GENERATED_AT_ONCE, GMVAE, Likelihood, draw_positive_nb
-from lib.likelihoods import nb_log_prob, nb_per_type_log_likelihood
+from lib.gmvae import GENERATED_AT_ONCE, GMVAE
+from lib.likelihoods import Likelihood, draw_positive_nb, nb_log_prob
+from lib.profiles import nb_per_type_log_likelihood
 
 CPU = torch.device("cpu")
 
@@ -145,6 +146,22 @@ def test_generation_is_seeded_and_in_the_order_asked_for(model):
     part = sp.vstack(list(model.sample(wanted, 1, blocks=range(1, 3))))
     np.testing.assert_array_equal(part.toarray(), a[GENERATED_AT_ONCE:].toarray())  # whoever makes a block, it is the same
     assert list(model.sample(np.array([], dtype=int), 1)) == []
+
+
+def test_after_the_fit_cells_have_the_means_of_their_type_even_if_training_stopped_early(data):
+    (counts, types), _ = data
+    model = trained(counts, types, epochs=3)
+
+    def error() -> float:
+        made = sp.vstack(list(model.sample(np.repeat([0, 1, 2], 1000), seed=0)), format="csr")
+        shares = [[x.sum(axis=0) / x.sum() for x in (counts[types == k], made[1000 * k : 1000 * (k + 1)])] for k in range(3)]
+        return np.mean([np.abs(np.asarray(real) - np.asarray(drawn)).sum() for real, drawn in shares])
+
+    before = error()
+    model.fit_prior(CellDataset(counts, types, CPU), seed=0)
+    assert error() < 0.1 < 0.5 * before
+    _, log_library = model.draw_z(torch.from_numpy(types), 1.0, torch.Generator().manual_seed(1))
+    assert log_library.std().item() == pytest.approx(np.log(np.asarray(counts.sum(axis=1))).std(), rel=0.1)
 
 
 def test_noise_factor_narrows_the_cells(model):

@@ -7,9 +7,8 @@ import scipy.stats
 import torch
 
 from lib.batches import CellDataset
-from lib.likelihoods import (
-    gaussian_kl, gaussian_log_prob, log_theta_by_moments, nb_log_prob, nb_per_type_log_likelihood, type_profiles, zinb_log_prob,
-)  # fmt: skip
+from lib.likelihoods import gaussian_kl, gaussian_log_prob, nb_log_prob, zinb_log_prob
+from lib.profiles import log_theta_by_moments, nb_per_type_log_likelihood, type_profiles
 
 CPU = torch.device("cpu")
 

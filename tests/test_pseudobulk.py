@@ -5,7 +5,13 @@ import pytest
 import scipy.sparse as sp
 
 from lib import pseudobulk
-from lib.pseudobulk import draw_cells, draw_proportions, largest_remainder, simulate, tpm
+from lib.pseudobulk import (
+    draw_cells,
+    draw_proportions,
+    largest_remainder,
+    simulate,
+    tpm,
+)
 
 
 def test_largest_remainder_keeps_totals_exactly():

@@ -17,8 +17,8 @@ from lib import sctape
 from lib.batches import CellDataset
 from lib.counts import read_split
 from lib.gmvae import GMVAE
-from lib.likelihoods import nb_per_type_log_likelihood
 from lib.metrics import mae
+from lib.profiles import nb_per_type_log_likelihood
 from lib.training import load_checkpoint
 
 FILES = """

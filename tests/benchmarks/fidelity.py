@@ -30,7 +30,7 @@ from lib import metrics  # noqa: E402
 from lib.batches import CellDataset  # noqa: E402
 from lib.counts import digest, draw_of_each_type, write_counts  # noqa: E402
 from lib.gmvae import GMVAE  # noqa: E402
-from lib.likelihoods import log_theta_by_moments, type_profiles  # noqa: E402
+from lib.profiles import log_theta_by_moments, type_profiles  # noqa: E402
 
 CPU = torch.device("cpu")
 SPLIT_SEED = 123

@@ -29,7 +29,8 @@ sys.path.insert(0, str(ROOT))
 
 from lib.batches import Batch, CellDataset  # noqa: E402
 from lib.counts import draw_of_each_type  # noqa: E402
-from lib.gmvae import GMVAE, SparseLinear  # noqa: E402
+from lib.gmvae import GMVAE  # noqa: E402
+from lib.layers import SparseLinear  # noqa: E402
 from lib.training import keep_freed_memory  # noqa: E402
 
 stage = importlib.import_module("_3_train_gmvae")
