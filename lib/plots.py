@@ -237,7 +237,7 @@ def fidelity(table: pd.DataFrame, test, generated, floor, path: Path) -> None:
     for name, colour in palette(list(test.obs["cell_type"].cat.categories)).items():
         if name in changes and name in made:
             markers.scatter(changes[name], made[name], s=2, c=colour, lw=0, alpha=0.5, rasterized=True)
-    markers.set(xlabel="log2 fold change of a gene in a type, test cells", ylabel="the same, generated cells", title="markers, by type's colour")
+    markers.set(xlabel="log2 fold change in a type, test cells", ylabel="the same, generated cells", title="all genes, in the colour of the type")
     for axes in (correlation, markers):
         limits = min(axes.get_xlim()[0], axes.get_ylim()[0]), max(axes.get_xlim()[1], axes.get_ylim()[1])
         axes.plot(limits, limits, c="k", lw=0.8, ls="--")

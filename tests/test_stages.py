@@ -155,6 +155,16 @@ def test_generated_cells_are_counts_in_the_predicted_proportions(pipeline):
 # --- variants
 
 
+def test_generated_cells_are_judged_beside_real_ones(pipeline):
+    table = pd.read_csv(pipeline.fig / "metrics.csv")
+    pooled = table[table["cells"] == "all"].set_index("figure")
+    assert pooled.loc["forest AUC", "real"] < 0.65  # train cells pass for test cells
+    assert pooled.loc["forest AUC", "generated"] < 0.85 and pooled.loc["gene correlation r", "generated"] > 0.7
+    assert abs(pooled.loc["nearest real cell is a train cell", "generated"] - 0.5) < 0.15
+    assert table["cells"].nunique() > 3 and not table["generated"].isna().any()
+    assert "against real train cells of the same types" in pipeline.output[STAGES[5]]
+
+
 def test_generation_is_seeded(pipeline, tmp_path):
     for seed, name in ((123, "a"), (123, "b"), (5, "c")):
         pipeline.main(STAGES[5], SEED=seed, CELL_COUNTS="test", OUTPUT=str(tmp_path / f"{name}.h5ad"), FIG_DIR=str(tmp_path))
