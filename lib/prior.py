@@ -5,11 +5,14 @@ shape that the type's cells have together (the aggregated posterior; Tomczak and
 2018). So new cells take z, and with it the library size, from a smoothed bootstrap of the train cells' own: a point of the
 type, drawn towards the type's middle and moved at random so that mean and covariance stay (Silverman 1986, section 6.4).
 How far is chosen for each type by the likelihood of points left out: 1 gives a Gaussian, 0 the train cells' own points.
+The library size, the last dimension, keeps its place in that cloud but takes its values from the type's cells, quantile for
+quantile (a Gaussian copula): a skewed or cut distribution stays one.
 """
 
 import numpy as np
 import torch
 from scipy.special import logsumexp
+from scipy.stats import norm, rankdata
 from sklearn.metrics.pairwise import euclidean_distances
 
 MAX_POINTS = 1000  # kept of each type
@@ -23,31 +26,36 @@ def fit_prior(points: np.ndarray, cell_type_idx: np.ndarray, n_cell_types: int, 
     Parameters
     ----------
     points
-        Cells x dimensions: what is known of each train cell.
+        Cells x dimensions: z and, last, the log library size of each train cell.
     cell_type_idx
         (n_cells,) type of each.
 
     Returns
     -------
-    points (all types' one after the other), first (where each type's begin, and the end), mean, cholesky (of the covariance)
+    points (all types' one after the other, the library size as normal scores), quantiles (of the library size, of each type), first (where each type's begin, and the end), mean, cholesky (of the covariance)
     and bandwidth of each type. The covariance of a type with few cells leans on that of all types within themselves, which
     counts as much as there are dimensions.
     """
     n_dims = points.shape[1]
+    library, points = points[:, -1], points.copy()
+    for k in np.unique(cell_type_idx):
+        points[cell_type_idx == k, -1] = norm.ppf((rankdata(library[cell_type_idx == k]) - 0.5) / np.sum(cell_type_idx == k))
     deviations = np.concatenate([points[cell_type_idx == k] - points[cell_type_idx == k].mean(axis=0) for k in np.unique(cell_type_idx)])
     pooled = deviations.T @ deviations / len(deviations) + 1e-6 * np.eye(n_dims)
-    kept, means, choleskys, bandwidths = [], [], [], []
+    kept, quantiles, means, choleskys, bandwidths = [], [], [], [], []
     for k in range(n_cell_types):
-        mine = points[cell_type_idx == k]
-        mine = mine[rng.permutation(len(mine))[:MAX_POINTS]] if len(mine) else points.mean(axis=0)[None]
+        rows = rng.permutation(np.flatnonzero(cell_type_idx == k))[:MAX_POINTS]
+        mine = points[rows] if len(rows) else points.mean(axis=0)[None]
         mean = mine.mean(axis=0)
         covariance = ((mine - mean).T @ (mine - mean) + n_dims * pooled) / (len(mine) + n_dims)
         cholesky = np.linalg.cholesky(covariance)
         whitened = np.linalg.solve(cholesky, (mine - mean).T).T
+        quantiles.append(np.sort(library[rows]) if len(rows) else np.median(library)[None])
         kept.append(mine), means.append(mean), choleskys.append(cholesky)
         bandwidths.append(best_bandwidth(whitened))
     arrays = {
         "points": np.concatenate(kept),
+        "quantiles": np.concatenate(quantiles),
         "first": np.cumsum([0, *map(len, kept)]),
         "mean": np.stack(means),
         "cholesky": np.stack(choleskys),
@@ -80,4 +88,12 @@ def sample_prior(prior: Prior, cell_type_idx: torch.Tensor, generator: torch.Gen
     middle = mean[cell_type_idx]
     noise = torch.randn(drawn.shape, generator=generator, device=device)
     moved = torch.einsum("nij,nj->ni", cholesky[cell_type_idx], noise)
-    return middle + (1 - h**2).sqrt() * (drawn - middle) + h * moved
+    made = middle + (1 - h**2).sqrt() * (drawn - middle) + h * moved
+
+    spread = cholesky[:, -1].norm(dim=1)[cell_type_idx]
+    place = torch.special.ndtr((made[:, -1] - middle[:, -1]) / spread) * (n_points - 1)
+    below = place.long()
+    quantiles, begin = prior["quantiles"].to(device), first[cell_type_idx]
+    low, high = quantiles[begin + below], quantiles[begin + torch.minimum(below + 1, n_points - 1)]
+    made[:, -1] = torch.lerp(low, high, place - below)
+    return made

@@ -11,8 +11,13 @@ from lib.counts import (
     check_same_split,
     fingerprint,
     log_normalize,
+    n_entries,
+    read_counts,
+    row_blocks,
     sum_duplicate_genes,
+    take,
     to_counts,
+    write_blocks,
 )
 
 
@@ -71,3 +76,38 @@ def test_both_sides_are_named():
 
 def test_log_normalize_by_hand():
     np.testing.assert_allclose(log_normalize(sp.csr_matrix([[1.0, 3.0], [0.0, 0.0]]), 100).toarray(), [[np.log(26), np.log(76)], [0, 0]], rtol=1e-6)
+
+
+def test_counts_written_in_blocks_are_read_back_in_blocks(tmp_path):
+    whole = simulated_dataset(n_cells=101)
+    whole.uns["dataset"] = "simulated"
+    cells = ad.AnnData(obs=whole.obs.assign(filled_later=0.0), var=whole.var, uns=whole.uns)
+
+    def blocks():
+        for rows, block in row_blocks(whole.X, size=40):
+            cells.obs.iloc[rows, -1] = np.asarray(block.sum(axis=1)).ravel()
+            yield block
+
+    write_blocks(cells, blocks(), tmp_path / "cells.h5ad")
+    on_disk = read_counts(tmp_path / "cells.h5ad", "-")
+    assert on_disk.isbacked and n_entries(on_disk.X) == n_entries(whole.X) == whole.X.nnz
+    np.testing.assert_array_equal(ad.read_h5ad(tmp_path / "cells.h5ad").X.toarray(), whole.X.toarray())
+    np.testing.assert_array_equal(on_disk.obs["filled_later"], np.asarray(whole.X.sum(axis=1)).ravel())
+    some = take(on_disk, np.array([3, 50, 100]))
+    np.testing.assert_array_equal(some.X.toarray(), whole.X[[3, 50, 100]].toarray())
+    assert list(some.obs_names) == list(whole.obs_names[[3, 50, 100]])
+
+
+def test_a_block_that_fails_leaves_the_old_file(tmp_path):
+    whole = simulated_dataset(n_cells=20)
+    whole.uns["dataset"] = "simulated"
+    path = tmp_path / "cells.h5ad"
+    write_blocks(whole, [whole.X], path)
+
+    def broken():
+        yield whole.X[:5]
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="the old file, if any, is untouched"):
+        write_blocks(whole, broken(), path)
+    assert ad.read_h5ad(path).n_obs == 20 and [p.name for p in tmp_path.iterdir()] == ["cells.h5ad"]

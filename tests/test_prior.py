@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from lib.prior import best_bandwidth, fit_prior, sample_prior
@@ -27,7 +28,19 @@ def test_mean_and_covariance_are_those_of_the_cells(fitted):
     for k, rows in ((0, slice(900)), (1, slice(900, 1800))):
         made = draws(prior, k)
         np.testing.assert_allclose(made.mean(axis=0), points[rows].mean(axis=0), atol=0.06)
-        np.testing.assert_allclose(np.cov(made.T), np.cov(points[rows].T), rtol=0.06, atol=0.05)
+        np.testing.assert_allclose(np.cov(made.T), np.cov(points[rows].T), rtol=0.06, atol=0.05)  # the last one through its quantiles
+
+
+def test_library_sizes_keep_their_distribution_and_their_bond_with_z():
+    rng = np.random.default_rng(2)
+    z = rng.normal(size=(1000, 2))
+    library = np.exp(0.8 * (0.9 * z[:, 0] + np.sqrt(1 - 0.81) * rng.normal(size=1000)))  # skewed, and tied to z
+    prior = fit_prior(np.column_stack([z, library]), np.zeros(1000, dtype=int), 1, rng)
+    made = draws(prior, 0, 5000)
+    assert scipy.stats.ks_2samp(made[:, -1], library).statistic < 0.05
+    assert made[:, -1].min() >= library.min() - 1e-6 and made[:, -1].max() <= library.max() + 1e-5
+    tied = [scipy.stats.spearmanr(x, y).statistic for x, y in ((made[:, 0], made[:, -1]), (z[:, 0], library))]
+    assert tied[0] == pytest.approx(tied[1], abs=0.15)
 
 
 def test_the_bandwidth_follows_the_shape(fitted):

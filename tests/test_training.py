@@ -10,7 +10,7 @@ from conftest import Workplace, simulated_dataset
 
 from lib.counts import fingerprint, write_counts
 from lib.parallel import pick_device
-from lib.training import load_checkpoint
+from lib.training import clip_gradients, load_checkpoint
 
 STAGE = "_3_train_gmvae.py"
 SMALL = {"DROPOUT": 0.1, "EPOCHS": 6, "KL_WARMUP_EPOCHS": 2, "N_LATENT": 4, "HIDDEN": (16, 8), "DEVICE": "cpu"}
@@ -109,3 +109,13 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_says_why(tmp_path):
 def test_a_gpu_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="sees no GPU"):
         pick_device("cuda")
+
+
+def test_gradients_are_clipped_to_their_common_norm():
+    layer = torch.nn.Linear(3, 2)
+    for limit, expected in ((100.0, 13.0), (6.5, 6.5)):
+        layer.weight.grad, layer.bias.grad = torch.tensor([[3.0, 0, 0], [0, 4.0, 0]]), torch.tensor([12.0, 0])  # norm 13
+        clip_gradients(layer, limit)
+        norm = torch.cat([layer.weight.grad.ravel(), layer.bias.grad]).norm().item()
+        assert norm == pytest.approx(expected, rel=1e-4)
+        assert layer.weight.grad[1, 1] / layer.weight.grad[0, 0] == pytest.approx(4 / 3)
