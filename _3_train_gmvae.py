@@ -127,7 +127,7 @@ def train_epoch(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train:
         (losses["loss"] * share).backward()
         clip_gradients(model, MAX_GRADIENT_NORM)
         optimizer.step()
-        parts.append((batch.n_cells, losses))
+        parts.append((batch.n_cells, {name: value.detach() for name, value in losses.items()}))  # not the graph, nor the batch that it holds
     return parallel.mean_over(parts)
 
 

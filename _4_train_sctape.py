@@ -162,7 +162,7 @@ def train_epoch(
         (losses["loss"] * (len(rows) / len(batch) * parallel.N_RANKS)).backward()
         clip_gradients(model, MAX_GRADIENT_NORM)
         optimizer.step()
-        parts.append((len(rows), losses))
+        parts.append((len(rows), {name: value.detach() for name, value in losses.items()}))
     return parallel.mean_over(parts)
 
 

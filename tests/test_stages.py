@@ -159,7 +159,8 @@ def test_generated_cells_are_judged_beside_real_ones(pipeline):
     table = pd.read_csv(pipeline.fig / "metrics.csv")
     pooled = table[table["cells"] == "all"].set_index("figure")
     assert pooled.loc["forest AUC", "real"] < 0.65  # train cells pass for test cells
-    assert pooled.loc["forest AUC", "generated"] < 0.85 and pooled.loc["gene correlation r", "generated"] > 0.7
+    assert pooled.loc["forest AUC", "generated"] < 0.75  # generated ones nearly do
+    assert pooled.loc["gene correlation r", "generated"] > 0.8 * pooled.loc["gene correlation r", "real"]
     assert abs(pooled.loc["nearest real cell is a train cell", "generated"] - 0.5) < 0.15
     assert table["cells"].nunique() > 3 and not table["generated"].isna().any()
     assert "against real train cells of the same types" in pipeline.output[STAGES[5]]

@@ -92,6 +92,7 @@ def scvi_posterior_predictive(train: ad.AnnData, types: np.ndarray, seed: int) -
     import scvi
 
     scvi.settings.seed = seed
+    scvi.settings.logging_dir = tempfile.gettempdir()
     data = train.copy()
     scvi.model.SCVI.setup_anndata(data, labels_key="cell_type")
     model = scvi.model.SCVI(data)

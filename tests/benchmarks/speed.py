@@ -12,6 +12,7 @@ import importlib
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -143,6 +144,7 @@ class Scvi:
         import scvi
 
         scvi.settings.seed = 0
+        scvi.settings.logging_dir = tempfile.gettempdir()
         scvi.settings.progress_bar_style = "tqdm"
         self.adata = ad.AnnData(counts)
         scvi.model.SCVI.setup_anndata(self.adata)
