@@ -16,7 +16,7 @@ from scipy.special import gammaln
 from lib.counts import chosen_blocks
 
 SHUFFLED_CELLS = 256  # neighbours on disk that stay together when cells are shuffled there: one read
-WINDOW_CELLS = 16_384  # cells on disk that are in memory at a time, from random places, and are shuffled among themselves
+WINDOW_CELLS = 8_192  # cells on disk that are in memory at a time, from random places, and are shuffled among themselves
 GPU_SHARE = 0.5  # of the GPU's free memory that the counts may take; a larger set stays in the computer's
 
 

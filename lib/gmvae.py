@@ -112,7 +112,7 @@ class GMVAE(nn.Module):
             points.append(torch.cat([z, self.log_library(batch.library_size)], dim=1).cpu())
             types.append(batch.cell_type_idx.cpu())
         rng = np.random.default_rng(seed)
-        self.prior = fit_prior(torch.cat(points).double().numpy(), torch.cat(types).numpy(), self.n_cell_types, rng)
+        self.prior = fit_prior(torch.cat(points).numpy(), torch.cat(types).numpy(), self.n_cell_types, rng)
         observed = counts_per_type(dataset, self.n_cell_types)
         expected = np.stack([self._mean_profile(k, generator) for k in range(self.n_cell_types)]) * observed.sum(axis=1, keepdims=True)
         self.prior["log_ratio"] = torch.from_numpy(np.log(shrunken_ratio(observed, expected + 1e-9))).float()

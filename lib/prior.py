@@ -37,14 +37,16 @@ def fit_prior(points: np.ndarray, cell_type_idx: np.ndarray, n_cell_types: int, 
     counts as much as there are dimensions.
     """
     n_dims = points.shape[1]
-    library, points = points[:, -1], points.copy()
+    kept_rows = np.concatenate([rng.permutation(np.flatnonzero(cell_type_idx == k))[:MAX_POINTS] for k in range(n_cell_types)])
+    points, cell_type_idx = points[kept_rows].astype(np.float64), cell_type_idx[kept_rows]
+    library = points[:, -1].copy()
     for k in np.unique(cell_type_idx):
         points[cell_type_idx == k, -1] = norm.ppf((rankdata(library[cell_type_idx == k]) - 0.5) / np.sum(cell_type_idx == k))
     deviations = np.concatenate([points[cell_type_idx == k] - points[cell_type_idx == k].mean(axis=0) for k in np.unique(cell_type_idx)])
     pooled = deviations.T @ deviations / len(deviations) + 1e-6 * np.eye(n_dims)
     kept, quantiles, means, choleskys, bandwidths = [], [], [], [], []
     for k in range(n_cell_types):
-        rows = rng.permutation(np.flatnonzero(cell_type_idx == k))[:MAX_POINTS]
+        rows = np.flatnonzero(cell_type_idx == k)
         mine = points[rows] if len(rows) else points.mean(axis=0)[None]
         mean = mine.mean(axis=0)
         covariance = ((mine - mean).T @ (mine - mean) + n_dims * pooled) / (len(mine) + n_dims)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import Workplace, simulated_dataset
 
-from lib.counts import fingerprint, write_counts
 from lib import parallel
 from lib.batches import Batch
+from lib.counts import fingerprint, write_counts
 from lib.parallel import pick_device
 from lib.training import clip_gradients, load_checkpoint
 
@@ -132,8 +132,10 @@ def test_an_epoch_keeps_nothing_of_its_batches(tmp_path, monkeypatch):
     class Watched(Batch):
         __hash__ = object.__hash__
 
-        def __post_init__(self):
-            alive.add(self)
+        def __new__(cls, *_, **__):
+            batch = object.__new__(cls)
+            alive.add(batch)
+            return batch
 
     monkeypatch.setattr("lib.batches.Batch", Watched)
     most = []
@@ -141,4 +143,4 @@ def test_an_epoch_keeps_nothing_of_its_batches(tmp_path, monkeypatch):
     monkeypatch.setattr(parallel, "mean_over", lambda parts: (gc.collect(), most.append((len(alive), len(parts))), real(parts))[2])
     workplace(tmp_path).main(STAGE, **SMALL | {"BATCH_SIZE": 5, "EPOCHS": 1})
     n_alive, n_batches = most[0]
-    assert n_batches > 15 and n_alive <= 2
+    assert n_batches > 15 and 1 <= n_alive <= 3
