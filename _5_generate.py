@@ -5,7 +5,7 @@ writes  data/generated.h5ad: raw counts, obs["cell_type"], obs["sample"]; data/p
         fig/proportions.png, umap_original_vs_generated.png, umap_by_cell_type.png, gene_correlation.png, fidelity.png; fig/metrics.csv
 run     python _5_generate.py
         torchrun --nproc-per-node 4 _5_generate.py            on four GPUs, or processors: the same cells, made together
-time    650 cells x 13,000 genes: half a minute; 10,000 x 16,000: 2 minutes
+time    650 test cells x 13,000 genes: 1 minute; 2,500 x 19,000: 3-5 minutes, most of it the judgement
 """
 
 import itertools
