@@ -54,8 +54,7 @@ FIG_DIR = "fig"  # folder
 def main() -> None:
     data, models, fig = folder(DATA_DIR), folder(MODELS_DIR), folder(FIG_DIR)
     keep_freed_memory()
-    device = parallel.pick_device(DEVICE)
-    parallel.join(device)
+    device = parallel.start(DEVICE)
     adata = read_counts(data / "train.h5ad", "_1_split_train_test.py")
     cell_type = adata.obs["cell_type"].cat
     train, held_out = hold_out(adata.X, cell_type.codes.to_numpy(dtype=np.int64), device)

@@ -50,8 +50,7 @@ ROWS_AT_ONCE = 500  # mixtures read at a time
 def main() -> None:
     data, models, fig = folder(DATA_DIR), folder(MODELS_DIR), folder(FIG_DIR)
     keep_freed_memory()
-    device = parallel.pick_device(DEVICE)
-    parallel.join(device)
+    device = parallel.start(DEVICE)
     samples = ad.read_h5ad(require(data / "pseudobulk_train.h5ad", "_2_make_pseudobulk.py"), backed="r")
     if (data / "train.h5ad").exists():
         current = read_uns(data / "train.h5ad", "split_id")

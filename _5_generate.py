@@ -62,8 +62,7 @@ FIG_DIR = "fig"  # folder
 def main() -> None:
     data, models, fig = folder(DATA_DIR), folder(MODELS_DIR), folder(FIG_DIR)
     keep_freed_memory()
-    device = parallel.pick_device(DEVICE)
-    parallel.join(device)
+    device = parallel.start(DEVICE)
     output = output_path(data)
     if BULK_FILE is not None and CELL_COUNTS is not None:
         raise ValueError("BULK_FILE and CELL_COUNTS are both set; cell numbers come either from a bulk or from a table: set one of them to none")
@@ -161,15 +160,16 @@ def generate(model: GMVAE, cells_per_type: pd.DataFrame, test: ad.AnnData, outpu
     uns = {"dataset": test.uns["dataset"], "split_id": test.uns["split_id"], "seed": SEED, "noise_factor": NOISE_FACTOR}
     cells = ad.AnnData(obs=obs, var=pd.DataFrame(index=test.var_names), uns=uns)
     edges = np.linspace(0, n_blocks(len(types)), parallel.N_RANKS + 1).astype(int)  # each process makes the blocks between two of these
-    blocks = [model.sample(types, SEED, NOISE_FACTOR, range(*ends)) for ends in zip(edges, edges[1:])]
+    numbers = range(*edges[parallel.RANK :][:2])
+    mine = model.sample(types, SEED, NOISE_FACTOR, numbers)
     started = time.perf_counter()
     if parallel.IS_FIRST:
-        of_all = itertools.chain(blocks[0], taken_over(output, range(edges[1], edges[-1])))
+        of_all = itertools.chain(mine, taken_over(output, range(edges[1], edges[-1])))
         write_blocks(cells, with_library_size(of_all, cells.obs), output)
         seconds = time.perf_counter() - started
         print(f"generated and written in {seconds:.1f} s: {len(types) / seconds:,.0f} cells/s")
     else:
-        for number, counts in enumerate(blocks[parallel.RANK], start=edges[parallel.RANK]):
+        for number, counts in zip(numbers, mine):
             sp.save_npz(part_path(output, number), counts, compressed=False)
         parallel.wait()
 
@@ -181,8 +181,7 @@ def part_path(output: Path, number: int) -> Path:
 
 def taken_over(output: Path, numbers: range) -> Iterator[sp.csr_matrix]:
     """The blocks that other processes made."""
-    if parallel.N_RANKS > 1:
-        parallel.wait()
+    parallel.wait()
     for number in numbers:
         yield sp.load_npz(part_path(output, number))
         part_path(output, number).unlink()

@@ -97,7 +97,8 @@ class Held:
         self.indptr = counts.indptr.astype(np.int64)
         self.genes, self.counts = torch.from_numpy(counts.indices), torch.from_numpy(counts.data)
         self.library_size = torch.from_numpy(np.asarray(counts.sum(axis=1), dtype=np.float32).ravel())
-        self.log_factorials = torch.from_numpy(np.add.reduceat(np.append(gammaln(counts.data + 1.0), 0.0), counts.indptr[:-1]) * (np.diff(counts.indptr) > 0))
+        logs = sp.csr_matrix((gammaln(counts.data.astype(np.float64) + 1), counts.indices, counts.indptr), shape=counts.shape)
+        self.log_factorials = torch.from_numpy(np.asarray(logs.sum(axis=1)).ravel())
         self.cell_type_idx = torch.from_numpy(cell_type_idx)
         self.is_labelled = cell_type_idx >= 0
         if device.type == "cuda" and self.genes.nbytes + self.counts.nbytes < GPU_SHARE * torch.cuda.mem_get_info(device)[0]:

@@ -56,10 +56,9 @@ def embed(pcs: np.ndarray, n_neighbors: int, seed: int) -> ad.AnnData:
 
 def labels_of_neighbours(pcs: np.ndarray, known: np.ndarray, labels: np.ndarray, n_neighbors: int) -> np.ndarray:
     """A label for every cell: its own, or what most of its nearest neighbours among the `known` cells have."""
-    nearest = KNeighborsClassifier(n_neighbors).fit(pcs[known], labels)
     everyone = np.empty(len(pcs), dtype=object)
     everyone[known] = labels
     others = np.setdiff1d(np.arange(len(pcs)), known)
     if len(others):
-        everyone[others] = nearest.predict(pcs[others])
+        everyone[others] = KNeighborsClassifier(n_neighbors).fit(pcs[known], labels).predict(pcs[others])
     return everyone

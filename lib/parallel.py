@@ -29,21 +29,23 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" and N_RANKS > 1 else torch.device(name)
 
 
-def join(device: torch.device) -> None:
-    """Meet the other processes, if there are any; all but the first fall silent."""
-    if N_RANKS == 1:
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    atexit.register(dist.destroy_process_group)
-    if not IS_FIRST:
-        sys.stdout = open(os.devnull, "w")
+def start(device_name: str) -> torch.device:
+    """This process's device. Where there are other processes, meet them; all but the first fall silent."""
+    device = pick_device(device_name)
+    if N_RANKS > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+        if not IS_FIRST:
+            sys.stdout = open(os.devnull, "w")
+    return device
 
 
 def wait() -> None:
     """Until all processes are here."""
-    dist.barrier()
+    if N_RANKS > 1:
+        dist.barrier()
 
 
 def shared(model: torch.nn.Module) -> torch.nn.Module:
@@ -55,7 +57,7 @@ def mean_over(parts: list[tuple[int, dict[str, torch.Tensor]]]) -> dict[str, flo
     """Means of the batches' means over all processes, weighted by batch size; one transfer from the device, at the end of an epoch."""
     names = list(parts[0][1])
     sizes = torch.tensor([size for size, _ in parts], dtype=torch.float64)
-    values = torch.stack([torch.stack([values[name].detach().double() for name in names]) for _, values in parts])
+    values = torch.stack([torch.stack([values[name].double() for name in names]) for _, values in parts])
     sums = torch.cat([(sizes.to(values.device)[:, None] * values).sum(dim=0), sizes.sum().to(values.device)[None]])
     if N_RANKS > 1:
         dist.all_reduce(sums)

@@ -32,8 +32,8 @@ def fit_prior(points: np.ndarray, cell_type_idx: np.ndarray, n_cell_types: int, 
 
     Returns
     -------
-    points (all types' one after the other, the library size as normal scores), quantiles (of the library size, of each type), first (where each type's begin, and the end), mean, cholesky (of the covariance)
-    and bandwidth of each type. The covariance of a type with few cells leans on that of all types within themselves, which
+    points (all types' one after the other, the library size as normal scores), quantiles (of the library size, of each type),
+    first (where each type's begin, and the end), mean, cholesky (of the covariance) and bandwidth of each type. The covariance of a type with few cells leans on that of all types within themselves, which
     counts as much as there are dimensions.
     """
     n_dims = points.shape[1]
