@@ -15,18 +15,25 @@ import torch
 from anndata.abc import CSRDataset
 
 from lib import options, parallel
+from lib.axes import within_type_axes
 from lib.batches import Batch, CellDataset
 from lib.counts import draw_of_each_type, n_entries, read_counts
 from lib.files import folder, report
 from lib.gmvae import GMVAE
-from lib.profiles import nb_per_type_log_likelihood
+from lib.profiles import (
+    log_theta_by_moments,
+    nb_per_type_log_likelihood,
+    type_profiles,
+)
 from lib.training import Trainer, clip_gradients, keep_freed_memory
 
 # Model (fig. 1 of the paper)
-N_LATENT = 32  # dimensions of z (paper)
+N_LATENT = 32  # dimensions of z (paper); with a linear decoder at most: as many as cells left out confirm (ours)
 HIDDEN = (128, 64)  # layers of q(z|x,y), and of p(x|z) in reverse (paper)
 LIKELIHOOD: Literal["nb", "zinb"] = "nb"  # of counts: without extra zeros (ours; better on held-out cells) or with (paper)
-DISPERSION: Literal["gene", "gene-cell"] = "gene"  # one theta a gene (ours), or a head of the decoder (paper)
+DECODER: Literal["linear", "mlp"] = "linear"  # from z to log means: a matrix and the type's profile (ours), or layers (paper)
+DISPERSION: Literal["gene", "gene-type", "gene-cell"] = "gene-type"  # one theta a gene and type (ours), or a head of the decoder (paper)
+PRIOR: Literal["copula", "gaussian"] = "copula"  # of new cells' z: fitted when the training is over (ours), or p(z|y) (paper)
 DROPOUT = 0.0  # in encoders and decoder; any leaves z unused (ours)
 
 # Training
@@ -35,13 +42,14 @@ BATCH_SIZE = 128  # cells (paper: 37)
 LEARNING_RATE = 5e-4  # AdamW (paper: Adam, 6e-6); cut when the held-out loss stands still
 DISPERSION_LEARNING_RATE = 2e-2  # of theta, which starts from moments and has far to go (ours)
 WEIGHT_DECAY = 5.0  # AdamW, times the learning rate per step; without it the decoder learns the cells by heart (ours)
-KL_WARMUP_EPOCHS = 50  # over which the KL terms' weight rises to 1 (ours)
+KL_WARMUP_EPOCHS = 1  # over which the KL terms' weight rises to 1; an mlp needs 50, or z stays unused (ours)
 MAX_GRADIENT_NORM = 100.0  # gradients are clipped to it; they measure 20-90 on pbmc3k (ours)
 VALIDATION_FRACTION = 0.1  # of the train cells of each type, held out to stop by (ours)
 MAX_VALIDATION_CELLS = 10_000  # held out at most (ours)
 PATIENCE = 30  # epochs without a better held-out bound before it stops (ours)
 
 # Running
+PAPER = False  # True: the paper's model, prior and training instead of the constants above (`as_in_the_paper`)
 RESUME = False  # go on from models/gmvae_last.pt
 MEMORY_GB = 0.5  # that the train cells may take; a larger set is read from disk all the while, in random blocks
 DEVICE: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
@@ -52,6 +60,8 @@ FIG_DIR = "fig"  # folder
 
 
 def main() -> None:
+    if PAPER:
+        globals().update(as_in_the_paper())
     data, models, fig = folder(DATA_DIR), folder(MODELS_DIR), folder(FIG_DIR)
     keep_freed_memory()
     device = parallel.start(DEVICE)
@@ -64,9 +74,7 @@ def main() -> None:
     )
 
     torch.manual_seed(SEED)
-    model = GMVAE(adata.n_vars, len(cell_type.categories), N_LATENT, HIDDEN, LIKELIHOOD, DISPERSION, DROPOUT)
-    model.initialise(train)
-    model.to(device)
+    model = make_model(train, len(cell_type.categories)).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=LEARNING_RATE, fused=True)
     about = {
         "stage": "_3_train_gmvae.py",
@@ -81,14 +89,34 @@ def main() -> None:
     if RESUME:
         trainer.resume()
     shared = parallel.shared(model)
-    trainer.fit(EPOCHS, lambda epoch: train_epoch(shared, optimizer, train, epoch, generator), lambda: validate(model, held_out))
+    trainer.fit(EPOCHS, lambda epoch: train_epoch(shared, optimizer, train, epoch, model.n_latent, generator), lambda: validate(model, held_out))
     trainer.draw(fig / "gmvae_loss.png", "nats per cell")
     if not parallel.IS_FIRST:
         return
-    model.fit_prior(train, SEED)
-    trainer.save_best(prior=model.prior)
+    if PRIOR == "copula":
+        model.fit_prior(train, held_out, SEED)
+        trainer.save_best(prior=model.prior)
     compare_with_nb(model, train, held_out)
     report("stage 3", [trainer.best_path, trainer.last_path, trainer.history_path, fig / "gmvae_loss.png"], "python _4_train_sctape.py")
+
+
+def as_in_the_paper() -> dict[str, object]:
+    return {
+        "N_LATENT": 32, "HIDDEN": (128, 64), "LIKELIHOOD": "zinb", "DECODER": "mlp", "DISPERSION": "gene-cell", "PRIOR": "gaussian",
+        "EPOCHS": 4000, "PATIENCE": 4000, "BATCH_SIZE": 37, "LEARNING_RATE": 6e-6, "DISPERSION_LEARNING_RATE": 6e-6, "WEIGHT_DECAY": 0.0,
+    }  # fmt: skip
+
+
+def make_model(train: CellDataset, n_cell_types: int) -> GMVAE:
+    axes, n_latent = None, N_LATENT
+    if DECODER == "linear":
+        profiles = type_profiles(train, n_cell_types)
+        axes = within_type_axes(train, profiles, log_theta_by_moments(train, profiles), N_LATENT, SEED)
+        n_latent = len(axes.variance)
+        print(f"{n_latent} axes within the cell types that cells left out confirm")
+    model = GMVAE(train.n_genes, n_cell_types, n_latent, HIDDEN, LIKELIHOOD, DECODER, DISPERSION, DROPOUT)
+    model.initialise(train, axes)
+    return model
 
 
 def hold_out(counts: CSRDataset, cell_type_idx: np.ndarray, device: torch.device) -> tuple[CellDataset, CellDataset]:
@@ -106,22 +134,26 @@ def hold_out(counts: CSRDataset, cell_type_idx: np.ndarray, device: torch.device
 
 
 def parameter_groups(model: GMVAE) -> list[dict]:
-    """Weights decay; biases and scales do not, nor does theta, which has a learning rate of its own."""
-    others = [p for name, p in model.named_parameters() if name != "log_theta"]
+    """Weights of networks decay; biases, scales and axes do not, nor does theta, which has a learning rate of its own."""
+    groups = {"weights": [], "others": [], "dispersion": []}
+    for name, p in model.named_parameters():
+        on_axes = name.startswith("q_axes") or (DECODER == "linear" and name.startswith("p_x_z"))
+        kind = "dispersion" if name.startswith("log_theta") else "weights" if p.dim() > 1 and not on_axes else "others"
+        groups[kind].append(p)
     return [
-        {"params": [p for p in others if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0},
-        {"params": [model.log_theta], "weight_decay": 0.0, "lr": DISPERSION_LEARNING_RATE},
+        {"params": groups["weights"], "weight_decay": WEIGHT_DECAY},
+        {"params": groups["others"], "weight_decay": 0.0},
+        {"params": groups["dispersion"], "weight_decay": 0.0, "lr": DISPERSION_LEARNING_RATE},
     ]
 
 
-def train_epoch(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train: CellDataset, epoch: int, generator: torch.Generator) -> dict[str, float]:
+def train_epoch(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train: CellDataset, epoch: int, n_latent: int, generator: torch.Generator) -> dict[str, float]:
     kl_weight = min(1.0, (epoch + 1) / max(1, KL_WARMUP_EPOCHS))
     parts = []
     for batch in train.shuffled(BATCH_SIZE, generator, parallel.RANK, parallel.N_RANKS):
         optimizer.zero_grad()
         with torch.autocast(train.device.type, dtype=torch.bfloat16, enabled=train.device.type == "cuda"):
-            losses = model(batch, noise_of(batch, generator), kl_weight)
+            losses = model(batch, noise_of(batch, n_latent, generator), kl_weight)
         share = batch.n_cells / batch.n_global * parallel.N_RANKS  # gradients are averaged over processes, cells should be
         (losses["loss"] * share).backward()
         clip_gradients(model, MAX_GRADIENT_NORM)
@@ -130,16 +162,16 @@ def train_epoch(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train:
     return parallel.mean_over(parts)
 
 
-def noise_of(batch: Batch, generator: torch.Generator) -> torch.Tensor:
+def noise_of(batch: Batch, n_latent: int, generator: torch.Generator) -> torch.Tensor:
     """Drawn for the whole batch, whoever has which of its cells: any number of processes trains the same model."""
-    return torch.randn(batch.n_global, N_LATENT, generator=generator, device=generator.device)[parallel.RANK :: parallel.N_RANKS]
+    return torch.randn(batch.n_global, n_latent, generator=generator, device=generator.device)[parallel.RANK :: parallel.N_RANKS]
 
 
 def validate(model: GMVAE, held_out: CellDataset) -> dict[str, float]:
     """Loss of held-out cells, at full KL weight; training stops by the negative bound alone, without the classifier's part."""
     generator = torch.Generator(held_out.device).manual_seed(SEED)  # the same noise every epoch: epochs compare
     batches = held_out.shuffled(2 * BATCH_SIZE, generator, parallel.RANK, parallel.N_RANKS)
-    means = parallel.mean_over([(batch.n_cells, model(batch, noise_of(batch, generator))) for batch in batches])
+    means = parallel.mean_over([(batch.n_cells, model(batch, noise_of(batch, model.n_latent, generator))) for batch in batches])
     return means | {"stopping_criterion": -means["elbo"]}
 
 

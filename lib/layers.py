@@ -34,8 +34,13 @@ class SparseLinear(nn.Module):
         self.weight = nn.Parameter(torch.randn(n_genes, n_out) / math.sqrt(n_genes))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(x.device.type, enabled=False):  # sparse products have no half precision everywhere
-            return SparseProduct.apply(x, self.weight)
+        return sparse_linear(x, self)
+
+
+def sparse_linear(x: torch.Tensor, *layers: SparseLinear) -> torch.Tensor:
+    """The outputs of several layers side by side, in one product: (n_rows, sum of n_out)."""
+    with torch.autocast(x.device.type, enabled=False):  # sparse products have no half precision everywhere
+        return SparseProduct.apply(x, torch.cat([layer.weight for layer in layers], dim=1) if len(layers) > 1 else layers[0].weight)
 
 
 def mlp(sizes: tuple[int, ...], dropout: float = 0.0) -> nn.Sequential:

@@ -14,7 +14,8 @@ PROFILE_VARIATION = np.array([0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 
 def type_profiles(dataset: CellDataset, n_cell_types: int) -> np.ndarray:
     """Mean expression of each type as a fraction of its counts, by empirical Bayes.
 
-    A gene's fraction in all cells, times what the type has more of it (`shrunken_ratio`).
+    A gene's fraction in all cells, times what the type has more of it (`shrunken_ratio`). Counts that vary more than Poisson
+    counts do say less: they and what is expected are divided by variance over mean, lest one odd cell make a marker.
 
     Returns
     -------
@@ -23,7 +24,11 @@ def type_profiles(dataset: CellDataset, n_cell_types: int) -> np.ndarray:
     x = counts_per_type(dataset, n_cell_types)
     m = x.sum(axis=0) + 0.5  # half a count: no gene is impossible
     m /= m.sum()
-    profiles = m * shrunken_ratio(x, x.sum(axis=1, keepdims=True) * m)
+    expected = x.sum(axis=1, keepdims=True) * m
+    theta = np.exp(log_theta_by_moments(dataset, (x + m) / (x + m).sum(axis=1, keepdims=True)))
+    n_cells = np.maximum(np.bincount(dataset.cell_type_idx[dataset.cell_type_idx >= 0], minlength=n_cell_types), 1)
+    overdispersion = 1 + expected / n_cells[:, None] / theta
+    profiles = m * shrunken_ratio(x / overdispersion, expected / overdispersion)
     return profiles / profiles.sum(axis=1, keepdims=True)
 
 

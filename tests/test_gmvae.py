@@ -30,7 +30,9 @@ def trained(counts, cell_type_idx, epochs: int = 150, seed: int = 0, **arguments
     model = GMVAE(counts.shape[1], 3, n_latent=4, hidden=(32, 16), **({"likelihood": "nb"} | arguments))
     dataset, generator = CellDataset(counts, cell_type_idx, CPU), torch.Generator().manual_seed(seed)
     model.initialise(dataset)
-    optimizer = torch.optim.Adam([{"params": [model.log_theta], "lr": 2e-2}, {"params": [p for n, p in model.named_parameters() if n != "log_theta"]}], lr=3e-3)
+    dispersion = [p for n, p in model.named_parameters() if n.startswith("log_theta")]
+    others = [p for n, p in model.named_parameters() if not n.startswith("log_theta")]
+    optimizer = torch.optim.Adam([{"params": dispersion, "lr": 2e-2}, {"params": others}], lr=3e-3)
     for epoch in range(epochs):
         for batch in dataset.shuffled(64, generator):
             optimizer.zero_grad()
@@ -56,7 +58,7 @@ def test_it_beats_a_model_without_latent_variables_on_cells_it_has_not_seen(data
     assert model.log_likelihood(test, n_samples=50).mean() > nb_per_type_log_likelihood(train, test).mean() + 8
 
 
-@pytest.mark.parametrize("arguments", [{"likelihood": "zinb"}, {"dispersion": "gene-cell"}, {"likelihood": "zinb", "dispersion": "gene-cell"}])
+@pytest.mark.parametrize("arguments", [{"dispersion": "gene"}, {"decoder": "mlp"}, {"likelihood": "zinb", "decoder": "mlp", "dispersion": "gene-cell"}])
 def test_every_variant_learns(data, arguments):
     test = CellDataset(*data[1], CPU)
     untrained, learned = (trained(*data[0], epochs=n, **arguments).log_likelihood(test, 20).mean() for n in (0, 25))
@@ -83,8 +85,9 @@ def test_the_likelihood_is_exact_where_z_does_nothing(data, model):
     for head, bias in heads:
         torch.nn.init.zeros_(head.weight), torch.nn.init.constant_(head.bias, bias)
     test, batch = CellDataset(*data[1], CPU), all_cells(*data[1])
-    logits = blind.p_x_z_log_mean.bias.expand(batch.n_cells, -1)
-    exact = nb_log_prob(batch, logits, batch.library_size.log(), blind.log_theta).detach().numpy()
+    logits = blind.p_x_z_log_mean.bias + blind.log_profiles[batch.cell_type_idx]
+    log_theta = (blind.log_theta + blind.log_theta_ratio)[batch.cell_type_idx]
+    exact = nb_log_prob(batch, logits, batch.library_size.log(), log_theta).detach().numpy()
     assert blind.eval().log_likelihood(test, n_samples=2000).mean() == pytest.approx(exact.mean(), abs=0.1)
 
 
@@ -99,7 +102,7 @@ def test_cells_without_labels_sum_over_all_types(data):
         of_type_k = all_cells(counts[:5], np.full(5, k))
         terms = model.elbo_terms(model.see(of_type_k), of_type_k, noise)
         expected = expected + q[:, k] * (terms["reconstruction_loss"] + terms["library_loss"] + terms["kl_z"]).detach()
-    assert model(unknown, noise)["loss"].item() == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert model(unknown, noise)["loss"].item() == pytest.approx((expected.mean() + model.dispersion_penalty()).item(), rel=1e-5)
 
 
 def test_mixed_batches_equal_their_parts(data):
@@ -150,7 +153,7 @@ def test_generation_is_seeded_and_in_the_order_asked_for(model):
 
 def test_after_the_fit_cells_have_the_means_of_their_type_even_if_training_stopped_early(data):
     (counts, types), _ = data
-    model = trained(counts, types, epochs=3)
+    model = trained(counts, types, epochs=3, decoder="mlp")
 
     def error() -> float:
         made = sp.vstack(list(model.sample(np.repeat([0, 1, 2], 1000), seed=0)), format="csr")
@@ -158,7 +161,7 @@ def test_after_the_fit_cells_have_the_means_of_their_type_even_if_training_stopp
         return np.mean([np.abs(np.asarray(real) - np.asarray(drawn)).sum() for real, drawn in shares])
 
     before = error()
-    model.fit_prior(CellDataset(counts, types, CPU), seed=0)
+    model.fit_prior(CellDataset(counts, types, CPU), None, seed=0)
     assert error() < 0.1 < 0.5 * before
     _, log_library = model.draw_z(torch.from_numpy(types), 1.0, torch.Generator().manual_seed(1))
     assert log_library.std().item() == pytest.approx(np.log(np.asarray(counts.sum(axis=1))).std(), rel=0.1)
@@ -212,3 +215,31 @@ def test_half_precision_keeps_the_likelihood_in_float32(data):
     for name in ("reconstruction_loss", "kl_z", "library_loss"):
         assert half[name].item() == pytest.approx(plain[name].item(), rel=0.01, abs=0.05), name
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_dispersion_is_that_of_each_type(data):
+    """A gene that is steady in one type and erratic in another gets a theta for each."""
+    rng = np.random.default_rng(0)
+    types = rng.integers(0, 3, 900)
+    mu, theta = np.full((900, 30), 8.0), np.where(types == 0, 0.5, 50.0)[:, None]
+    counts = sp.csr_matrix(np.column_stack([rng.poisson(rng.gamma(theta, mu / theta)), rng.poisson(20, (900, 30))]).astype(np.float32))
+    model = trained(counts, types, epochs=40)
+    learned = (model.log_theta + model.log_theta_ratio).detach()[:, :30].mean(dim=1)
+    assert learned[0] < learned[1] - 1 and learned[0] < learned[2] - 1
+    made = [sp.vstack(list(model.sample(np.full(1000, k), 0))).toarray()[:, :30] for k in (0, 1)]
+    fano = [(x.var(axis=0) / x.mean(axis=0)).mean() for x in made]
+    assert fano[0] > 2.5 * fano[1]
+
+
+def test_z_spreads_as_held_out_cells_do(data):
+    """An encoder that knows its train cells puts them too far apart; the fit of the prior brings new cells together again."""
+    (counts, types), held_out = data
+    model = trained(counts, types, epochs=60)
+    model.fit_prior(CellDataset(counts, types, CPU), None, seed=0)
+    train_like = model.prior["quantiles"].clone()
+    model.fit_prior(CellDataset(counts, types, CPU), CellDataset(*held_out, CPU), seed=0)
+    assert not torch.equal(train_like, model.prior["quantiles"])
+    made = sp.vstack(list(model.sample(np.resize(held_out[1], 3000), 1)), format="csr")
+    with torch.no_grad():
+        seen = [model._seen_variance(CellDataset(x, y, CPU)) for x, y in (held_out, (made, np.resize(held_out[1], 3000)))]
+    np.testing.assert_allclose(seen[1], seen[0], rtol=0.15)
