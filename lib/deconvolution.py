@@ -22,6 +22,7 @@ NOISE_SHARE = 0.5  # prior standard deviation of the noise, as a share of the ge
 NOISE_SAMPLES = 4  # ... which weighs as much as so many samples
 CELLS_PER_BULK = 1000  # noise of a mixture of finitely many cells
 ROUNDS = 100  # of decoder and encoder steps, at most
+MEMBER_ROUNDS = 30  # of those for each member of the ensemble: the spread has settled by then
 FAR_ABOVE = 5  # times what the reference expects: that much of a gene is called unexplained
 MIN_R = 0.5  # correlation with the reference below which a sample is warned about
 
@@ -132,10 +133,13 @@ def non_negative_least_squares(gram: np.ndarray, target: np.ndarray) -> np.ndarr
     target
         Samples x types.
     """
+    x = np.linalg.solve(gram, target[..., None])[..., 0]
+    negative = np.flatnonzero((x < 0).any(axis=1))  # the others are at their minimum
     roots = np.linalg.cholesky(gram)
     right = np.linalg.solve(roots, target[..., None])[..., 0]
-    roots = np.broadcast_to(roots, (len(target), *gram.shape[1:]))
-    return np.array([scipy.optimize.nnls(root.T, b)[0] for root, b in zip(roots, right)])
+    for i in negative:
+        x[i] = scipy.optimize.nnls(roots[i % len(roots)].T, right[i])[0]
+    return x
 
 
 def adapt(bulk: np.ndarray, reference: Reference, per_sample: bool = False, adaptive: bool = True, rounds: int | None = None) -> Fit:
@@ -213,7 +217,7 @@ def spread(bulk: np.ndarray, reference: Reference, n_members: int, seed: int, **
         rng = np.random.default_rng([seed, member])
         genes = rng.integers(0, bulk.shape[1], bulk.shape[1])
         mean = np.maximum(reference.mean + error * rng.standard_normal(error.shape), 0)
-        drawn.append(adapt(bulk[:, genes], reference._replace(mean=mean).of_genes(genes), **how).proportions)
+        drawn.append(adapt(bulk[:, genes], reference._replace(mean=mean).of_genes(genes), rounds=MEMBER_ROUNDS, **how).proportions)
     return np.std(drawn, axis=0)
 
 

@@ -142,7 +142,7 @@ def proportions(
             bars.errorbar(places, bottom[places], bulk_spread[name], fmt="none", ecolor="k", elinewidth=0.7)
     bars.set(xlim=(-0.6, len(table) - 0.4), ylim=(0, 1.02), ylabel="proportion of cells (lines: standard deviation)")
     bars.set_title("the bulk" if len(bulk_estimate) <= MAX_BARS else f"first {MAX_BARS} of {len(bulk_estimate)} samples", fontsize=10)
-    bars.set_xticks(np.arange(len(table)), [name.replace("_", " ") for name in table.index], rotation=0 if len(table) < 3 else 90, fontsize=8)
+    bars.set_xticks(np.arange(len(table)), [name.replace("_", " ").replace("\n", ", ") for name in table.index], rotation=90, fontsize=8)
     handles, labels = bars.get_legend_handles_labels()
     right.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False, fontsize=8, title="cell type")
     for axes in (*left.axes, bars):
@@ -155,11 +155,12 @@ def signature(reference: pd.DataFrame, adapted: pd.DataFrame, path: Path) -> Non
 
     Both tables hold counts per cell; drawn is log(1 + counts per 10,000), of each gene as a share of its largest value in the cells.
     """
-    scaled = [np.log1p(table.div(table.sum(axis=1), axis=0) * 1e4) for table in (reference, adapted)]
+    shared = reference.columns.intersection(adapted.columns)
+    scaled = [np.log1p(table[shared].div(table[shared].sum(axis=1), axis=0) * 1e4) for table in (reference, adapted)]
     markers = []
     for name in reference.index:
         rest = (scaled[0].drop(index=name)).max()
-        markers += [g for g in (scaled[0].loc[name] - rest).nlargest(6).index if g not in markers and g in adapted]
+        markers += [g for g in (scaled[0].loc[name] - rest).nlargest(6).index if g not in markers]
     top = scaled[0][markers].max()
     figure = Figure(figsize=(3.5 + 0.17 * len(markers), 2.2 + 0.42 * len(reference)), layout="constrained")
     panels = figure.subplots(2, 1, sharex=True)

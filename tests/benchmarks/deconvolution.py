@@ -193,14 +193,14 @@ def scored(case: Case, estimate: pd.DataFrame) -> pd.DataFrame:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--only", nargs="+", choices=METHODS, default=[name for name in METHODS if name != "sctape"])
     parser.add_argument("--save", help="csv for all figures, by type and seed")
     arguments = parser.parse_args()
     rows = []
     for key in arguments.cases:
-        for seed in range(arguments.seeds):
+        for seed in arguments.seeds:
             case = CASES[key][1](seed)
             for name in arguments.only:
                 started = time.perf_counter()
@@ -219,7 +219,7 @@ def main() -> None:
     figures = ["MAE", "CCC", "r", "seconds"]
     pooled = everything[everything["cells"] == "all"].groupby(["case", "method"], sort=False)[figures]
     mean, half = pooled.mean(), (pooled.max() - pooled.min()) / 2
-    print(f"\nall types together; mean of {arguments.seeds} seeds +- half their range\n" + (mean.map("{:.4f}".format) + " +- " + half.map("{:.4f}".format)).to_string())
+    print(f"\nall types together; mean of {len(arguments.seeds)} seeds +- half their range\n" + (mean.map("{:.4f}".format) + " +- " + half.map("{:.4f}".format)).to_string())
     by_type = everything[everything["cells"] != "all"].groupby(["case", "cells", "method"], sort=False)[figures[:3]].mean()
     print("\nby type\n" + by_type.unstack("method").map("{:.3f}".format).to_string())
 
