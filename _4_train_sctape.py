@@ -1,6 +1,6 @@
-"""Stage 4: train scTAPE to read cell-type proportions out of a bulk profile.
+"""Stage 4: train scTAPE to read cell-type proportions out of a bulk profile, and keep what its adaptive stage needs of the cells.
 
-reads   data/pseudobulk_train.h5ad, and the gene names of BULK_FILE, where one is given
+reads   data/pseudobulk_train.h5ad, data/train.h5ad, and the gene names of BULK_FILE, where one is given
 writes  models/sctape.pt (best on mixtures of held-out cells), sctape_last.pt (to resume), sctape_history.csv,
         tensorboard/sctape; fig/sctape_loss.png
 run     python _4_train_sctape.py
@@ -16,17 +16,19 @@ import torch
 from tqdm import tqdm
 
 from lib import options, parallel
-from lib.bulk import read_bulk
-from lib.counts import check_same_split, read_uns
+from lib.bulk import read_bulk, read_gene_ids
+from lib.counts import check_same_split
 from lib.files import folder, report, require, user_path
 from lib.pseudobulk import tpm
+from lib.reference import reference_profiles
 from lib.sctape import ScTAPE, scale
 from lib.training import Trainer, clip_gradients, keep_freed_memory
 
 # Genes (chosen by the training mixtures alone)
 N_GENES = 1000  # those whose expression the proportions explain best (ours; original code: the 85 % that vary most)
 BULK_FILE: str | None = None  # a bulk table to be deconvolved later: choose among its genes only
-MIN_GENE_COVERAGE = 0.7  # share of the chosen genes that a bulk must have in stage 5 (ours)
+GENE_IDS: str | None = None  # table of Ensembl IDs and gene names, for a BULK_FILE with IDs
+MIN_GENE_COVERAGE = 0.5  # share of the chosen genes that a bulk must have in stage 5 (ours)
 
 # Training
 EPOCHS = 128  # at most; early stopping ends it sooner (original code: 640)
@@ -52,10 +54,10 @@ def main() -> None:
     keep_freed_memory()
     device = parallel.start(DEVICE)
     samples = ad.read_h5ad(require(data / "pseudobulk_train.h5ad", "_2_make_pseudobulk.py"), backed="r")
-    if (data / "train.h5ad").exists():
-        current = read_uns(data / "train.h5ad", "split_id")
-        check_same_split(samples.uns["split_id"], data / "pseudobulk_train.h5ad", current, data / "train.h5ad", "_2_make_pseudobulk.py")
+    train = ad.read_h5ad(require(data / "train.h5ad", "_1_split_train_test.py"), backed="r")
+    check_same_split(samples.uns["split_id"], data / "pseudobulk_train.h5ad", train.uns["split_id"], data / "train.h5ad", "_2_make_pseudobulk.py")
     cell_types = list(samples.uns["cell_types"])
+    reference = reference_profiles(train.X, train.obs["cell_type"].cat.codes.to_numpy(), list(train.var_names), cell_types)
     is_fit = (samples.obs["role"] == "fit").to_numpy()
     genes = choose_genes(samples, is_fit)
     profiles, mean_profile = read_profiles(samples, genes, is_fit)
@@ -77,6 +79,7 @@ def main() -> None:
         "cell_types": cell_types,
         "split_id": samples.uns["split_id"],
         "mean_profile": torch.from_numpy(mean_profile),
+        "reference": reference.to_checkpoint(),
         "gene_length_bp": None if lengths is None else lengths.dropna().to_dict(),
     }
     torch.manual_seed(SEED + parallel.RANK)  # dropout of its own in each process
@@ -90,7 +93,7 @@ def main() -> None:
         return
     trainer.draw(fig / "sctape_loss.png", "mean absolute error")
     constant = np.abs(proportions[~is_fit] - proportions[is_fit].mean(axis=0)).mean()
-    print(f"mean absolute error on mixtures of held-out cells: scTAPE {trainer.best_criterion:.4f}; the mean of the training mixtures {constant:.4f}")
+    print(f"mean absolute error on mixtures of held-out cells: the network {trainer.best_criterion:.4f}; the mean of the training mixtures {constant:.4f}")
     report("stage 4", [trainer.best_path, trainer.last_path, trainer.history_path, fig / "sctape_loss.png"], "python _5_generate.py")
 
 
@@ -112,7 +115,7 @@ def choose_genes(samples: ad.AnnData, is_fit: np.ndarray) -> np.ndarray:
     if lengths is not None:
         usable &= lengths.notna().to_numpy()
     if BULK_FILE is not None:
-        bulk = read_bulk(user_path(BULK_FILE), list(samples.var_names))
+        bulk = read_bulk(user_path(BULK_FILE), list(samples.var_names), read_gene_ids(user_path(GENE_IDS)) if GENE_IDS else None)
         usable &= samples.var_names.isin(bulk.columns)
     proportions = samples.obsm["proportions"]
     gram, cross, squares, total, n = 0.0, 0.0, 0.0, 0.0, 0

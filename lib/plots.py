@@ -99,42 +99,77 @@ def training(history: pd.DataFrame, best_epoch: int, unit: str, path: Path) -> N
 
 
 def proportions(
-    true: pd.DataFrame, estimate: pd.DataFrame, constant: pd.DataFrame, bulk_true: pd.DataFrame | None, bulk_estimate: pd.DataFrame, path: Path
-) -> None:
-    """Left: predicted against true proportions of the mixtures of test cells. Right: what was read out of the bulk.
+    true: pd.DataFrame, estimate: pd.DataFrame, constant: pd.DataFrame, bulk_true: pd.DataFrame | None,
+    bulk_estimate: pd.DataFrame, bulk_spread: pd.DataFrame, path: Path,
+) -> None:  # fmt: skip
+    """Left: predicted against true proportions of the mixtures of test cells, type by type. Right: what was read out of the bulk.
 
-    All tables are samples x cell types; `constant` is the baseline's estimate, `bulk_true` is None where nobody knows it.
+    All tables are samples x cell types; `constant` is the baseline's estimate, `bulk_true` is None where nobody knows it,
+    `bulk_spread` the standard deviations of `bulk_estimate`.
     """
     colours = palette(list(true.columns))
-    n_bars = min(len(bulk_estimate), MAX_BARS) + (bulk_true is not None)
-    figure = Figure(figsize=(9.5 + 0.28 * n_bars, 5), layout="constrained")
-    scatter, bars = figure.subplots(1, 2, width_ratios=(5, 1.2 + 0.28 * n_bars))
-    own = true.index.str.startswith("own")
-    for name, colour in colours.items():
-        for mask, marker, size in ((~own, "o", 18), (own, "D", 26)):
-            scatter.scatter(true.loc[mask, name], estimate.loc[mask, name], s=size, marker=marker, c=colour, lw=0.4, edgecolors="white")
-    top = 1.05 * max(true.to_numpy().max(), estimate.to_numpy().max())
-    scatter.plot([0, top], [0, top], c="k", lw=0.8, ls="--")
-    lines = []
-    for label, mask in (("drawn at random (circles)", ~own), ("own composition (diamonds)", own)):
-        error, baseline = (mae(true[mask], table[mask]) for table in (estimate, constant))
-        lines.append(f"{label}, {mask.sum()} mixtures\n  MAE {error:.3f}; train frequencies {baseline:.3f}; CCC {ccc(true[mask], estimate[mask]):.2f}")
-    scatter.text(0.03, 0.97, "\n".join(lines), transform=scatter.transAxes, va="top", fontsize=8)
-    scatter.set(xlabel="true proportion", ylabel="predicted proportion", title="mixtures of test cells", xlim=(-0.02, top), ylim=(-0.02, top), aspect="equal")
-
+    n_columns = int(np.ceil(np.sqrt(len(colours))))
+    n_rows = -(-len(colours) // n_columns)
     table = bulk_estimate.iloc[:MAX_BARS].rename(index=str)
     if bulk_true is not None:
         table = pd.concat([bulk_true.rename(index=lambda name: f"{name}\ntrue"), table.rename(index=lambda name: f"{name}\npredicted")])
+    widths = (2.1 * n_columns, 3.2 + 0.25 * len(table))
+    figure = Figure(figsize=(sum(widths), max(2.2 * n_rows + 0.6, 4.5)), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=widths)
+    drawn = ~true.index.str.startswith("own")
+    errors = mae(true[drawn], estimate[drawn]), mae(true[drawn], constant[drawn]), ccc(true[drawn], estimate[drawn])
+    left.suptitle("{} random mixtures of test cells: MAE {:.3f} (train frequencies {:.3f}), CCC {:.2f}".format(drawn.sum(), *errors), fontsize=10)
+    for axes, (name, colour) in zip(np.ravel(left.subplots(n_rows, n_columns, squeeze=False)), colours.items()):
+        x, y = true.loc[drawn, name], estimate.loc[drawn, name]
+        top = 1.05 * max(x.max(), y.max(), 0.05)
+        axes.plot([0, top], [0, top], c="k", lw=0.8, ls="--")
+        axes.scatter(x, y, s=14, c=colour, lw=0)
+        axes.set(xlim=(-0.03 * top, top), ylim=(-0.03 * top, top), aspect="equal")
+        axes.set_title(f"{name}\nr {pearson(x, y):.2f}, CCC {ccc(x, y):.2f}", fontsize=8)
+        axes.tick_params(labelsize=7)
+    for axes in left.axes[len(colours) :]:
+        axes.remove()
+    left.supxlabel("true proportion", fontsize=9)
+    left.supylabel("predicted proportion", fontsize=9)
+
+    bars = right.subplots()
     bottom = np.zeros(len(table))
     for name, colour in colours.items():
         bars.bar(np.arange(len(table)), table[name], bottom=bottom, color=colour, width=0.8, label=name, edgecolor="white", lw=0.3)
         bottom += table[name].to_numpy()
-    bars.set(xlim=(-0.6, len(table) - 0.4), ylim=(0, 1), ylabel="proportion of cells", title="the bulk" if len(bulk_estimate) <= MAX_BARS else f"first {MAX_BARS} of {len(bulk_estimate)} samples")
-    bars.set_xticks(np.arange(len(table)), [name.replace("_", " ") for name in table.index], rotation=0 if len(table) < 4 else 90, fontsize=8)
-    for axes in (scatter, bars):
-        axes.spines[["top", "right"]].set_visible(False)
+        if len(bulk_estimate) <= MAX_BARS and name in bulk_spread:
+            places = np.arange(len(table) - len(bulk_estimate), len(table))
+            bars.errorbar(places, bottom[places], bulk_spread[name], fmt="none", ecolor="k", elinewidth=0.7)
+    bars.set(xlim=(-0.6, len(table) - 0.4), ylim=(0, 1.02), ylabel="proportion of cells (lines: standard deviation)")
+    bars.set_title("the bulk" if len(bulk_estimate) <= MAX_BARS else f"first {MAX_BARS} of {len(bulk_estimate)} samples", fontsize=10)
+    bars.set_xticks(np.arange(len(table)), [name.replace("_", " ").replace("\n", ", ") for name in table.index], rotation=90, fontsize=8)
     handles, labels = bars.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8, title="cell type")
+    right.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False, fontsize=8, title="cell type")
+    for axes in (*left.axes, bars):
+        axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+def signature(reference: pd.DataFrame, adapted: pd.DataFrame, path: Path) -> None:
+    """Each type's strongest markers, types x genes: in the single cells, and as the bulk's platform sees them.
+
+    Both tables hold counts per cell; drawn is log(1 + counts per 10,000), of each gene as a share of its largest value in the cells.
+    """
+    shared = reference.columns.intersection(adapted.columns)
+    scaled = [np.log1p(table[shared].div(table[shared].sum(axis=1), axis=0) * 1e4) for table in (reference, adapted)]
+    markers = []
+    for name in reference.index:
+        rest = (scaled[0].drop(index=name)).max()
+        markers += [g for g in (scaled[0].loc[name] - rest).nlargest(6).index if g not in markers]
+    top = scaled[0][markers].max()
+    figure = Figure(figsize=(3.5 + 0.17 * len(markers), 2.2 + 0.42 * len(reference)), layout="constrained")
+    panels = figure.subplots(2, 1, sharex=True)
+    for axes, table, title in zip(panels, scaled, ("single cells", "adapted to the bulk")):
+        image = axes.imshow(table[markers] / top, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        axes.set_yticks(np.arange(len(reference)), reference.index, fontsize=8)
+        axes.set_title(f"signature matrix: {title}", fontsize=10)
+    panels[1].set_xticks(np.arange(len(markers)), markers, rotation=90, fontsize=7)
+    figure.colorbar(image, ax=panels, label="expression, share of the gene's largest in the cells", extend="max")
     save(figure, path)
 
 

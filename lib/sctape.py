@@ -2,7 +2,8 @@
 
 Chen, Y. et al., "Deep autoencoder for interpretable tissue-adaptive deconvolution and cell-type-specific gene analysis",
 Nature Communications 13, 6735 (2022). The bottleneck holds the proportions; the decoder, linear and without bias, maps them
-back to the profile, so the product of its weights is the signature matrix.
+back to the profile, so the product of its weights is the signature matrix. This is the part trained on simulated mixtures; the
+adaptive stage is in `lib/deconvolution.py`.
 """
 
 from typing import Any
@@ -37,6 +38,12 @@ class ScTAPE(nn.Module):
         self.decoder = nn.Sequential(*(nn.Linear(n_in, n_out, bias=False) for n_in, n_out in zip(sizes, sizes[1:])))
         self.register_buffer("gene_mean", torch.zeros(n_genes))
         self.register_buffer("gene_scale", torch.ones(n_genes))
+
+    @staticmethod
+    def from_checkpoint(checkpoint: dict[str, Any]) -> "ScTAPE":
+        model = ScTAPE(**checkpoint["arguments"])
+        model.load_state_dict(checkpoint["weights"])
+        return model.eval()
 
     def initialise(self, profiles: torch.Tensor) -> None:
         """Keep the genes' mean and spread over the training mixtures: the network sees each gene in units of its spread."""
@@ -150,8 +157,6 @@ def predict(checkpoint: dict[str, Any], bulk: pd.DataFrame) -> pd.DataFrame:
         )
     if coverage < 1:
         print(f"the bulk has {coverage:.1%} of scTAPE's {len(gene_names):,} genes; the others take their mean share in the training mixtures")
-    model = ScTAPE(**checkpoint["arguments"])
-    model.load_state_dict(checkpoint["weights"])
-    model.eval()
+    model = ScTAPE.from_checkpoint(checkpoint)
     profiles = scale(complete(bulk, gene_names, checkpoint["mean_profile"].numpy()))
     return pd.DataFrame(model.proportions(torch.from_numpy(profiles)).numpy(), index=bulk.index, columns=checkpoint["cell_types"])

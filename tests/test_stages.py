@@ -16,16 +16,19 @@ from conftest import ROOT, STAGES, Workplace, simulated_dataset
 from lib import sctape
 from lib.batches import CellDataset
 from lib.counts import read_split
+from lib.deconvolution import deconvolve
 from lib.gmvae import GMVAE
 from lib.metrics import mae
 from lib.profiles import nb_per_type_log_likelihood
+from lib.reference import Reference
 from lib.training import load_checkpoint
 
 FILES = """
 data/counts.h5ad data/train.h5ad data/test.h5ad data/pseudobulk_test_tpm.csv data/pseudobulk_test_counts.csv
 data/pseudobulk_test_proportions.csv data/pseudobulk_train.h5ad data/generated.h5ad data/predicted_proportions.csv
+data/predicted_spread.csv data/predicted_samples.csv data/signature_matrix.csv
 models/gmvae.pt models/gmvae_last.pt models/gmvae_history.csv models/sctape.pt models/sctape_last.pt models/sctape_history.csv
-fig/umap_reference.png fig/gmvae_loss.png fig/sctape_loss.png fig/proportions.png fig/umap_original_vs_generated.png
+fig/umap_reference.png fig/gmvae_loss.png fig/sctape_loss.png fig/proportions.png fig/signature.png fig/umap_original_vs_generated.png
 fig/umap_by_cell_type.png fig/gene_correlation.png fig/fidelity.png fig/metrics.csv
 """.split()
 
@@ -134,10 +137,13 @@ def test_the_model_learned(pipeline):
 def test_the_deconvolution_learned(pipeline):
     train = ad.read_h5ad(pipeline.data / "train.h5ad")
     tpm, true = (pd.read_csv(pipeline.data / f"pseudobulk_test_{name}.csv", index_col=0) for name in ("tpm", "proportions"))
-    predicted = sctape.predict(load_checkpoint(pipeline.models / "sctape.pt", STAGES[4]), tpm)
+    checkpoint = load_checkpoint(pipeline.models / "sctape.pt", STAGES[4])
     constant = train.obs["cell_type"].value_counts(normalize=True)[true.columns].to_numpy()
     drawn = true.index.str.startswith("dirichlet")
-    assert mae(true[drawn], predicted[drawn]) < 0.6 * mae(true[drawn], np.tile(constant, (drawn.sum(), 1)))
+    baseline = mae(true[drawn], np.tile(constant, (drawn.sum(), 1)))
+    assert mae(true[drawn], sctape.predict(checkpoint, tpm)[drawn]) < 0.6 * baseline
+    adapted = deconvolve(Reference.from_checkpoint(checkpoint["reference"]), tpm, n_members=0).proportions
+    assert mae(true[drawn], adapted[drawn]) < 0.6 * baseline
 
 
 def test_generated_cells_are_counts_in_the_predicted_proportions(pipeline):
@@ -185,13 +191,31 @@ def test_a_real_bulk_table(pipeline, tmp_path, genes_in_rows):
     done = place_run(place, pipeline, "--bulk-file", str(tmp_path / "bulk.tsv"), "--n-cells", "101", "--output", str(tmp_path / "out.h5ad"), "--write-mtx")
     generated = ad.read_h5ad(tmp_path / "out.h5ad")
     assert generated.obs["sample"].value_counts().to_dict() == {"own_1": 101, "own_2": 101, "own_3": 101}
-    assert "genes; the others take their mean share" in done.stdout
+    assert re.search(r"units of the bulk: recognised as tpm.*the bulk has 9\d\.\d% of all that would be used", done.stdout, re.DOTALL)
     predicted = pd.read_csv(place.data / "predicted_proportions.csv", index_col=0)
     assert list(predicted.index) == ["own_1", "own_2", "own_3"]
     folder = tmp_path / "out"
     np.testing.assert_array_equal(sp.csr_matrix(scipy.io.mmread(folder / "counts.mtx")).toarray(), generated.X.toarray())
     clusters = pd.read_csv(folder / "clusters.csv", index_col=0)
     assert list(clusters["cell_type"]) == list(generated.obs["cell_type"]) and list(clusters.index) == list(generated.obs_names)
+
+
+def test_high_resolution_writes_the_expression_of_each_type(pipeline, tmp_path):
+    counts = pd.read_csv(pipeline.data / "pseudobulk_test_counts.csv", index_col=0).iloc[:2].rename_axis(None)
+    counts.T.to_csv(tmp_path / "bulk.csv")
+    (tmp_path / "groups.csv").write_text("sample,group\nown_1,A\nown_2,B\n")
+    place = copy_of(pipeline, tmp_path / "place")
+    options = dict(BULK_FILE=str(tmp_path / "bulk.csv"), REPLICATES=str(tmp_path / "groups.csv"), N_CELLS=20)
+    place.main(STAGES[5], DECONVOLUTION="high-resolution", **options)
+    expression = ad.read_h5ad(place.data / "cell_type_expression.h5ad")
+    predicted = pd.read_csv(place.data / "predicted_proportions.csv", index_col=0)
+    assert list(expression.obs_names) == list(predicted.index) == ["A", "B"]
+    assert set(expression.layers) == set(predicted.columns)
+    assert all(np.isfinite(layer).all() and (layer >= 0).all() for layer in expression.layers.values())
+    place.main(STAGES[5], PROPORTIONS_OF="rna", **options)
+    as_rna = pd.read_csv(place.data / "predicted_proportions.csv", index_col=0)
+    np.testing.assert_allclose(as_rna.sum(axis=1), 1, atol=1e-5)
+    assert (as_rna - predicted).abs().max(axis=None) > 0.005
 
 
 def place_run(place, pipeline, *options):
