@@ -1,6 +1,6 @@
 """Stage 5: from bulk to single cells: read the proportions out of bulk samples, generate cells in these proportions, compare.
 
-reads   models/gmvae.pt, models/sctape.pt, data/train.h5ad, data/test.h5ad, data/pseudobulk_test_*.csv, and BULK_FILE
+reads   models/gmvae.pt (or another GENERATOR's), models/sctape.pt, data/train.h5ad, data/test.h5ad, data/pseudobulk_test_*.csv, and BULK_FILE
 writes  data/generated.h5ad: raw counts, obs["cell_type"], obs["sample"]; data/predicted_proportions.csv;
         fig/proportions.png, umap_original_vs_generated.png, umap_by_cell_type.png, gene_correlation.png, fidelity.png; fig/metrics.csv
 run     python _5_generate.py
@@ -20,7 +20,7 @@ import scipy.io
 import scipy.sparse as sp
 import torch
 
-from lib import metrics, options, parallel, plots, sctape
+from lib import generators, metrics, options, parallel, plots, sctape
 from lib.batches import CellDataset
 from lib.bulk import read_bulk, to_tpm
 from lib.counts import read_split, row_blocks, take, write_blocks
@@ -33,6 +33,7 @@ from lib.tables import separator
 from lib.training import check_checkpoint, keep_freed_memory, load_checkpoint
 
 # What to generate
+GENERATOR: Literal["gmvae", "beta_vae", "pca_cvae", "conv_cvae"] = "gmvae"  # of those that stage 3 has trained
 BULK_FILE: str | None = None  # bulk table, csv or tsv, genes in rows or columns; none: the sum of the test cells
 BULK_UNITS: Literal["tpm", "counts"] = "tpm"  # of BULK_FILE
 N_CELLS = 1000  # cells generated for each sample of BULK_FILE; the sum of the test cells gets as many as there are test cells
@@ -68,9 +69,7 @@ def main() -> None:
         raise ValueError("BULK_FILE and CELL_COUNTS are both set; cell numbers come either from a bulk or from a table: set one of them to none")
     train, test = read_split(data)
     cell_types = list(test.obs["cell_type"].cat.categories)
-    gmvae_checkpoint = load_checkpoint(models / "gmvae.pt", "_3_train_gmvae.py")
-    check_checkpoint(gmvae_checkpoint, models / "gmvae.pt", "_3_train_gmvae.py", list(test.var_names), cell_types, test.uns["split_id"], data / "test.h5ad")
-    model = load_model(gmvae_checkpoint, device)
+    model = load_generator(GENERATOR, models, test, data, device)
 
     written = []
     if CELL_COUNTS is None:
@@ -102,11 +101,13 @@ def main() -> None:
     report("stage 5", written, f"look at {FIG_DIR}/*.png, or open the cells: scanpy.read_h5ad({str(output)!r})")
 
 
-def load_model(checkpoint: dict[str, Any], device: torch.device) -> GMVAE:
-    model = GMVAE(**checkpoint["arguments"])
-    model.load_state_dict(checkpoint["weights"])
-    model.prior = checkpoint.get("prior")  # fitted when the training ends
-    return model.to(device).eval()
+def load_generator(name: str, models: Path, test: ad.AnnData, data: Path, device: torch.device) -> torch.nn.Module:
+    """A generator that stage 3 has trained, refused if it was trained on other cells."""
+    stage = "_3_train_gmvae.py" + f" --generator {name}" * (name != "gmvae")
+    checkpoint = load_checkpoint(models / f"{name}.pt", stage)
+    cell_types = list(test.obs["cell_type"].cat.categories)
+    check_checkpoint(checkpoint, models / f"{name}.pt", stage, list(test.var_names), cell_types, test.uns["split_id"], data / "test.h5ad")
+    return generators.load(checkpoint, device)
 
 
 def bulk_samples(test: ad.AnnData, checkpoint: dict[str, Any]) -> pd.DataFrame:
@@ -143,7 +144,7 @@ def wanted_cells(cell_type: pd.Series) -> pd.DataFrame:
     return table.astype(np.int64)
 
 
-def generate(model: GMVAE, cells_per_type: pd.DataFrame, test: ad.AnnData, output: Path) -> None:
+def generate(model: torch.nn.Module, cells_per_type: pd.DataFrame, test: ad.AnnData, output: Path) -> None:
     """New cells of all samples, sample by sample and type by type, written while they are made."""
     n_cells = cells_per_type.to_numpy()
     types = np.tile(np.arange(n_cells.shape[1]), len(n_cells)).repeat(n_cells.ravel())
@@ -157,7 +158,7 @@ def generate(model: GMVAE, cells_per_type: pd.DataFrame, test: ad.AnnData, outpu
         },
         index=[f"generated_{i + 1}" for i in range(len(types))],
     )
-    uns = {"dataset": test.uns["dataset"], "split_id": test.uns["split_id"], "seed": SEED, "noise_factor": NOISE_FACTOR}
+    uns = {"dataset": test.uns["dataset"], "split_id": test.uns["split_id"], "seed": SEED, "noise_factor": NOISE_FACTOR, "generator": GENERATOR}
     cells = ad.AnnData(obs=obs, var=pd.DataFrame(index=test.var_names), uns=uns)
     edges = np.linspace(0, n_blocks(len(types)), parallel.N_RANKS + 1).astype(int)  # each process makes the blocks between two of these
     numbers = range(*edges[parallel.RANK :][:2])
@@ -240,14 +241,15 @@ def judge_proportions(checkpoint: dict[str, Any], predicted: pd.DataFrame, train
     plots.proportions(true, on_mixtures, constant, own_truth, predicted, fig / "proportions.png")
 
 
-def compare(model: GMVAE, train: ad.AnnData, test: ad.AnnData, generated: ad.AnnData, fig: Path) -> None:
+def compare(model: torch.nn.Module, train: ad.AnnData, test: ad.AnnData, generated: ad.AnnData, fig: Path) -> None:
     """Likelihood of the test cells, and the figures that hold generated cells against them."""
     rng = np.random.default_rng(SEED)
     drawn_generated, drawn_test, drawn_train = (
         take(cells, np.sort(rng.permutation(cells.n_obs)[:MAX_CELLS_DRAWN])) for cells in (generated, test, train)
     )
-    ours, baseline = (part.mean() for part in likelihoods(model, train, drawn_test))
-    print(f"log-likelihood of the test cells, nats per cell: GMVAE {ours:.1f}; one negative binomial per gene and type {baseline:.1f}")
+    if isinstance(model, GMVAE):  # the other generators have no likelihood of counts
+        ours, baseline = (part.mean() for part in likelihoods(model, train, drawn_test))
+        print(f"log-likelihood of the test cells, nats per cell: GMVAE {ours:.1f}; one negative binomial per gene and type {baseline:.1f}")
 
     both = ad.concat({"original": drawn_test, "generated": drawn_generated}, label="source", index_unique="-")
     both.obs["cell_type"] = pd.Categorical(both.obs["cell_type"], categories=test.obs["cell_type"].cat.categories)
@@ -261,7 +263,7 @@ def compare(model: GMVAE, train: ad.AnnData, test: ad.AnnData, generated: ad.Ann
     plots.gene_correlation(*correlations, fig / "gene_correlation.png")
 
 
-def judge_cells(model: GMVAE, train: ad.AnnData, test: ad.AnnData, fig: Path) -> None:
+def judge_cells(model: torch.nn.Module, train: ad.AnnData, test: ad.AnnData, fig: Path) -> None:
     """Test cells held against new cells of the same types and numbers, and against train cells: what a generator could reach at best."""
     rng = np.random.default_rng([SEED, 5])
     real = take(test, np.sort(rng.permutation(test.n_obs)[:MAX_CELLS_JUDGED]))
