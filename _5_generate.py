@@ -2,7 +2,8 @@
 
 reads   models/gmvae.pt (or another GENERATOR's), models/sctape.pt, data/train.h5ad, data/test.h5ad, data/pseudobulk_test_*.csv, and BULK_FILE
 writes  data/generated.h5ad: raw counts, obs["cell_type"], obs["sample"]; data/predicted_proportions.csv;
-        fig/proportions.png, umap_original_vs_generated.png, umap_by_cell_type.png, gene_correlation.png, fidelity.png; fig/metrics.csv
+        fig/proportions.png, umap_original_vs_generated.png, umap_by_cell_type.png, gene_correlation.png, fidelity.png; fig/metrics.csv;
+        fig/comparison.png and .csv where models/ holds several generators
 run     python _5_generate.py
         torchrun --nproc-per-node 4 _5_generate.py            on four GPUs, or processors: the same cells, made together
 time    650 test cells x 13,000 genes: 1 minute; 2,500 x 19,000: 3-5 minutes, most of it the judgement
@@ -11,6 +12,7 @@ time    650 test cells x 13,000 genes: 1 minute; 2,500 x 19,000: 3-5 minutes, mo
 import itertools
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Iterator, Literal
 
 import anndata as ad
@@ -20,7 +22,7 @@ import scipy.io
 import scipy.sparse as sp
 import torch
 
-from lib import generators, metrics, options, parallel, plots, sctape
+from lib import bulk_encoder, generators, metrics, options, panels, parallel, plots, sctape
 from lib.batches import CellDataset
 from lib.bulk import read_bulk, to_tpm
 from lib.counts import read_split, row_blocks, take, write_blocks
@@ -34,6 +36,7 @@ from lib.training import check_checkpoint, keep_freed_memory, load_checkpoint
 
 # What to generate
 GENERATOR: Literal["gmvae", "beta_vae", "pca_cvae", "conv_cvae"] = "gmvae"  # of those that stage 3 has trained
+DECONVOLVER: Literal["sctape", "bulk_encoder"] = "sctape"  # of those that stage 4 has trained; bulk_encoder moves the cells of the GMVAE as the bulk says
 BULK_FILE: str | None = None  # bulk table, csv or tsv, genes in rows or columns; none: the sum of the test cells
 BULK_UNITS: Literal["tpm", "counts"] = "tpm"  # of BULK_FILE
 N_CELLS = 1000  # cells generated for each sample of BULK_FILE; the sum of the test cells gets as many as there are test cells
@@ -71,12 +74,16 @@ def main() -> None:
     cell_types = list(test.obs["cell_type"].cat.categories)
     model = load_generator(GENERATOR, models, test, data, device)
 
-    written = []
+    written, shift = [], None
     if CELL_COUNTS is None:
-        checkpoint = load_checkpoint(models / "sctape.pt", "_4_train_sctape.py")
-        check_checkpoint(checkpoint, models / "sctape.pt", "_4_train_sctape.py", checkpoint["gene_names"], cell_types, test.uns["split_id"], data / "test.h5ad")
+        stage = "_4_train_sctape.py" + f" --deconvolver {DECONVOLVER}" * (DECONVOLVER != "sctape")
+        checkpoint = load_checkpoint(models / f"{DECONVOLVER}.pt", stage)
+        check_checkpoint(checkpoint, models / f"{DECONVOLVER}.pt", stage, checkpoint["gene_names"], cell_types, test.uns["split_id"], data / "test.h5ad")
         bulk = bulk_samples(test, checkpoint)
-        predicted = sctape.predict(checkpoint, bulk)
+        predicted = deconvolver().predict(checkpoint, bulk)
+        if DECONVOLVER == "bulk_encoder":
+            check_same_gmvae(checkpoint, model)
+            shift = bulk_encoder.shift(checkpoint, bulk)
         totals = test.n_obs if BULK_FILE is None else N_CELLS
         cells_per_type = pd.DataFrame(largest_remainder(predicted.to_numpy(), totals), predicted.index, cell_types)
         if parallel.IS_FIRST:
@@ -87,7 +94,7 @@ def main() -> None:
     else:
         cells_per_type = wanted_cells(test.obs["cell_type"])
 
-    generate(model, cells_per_type, test, output)
+    generate(model, cells_per_type, test, output, shift)
     if not parallel.IS_FIRST:
         return
     written.append(output)
@@ -95,9 +102,13 @@ def main() -> None:
     if WRITE_MTX:
         written.append(write_mtx(generated.to_memory(), output.with_suffix("")))
     compare(model, train, test, generated, fig)
-    judge_cells(model, train, test, fig)
+    judged = judge_cells(model, train, test, fig)
     written += [fig / f"{name}.png" for name in ("umap_original_vs_generated", "umap_by_cell_type", "gene_correlation", "fidelity")]
     written.append(fig / "metrics.csv")
+    others = [name for name in generators.CLASSES if name != GENERATOR and (models / f"{name}.pt").exists()]
+    if others:
+        compare_generators({name: load_generator(name, models, test, data, device) for name in others}, *judged, fig)
+        written += [fig / "comparison.png", fig / "comparison.csv"]
     report("stage 5", written, f"look at {FIG_DIR}/*.png, or open the cells: scanpy.read_h5ad({str(output)!r})")
 
 
@@ -144,7 +155,20 @@ def wanted_cells(cell_type: pd.Series) -> pd.DataFrame:
     return table.astype(np.int64)
 
 
-def generate(model: torch.nn.Module, cells_per_type: pd.DataFrame, test: ad.AnnData, output: Path) -> None:
+def deconvolver() -> ModuleType:
+    return {"sctape": sctape, "bulk_encoder": bulk_encoder}[DECONVOLVER]
+
+
+def check_same_gmvae(checkpoint: dict[str, Any], model: torch.nn.Module) -> None:
+    """The bulk encoder speaks of one GMVAE's z, so it serves no other."""
+    if bulk_encoder.weights_id(model) != checkpoint["gmvae_id"]:
+        raise ValueError(
+            f"models/bulk_encoder.pt was trained for another model than models/{GENERATOR}.pt as it is now; "
+            "run _4_train_sctape.py --deconvolver bulk_encoder again, with GENERATOR = gmvae, or set DECONVOLVER to sctape"
+        )
+
+
+def generate(model: torch.nn.Module, cells_per_type: pd.DataFrame, test: ad.AnnData, output: Path, shift: bulk_encoder.Shift | None) -> None:
     """New cells of all samples, sample by sample and type by type, written while they are made."""
     n_cells = cells_per_type.to_numpy()
     types = np.tile(np.arange(n_cells.shape[1]), len(n_cells)).repeat(n_cells.ravel())
@@ -162,7 +186,9 @@ def generate(model: torch.nn.Module, cells_per_type: pd.DataFrame, test: ad.AnnD
     cells = ad.AnnData(obs=obs, var=pd.DataFrame(index=test.var_names), uns=uns)
     edges = np.linspace(0, n_blocks(len(types)), parallel.N_RANKS + 1).astype(int)  # each process makes the blocks between two of these
     numbers = range(*edges[parallel.RANK :][:2])
-    mine = model.sample(types, SEED, NOISE_FACTOR, numbers)
+    groups = np.arange(n_cells.size).repeat(n_cells.ravel())  # sample by sample, type by type, as the shift counts them
+    moved = {} if shift is None else {"shift": shift, "groups": groups}
+    mine = model.sample(types, SEED, NOISE_FACTOR, numbers, **moved)
     started = time.perf_counter()
     if parallel.IS_FIRST:
         of_all = itertools.chain(mine, taken_over(output, range(edges[1], edges[-1])))
@@ -222,13 +248,13 @@ def write_mtx(generated: ad.AnnData, path: Path) -> Path:
 def judge_proportions(checkpoint: dict[str, Any], predicted: pd.DataFrame, train: ad.AnnData, test: ad.AnnData, data: Path, fig: Path) -> None:
     """scTAPE on the mixtures of test cells, beside a constant: what its proportions can be trusted for."""
     tpm, true = read_test_mixtures(data, test.uns["split_id"], checkpoint["gene_length_bp"] is not None)
-    on_mixtures = sctape.predict(checkpoint, tpm)
+    on_mixtures = deconvolver().predict(checkpoint, tpm)
     frequencies = train.obs["cell_type"].value_counts(normalize=True)[true.columns].to_numpy()
     constant = pd.DataFrame(np.tile(frequencies, (len(true), 1)), true.index, true.columns)
     rows = []
     for kind in ("own", "dirichlet"):
         of_kind = true.index.str.startswith(kind)
-        for name, estimate in (("scTAPE", on_mixtures), ("constant: train frequencies", constant)):
+        for name, estimate in (({"sctape": "scTAPE"}.get(DECONVOLVER, DECONVOLVER), on_mixtures), ("constant: train frequencies", constant)):
             pair = true[of_kind].to_numpy(), estimate[of_kind].to_numpy()
             rows.append([f"{kind} ({of_kind.sum()})", name, metrics.mae(*pair), metrics.ccc(*pair), metrics.pearson(*pair)])
     table = pd.DataFrame(rows, columns=["mixtures of test cells", "estimate", "MAE", "CCC", "r"])
@@ -263,8 +289,12 @@ def compare(model: torch.nn.Module, train: ad.AnnData, test: ad.AnnData, generat
     plots.gene_correlation(*correlations, fig / "gene_correlation.png")
 
 
-def judge_cells(model: torch.nn.Module, train: ad.AnnData, test: ad.AnnData, fig: Path) -> None:
-    """Test cells held against new cells of the same types and numbers, and against train cells: what a generator could reach at best."""
+def judge_cells(model: torch.nn.Module, train: ad.AnnData, test: ad.AnnData, fig: Path) -> tuple[ad.AnnData, ad.AnnData, np.ndarray, pd.DataFrame]:
+    """Test cells held against new cells of the same types and numbers, and against train cells: what a generator could reach at best.
+
+    Returns what `compare_generators` needs: the test cells, the train cells, the genes whose correlations are compared, and the
+    pooled figures, columns `generated` and `real`.
+    """
     rng = np.random.default_rng([SEED, 5])
     real = take(test, np.sort(rng.permutation(test.n_obs)[:MAX_CELLS_JUDGED]))
     floor_rows = metrics.draw_like(train, real.obs["cell_type"], rng)
@@ -280,6 +310,26 @@ def judge_cells(model: torch.nn.Module, train: ad.AnnData, test: ad.AnnData, fig
     print(f"{real.n_obs:,} test cells against as many generated ones, and against real train cells of the same types:")
     print(pooled.rename(columns={"real": "real train cells"}).to_string(float_format="{:.3f}".format))
     plots.fidelity(table, real, made, floor, fig / "fidelity.png")
+    return real, floor, genes, pooled
+
+
+def compare_generators(
+    others: dict[str, torch.nn.Module], real: ad.AnnData, floor: ad.AnnData, genes: np.ndarray, pooled: pd.DataFrame, fig: Path
+) -> None:
+    """The same judgement, of all cells together, for every other generator in models/, beside that of the one chosen."""
+    table = pooled[["generated"]].set_axis([GENERATOR], axis=1)
+    for name, model in others.items():
+        counts = sp.vstack(list(model.sample(real.obs["cell_type"].cat.codes.to_numpy(), SEED + 1)), format="csr")
+        made = ad.AnnData(counts, obs=real.obs[["cell_type"]].copy(), var=real.var[[]].copy())
+        table[name] = metrics.fidelity(real, made, genes, SEED)
+        ends = np.cumsum([real.n_obs, floor.n_obs])
+        pcs = metrics.principal_components(ad.concat([real, floor, made], index_unique="-"), metrics.N_TOP_GENES, metrics.N_PCS)
+        table.loc["nearest real cell is a train cell", name] = metrics.memorisation(pcs[ends[1] :], pcs[ends[0] : ends[1]], pcs[: ends[0]])
+    table = table[[name for name in generators.CLASSES if name in table]].assign(**{"real train cells": pooled["real"]})
+    with replacing(fig / "comparison.csv") as temporary:
+        table.to_csv(temporary, float_format="%.5f")
+    print("the generators in models/, each against the same test cells:\n" + table.to_string(float_format="{:.3f}".format))
+    panels.comparison(table, fig / "comparison.png")
 
 
 def likelihoods(model: GMVAE, train: ad.AnnData, test: ad.AnnData) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,8 @@ run     python tests/benchmarks/generators.py                               (pbm
 
 The split, the judge (`lib.metrics.fidelity`) and the floor are those of fidelity.py. Each generator is trained by the real
 stage 3 on the train cells alone, with its own default settings, and makes as many cells of each type as there are test cells.
-Printed: mean and, after +-, half the range over the seeds; seconds of training and cells made per second, on this machine.
+Printed: mean and, after +-, half the range over the seeds; seconds of training and cells made per second, in processor time
+(with OMP_NUM_THREADS=1: of one core, however busy the machine is).
 """
 
 import argparse
@@ -40,17 +41,17 @@ def made_by(name: str, train: ad.AnnData, types: np.ndarray, seed: int, epochs: 
         constants = {"DATA_DIR": folder, "MODELS_DIR": folder, "FIG_DIR": folder, "SEED": seed, "GENERATOR": name, "OTHER_EPOCHS": epochs}
         for constant, value in constants.items():
             setattr(stage, constant, value)
-        started = time.perf_counter()
+        started = time.process_time()
         stage.main()
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         checkpoint = load_checkpoint(Path(folder) / f"{name}.pt", "")
         n_epochs = len(pd.read_csv(Path(folder) / f"{name}_history.csv"))
     model = generators.load(checkpoint, torch.device("cpu"))
-    started = time.perf_counter()
+    started = time.process_time()
     counts = sp.vstack(list(model.sample(types, seed)), format="csr")
-    rate = len(types) / (time.perf_counter() - started)
+    rate = len(types) / (time.process_time() - started)
     n_parameters = sum(p.numel() for p in model.parameters())
-    return counts, {"train seconds": seconds, "epochs": n_epochs, "cells/s": rate, "parameters": n_parameters}
+    return counts, {"train CPU seconds": seconds, "epochs": n_epochs, "cells per CPU second": rate, "parameters": n_parameters}
 
 
 def judged(test: ad.AnnData, floor: ad.AnnData, cells: ad.AnnData, genes: np.ndarray, seed: int) -> pd.Series:
