@@ -37,6 +37,7 @@ from lib.training import check_checkpoint, keep_freed_memory, load_checkpoint
 # What to generate
 GENERATOR: Literal["gmvae", "beta_vae", "pca_cvae", "conv_cvae"] = "gmvae"  # of those that stage 3 has trained
 DECONVOLVER: Literal["sctape", "bulk_encoder"] = "sctape"  # of those that stage 4 has trained; bulk_encoder moves the cells of the GMVAE as the bulk says
+MOVE_GENES = True  # bulk_encoder: single genes too, where the bulk exceeds the moved cells more than genes in general do
 BULK_FILE: str | None = None  # bulk table, csv or tsv, genes in rows or columns; none: the sum of the test cells
 BULK_UNITS: Literal["tpm", "counts"] = "tpm"  # of BULK_FILE
 N_CELLS = 1000  # cells generated for each sample of BULK_FILE; the sum of the test cells gets as many as there are test cells
@@ -84,6 +85,8 @@ def main() -> None:
         if DECONVOLVER == "bulk_encoder":
             check_same_gmvae(checkpoint, model)
             shift = bulk_encoder.shift(checkpoint, bulk)
+            if MOVE_GENES:
+                shift = bulk_encoder.with_genes(shift, model, list(test.var_names), predicted.to_numpy(), bulk, SEED)
         totals = test.n_obs if BULK_FILE is None else N_CELLS
         cells_per_type = pd.DataFrame(largest_remainder(predicted.to_numpy(), totals), predicted.index, cell_types)
         if parallel.IS_FIRST:

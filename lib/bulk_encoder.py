@@ -7,22 +7,30 @@ bulk are then drawn from the type's prior, moved and scaled as the bulk says: th
 their numbers. What a bulk cannot tell is left where the train cells have it, since the mean squared error is least there.
 
 Source: bulk2sc (Kang et al.), whose bulk encoder learns the mean, variance and proportion of each component of a Gaussian
-mixture; theirs are the sizes of the layers and Adam at 1e-3. Ours: the mixtures, and axes in place of single dimensions of z.
+mixture; theirs are the sizes of the layers and Adam at 1e-3. Ours: the mixtures, axes in place of single dimensions of z, and
+`with_genes`, which moves single genes where a bulk differs from the moved cells more than genes in general do: z can express
+no state that the GMVAE has not seen.
 """
 
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 import torch
 from torch import nn
 
 from lib.counts import digest
+from lib.gmvae import GMVAE
 from lib.layers import mlp
+from lib.pseudobulk import largest_remainder, tpm
 from lib.sctape import complete, scale
 
 
 INPUT_NOISE = 2.0  # added to each gene of a training profile, in units of its spread: no gene is relied upon alone
+THRESHOLD = 2.0  # spreads of the genes' log ratios, bulk over cells, by which all are drawn to 0
+PSEUDO_TPM = 20.0  # added to both sides of the ratio: a gene of fewer transcripts per million says little
+CELLS_SUMMED = 1000  # of each sample, to be compared with the bulk
 MIN_CELLS = 60  # train cells that a type needs to be moved; the states of fewer are not known
 
 
@@ -31,6 +39,7 @@ class Shift(NamedTuple):
 
     matrix: torch.Tensor  # (n_groups, n_latent, n_latent)
     offset: torch.Tensor  # (n_groups, n_latent)
+    log_ratio: torch.Tensor | None = None  # (n_samples, n_genes), added to the logits of all of a sample's cells
 
 
 class BulkEncoder(nn.Module):
@@ -128,6 +137,40 @@ def shift(checkpoint: dict[str, Any], bulk: pd.DataFrame) -> Shift:
     matrix = torch.eye(n_latent) + torch.einsum("ia,ga,ja->gij", vectors, scales - 1, vectors)
     offset = middle - torch.einsum("gij,gj->gi", matrix, middle) + (means * axes["spread"]) @ vectors.T
     return Shift(matrix, offset)
+
+
+def with_genes(moved: Shift, model: GMVAE, gene_names: list[str], proportions: np.ndarray, bulk: pd.DataFrame, seed: int) -> Shift:
+    """The shift with a log ratio of every gene, of what the bulk has over what the moved cells sum to.
+
+    A gene's ratio counts as far as it exceeds `THRESHOLD` times the spread of all genes' ratios (the median absolute deviation,
+    scaled to a standard deviation): differences of platform, which all genes share, set that spread and move nothing.
+
+    Parameters
+    ----------
+    gene_names
+        The GMVAE's genes; those that the bulk lacks stay.
+    proportions
+        Samples x types.
+    bulk
+        Samples x genes, TPM.
+    """
+    n_samples, n_types = proportions.shape
+    n_cells = largest_remainder(proportions, CELLS_SUMMED)
+    groups = np.arange(n_samples * n_types).repeat(n_cells.ravel())
+    counts = sp.vstack(list(model.sample(groups % n_types, seed, shift=moved, groups=groups)), format="csr")
+    summed = sp.csr_matrix((np.ones(len(groups)), (groups // n_types, np.arange(len(groups))))) @ counts
+    shared = np.isin(gene_names, bulk.columns)
+    genes = np.asarray(gene_names)[shared]
+    seen, made = (tpm(table) + PSEUDO_TPM for table in (bulk[genes].to_numpy(), summed[:, shared].toarray()))
+    ratio = np.log(seen / made)
+    expressed = np.maximum(seen, made) > 2 * PSEUDO_TPM
+    log_ratio = np.zeros((n_samples, len(gene_names)), np.float32)
+    for i in range(n_samples):
+        middle = np.median(ratio[i, expressed[i]])
+        spread = 1.4826 * np.median(np.abs(ratio[i, expressed[i]] - middle))
+        beyond = ratio[i] - middle
+        log_ratio[i, shared] = np.sign(beyond) * np.maximum(np.abs(beyond) - THRESHOLD * spread, 0)
+    return moved._replace(log_ratio=torch.from_numpy(log_ratio))
 
 
 def weights_id(model: nn.Module) -> str:

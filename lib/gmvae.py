@@ -251,7 +251,7 @@ class GMVAE(nn.Module):
     @torch.no_grad()
     def sample(
         self, cell_type_idx: np.ndarray, seed: int, noise_factor: float = 1.0, blocks: range | None = None,
-        shift: tuple[torch.Tensor, torch.Tensor] | None = None, groups: np.ndarray | None = None,
+        shift: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None, groups: np.ndarray | None = None,
     ) -> Iterator[sp.csr_matrix]:  # fmt: skip
         """New cells of the given types, `GENERATED_AT_ONCE` at a time.
 
@@ -266,8 +266,9 @@ class GMVAE(nn.Module):
         blocks
             Numbers of the blocks wanted; None for all.
         shift, groups
-            What a bulk says of the cells' state (`bulk_encoder.shift`): z becomes matrix @ z + offset, by the cell's group;
-            matrix (n_groups, n_latent, n_latent), offset (n_groups, n_latent), groups (n_cells,).
+            What bulk samples say of the cells' states (`bulk_encoder.Shift`): matrix (n_groups, n_latent, n_latent), offset
+            (n_groups, n_latent) and log_ratio (n_samples, n_genes) or None; groups (n_cells,), sample x n_cell_types + type. z
+            becomes matrix @ z + offset, and the log ratio is added to the logits.
 
         Yields
         ------
@@ -282,9 +283,11 @@ class GMVAE(nn.Module):
             z, log_library = self.draw_z(y, noise_factor, generator)
             if shift is not None:
                 group = torch.from_numpy(groups[number * GENERATED_AT_ONCE :][: len(wanted)].astype(np.int64)).to(device)
-                matrix, offset = (part.to(device)[group] for part in shift)
-                z = torch.einsum("nij,nj->ni", matrix, z) + offset
+                matrix, offset, log_ratio = (None if part is None else part.to(device) for part in shift)
+                z = torch.einsum("nij,nj->ni", matrix[group], z) + offset[group]
             likelihood = self.p_x(z, log_library.exp() * self.library_median)
+            if shift is not None and log_ratio is not None:
+                likelihood.logits += log_ratio[group // self.n_cell_types]
             if self.prior is not None:
                 likelihood.logits += self.prior["log_ratio"].to(device)[y]
             yield likelihood.sample(generator)

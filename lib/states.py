@@ -12,7 +12,7 @@ import torch
 from lib.batches import CellDataset
 from lib.gmvae import GMVAE
 
-MIN_SHARE = 0.05  # of the variance within types that an axis must hold
+MIN_SHARE = 0.01  # of the variance within types that an axis must hold
 MAX_STRENGTH = 2.5  # of the weights, per standard deviation: to so many of them the mean of a type is moved
 SHARED_SHARE = 0.5  # of the mixtures in which all types favour one state; in the others, each type its own
 STILL_SHARE = 0.1  # of the mixtures that favour no state

@@ -5,7 +5,7 @@ run     python tests/benchmarks/bulk_states.py                     (pbmc3k, 10 m
 Real cells, parted as in fidelity.py; an interferon-like answer is simulated on them: 28 interferon-stimulated genes gain
 molecules (Poisson; the gain varies from gene to gene, type to type and cell to cell, 4 % of a cell's counts on average), six
 ribosomal ones lose half. A third of the train cells, of every type, answer; nothing says which. The GMVAE and the bulk encoder
-are trained by the real stages 3 and 4 with their defaults. Then two bulks of test cells, one whose cells all answer and one
+are trained by the real stages 3 and 4 with their defaults (--weight-decay: of stage 3). Then two bulks of test cells, one whose cells all answer and one
 whose cells do not, are given to the encoder, and as many cells of each type are generated as there are test cells: moved as the
 bulk says, and not moved. Both are held against the bulk's own cells; so are real train cells, which are what can be reached
 (those that answer, or those that do not) and what knows nothing (a draw of all). `--answering 0` leaves all train cells without an
@@ -63,11 +63,11 @@ def with_counts(cells: ad.AnnData, counts: sp.csr_matrix) -> ad.AnnData:
     return made
 
 
-def trained(train: ad.AnnData, seed: int) -> tuple[torch.nn.Module, dict]:
+def trained(train: ad.AnnData, seed: int, weight_decay: float | None) -> tuple[torch.nn.Module, dict]:
     """The GMVAE and the bulk encoder's checkpoint, by the real stages."""
     with tempfile.TemporaryDirectory() as folder:
         write_counts(train, Path(folder) / "train.h5ad")
-        for name, more in (("_3_train_gmvae", {}), ("_4_train_sctape", {"DECONVOLVER": "bulk_encoder"})):
+        for name, more in (("_3_train_gmvae", {} if weight_decay is None else {"WEIGHT_DECAY": weight_decay}), ("_4_train_sctape", {"DECONVOLVER": "bulk_encoder"})):
             stage = importlib.reload(importlib.import_module(name))
             for constant, value in ({"DATA_DIR": folder, "MODELS_DIR": folder, "FIG_DIR": folder, "SEED": seed} | more).items():
                 setattr(stage, constant, value)
@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("--data", default=str(PBMC3K), help="h5ad with raw counts in X and obs['cell_type']")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--answering", type=float, default=1 / 3, help="share of the train cells that answer")
+    parser.add_argument("--weight-decay", type=float, help="of the GMVAE; default: stage 3's")
     arguments = parser.parse_args()
     train, test = load(arguments.data)
     types = test.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64)
@@ -106,14 +107,17 @@ def main() -> None:
         answers = np.random.default_rng([seed, 1]).random(train.n_obs) < arguments.answering
         reference = with_counts(train, answer(train, answers, seed + 1000))
         reference.uns |= train.uns
-        model, checkpoint = trained(reference, seed)
+        model, checkpoint = trained(reference, seed, arguments.weight_decay)
         genes = metrics.variable_genes(reference, metrics.N_CORRELATED_GENES)
         for bulk_name, all_answer in (("cells that answer", True), ("cells that do not", False)):
             real = with_counts(test, answer(test, np.full(test.n_obs, all_answer), seed + 2000))
             bulk = pd.DataFrame(tpm(np.asarray(real.X.sum(axis=0)).reshape(1, -1)), index=["bulk"], columns=real.var_names)
             shift = bulk_encoder.shift(checkpoint, bulk)
+            proportions = bulk_encoder.predict(checkpoint, bulk).to_numpy()
+            with_genes = bulk_encoder.with_genes(shift, model, list(real.var_names), proportions, bulk, seed)
             made = {
-                "moved by the bulk": sp.vstack(list(model.sample(types, seed, shift=shift, groups=types)), format="csr"),
+                "moved by the bulk": sp.vstack(list(model.sample(types, seed, shift=with_genes, groups=types)), format="csr"),
+                "moved in z alone": sp.vstack(list(model.sample(types, seed, shift=shift, groups=types)), format="csr"),
                 "not moved": sp.vstack(list(model.sample(types, seed)), format="csr"),
             }
             sets = {name: with_counts(test, counts) for name, counts in made.items()}
@@ -121,7 +125,7 @@ def main() -> None:
             sets["real train cells, all"] = reference[metrics.draw_like(reference, test.obs["cell_type"], rng)].copy()
             alike = with_counts(train, answer(train, np.full(train.n_obs, all_answer), seed + 3000))
             sets["real train cells in the bulk's state"] = alike[metrics.draw_like(alike, test.obs["cell_type"], rng)].copy()
-            error = np.abs(bulk_encoder.predict(checkpoint, bulk).to_numpy()[0] - np.bincount(types) / len(types)).mean()
+            error = np.abs(proportions[0] - np.bincount(types) / len(types)).mean()
             print(f"seed {seed}, bulk of {bulk_name}: MAE of the proportions {error:.4f}", flush=True)
             rows += [pd.Series(distances(real, cells, genes, seed), name=(bulk_name, name, seed)) for name, cells in sets.items()]
     table = pd.DataFrame(rows)
