@@ -22,7 +22,7 @@ import scipy.io
 import scipy.sparse as sp
 import torch
 
-from lib import bulk_encoder, generators, metrics, options, panels, parallel, plots, sctape
+from lib import bulk_encoder, classify, generators, metrics, options, panels, parallel, plots, sctape
 from lib.batches import CellDataset
 from lib.bulk import read_bulk, to_tpm
 from lib.counts import read_split, row_blocks, take, write_blocks
@@ -55,6 +55,11 @@ N_PCS = 50  # principal components for the UMAP
 N_NEIGHBORS = 15  # neighbours for the UMAP
 MAX_CELLS_JUDGED = 2500  # test cells, at most, held against as many generated and as many train cells (metrics.csv): a random draw
 MAX_CELLS_DRAWN = 5000  # generated, test and train cells, of each at most, that are compared and drawn: a random draw
+
+# XGBoost (Generative genomics): types named by classifiers of real and of synthetic cells
+XGBOOST = False  # real to real, real to synthetic, synthetic to real: fig/xgboost.csv
+XGBOOST_CELLS = (1000, 2000, 100)  # synthetic cells a type to test on, to train on, and to stop by (theirs)
+CLASS_FILE: str | None = None  # csv or tsv of cell types and their coarse classes, to be scored as well
 
 # Running
 DEVICE: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
@@ -108,6 +113,8 @@ def main() -> None:
     judged = judge_cells(model, train, test, fig)
     written += [fig / f"{name}.png" for name in ("umap_original_vs_generated", "umap_by_cell_type", "gene_correlation", "fidelity")]
     written.append(fig / "metrics.csv")
+    if XGBOOST:
+        written.append(judge_by_xgboost(model, train, test, fig))
     others = [name for name in generators.CLASSES if name != GENERATOR and (models / f"{name}.pt").exists()]
     if others:
         compare_generators({name: load_generator(name, models, test, data, device) for name in others}, *judged, fig)
@@ -314,6 +321,21 @@ def judge_cells(model: torch.nn.Module, train: ad.AnnData, test: ad.AnnData, fig
     print(pooled.rename(columns={"real": "real train cells"}).to_string(float_format="{:.3f}".format))
     plots.fidelity(table, real, made, floor, fig / "fidelity.png")
     return real, floor, genes, pooled
+
+
+def judge_by_xgboost(model: torch.nn.Module, train: ad.AnnData, test: ad.AnnData, fig: Path) -> Path:
+    """Precision, recall and F1 of classifiers that learn the types from real or from synthetic cells."""
+    classes = None if CLASS_FILE is None else classify.read_classes(user_path(CLASS_FILE), list(test.obs["cell_type"].cat.categories))
+    known = take(train, np.flatnonzero(train.obs["cell_type"].notna()))
+
+    def sample(types: np.ndarray, seed: int) -> sp.csr_matrix:
+        return sp.vstack(list(model.sample(types, seed)), format="csr")
+
+    table = classify.protocol(known, take(test, np.arange(test.n_obs)), sample, SEED + 2, classes, *XGBOOST_CELLS)
+    with replacing(fig / "xgboost.csv") as temporary:
+        table.to_csv(temporary, index=False, float_format="%.5f")
+    print("XGBoost, trained and tested on real (train, test) and synthetic cells:\n" + table.to_string(index=False, float_format="{:.3f}".format))
+    return fig / "xgboost.csv"
 
 
 def compare_generators(
