@@ -2,8 +2,8 @@
 
 reads   models/gmvae.pt (or another GENERATOR's), models/sctape.pt, data/train.h5ad, data/test.h5ad, data/pseudobulk_test_*.csv, and BULK_FILE
 writes  data/generated.h5ad: raw counts, obs["cell_type"], obs["sample"]; data/predicted_proportions.csv;
-        fig/proportions.png, umap_original_vs_generated.png, umap_by_cell_type.png, gene_correlation.png, fidelity.png; fig/metrics.csv;
-        fig/comparison.png and .csv where models/ holds several generators
+        fig/proportions.png, umap_original_vs_generated.png, umap_by_cell_type.png, gene_correlation.png, fidelity.png,
+        composition.png, type_correlation.png; fig/metrics.csv; fig/comparison.png and .csv where models/ holds several generators
 run     python _5_generate.py
         torchrun --nproc-per-node 4 _5_generate.py            on four GPUs, or processors: the same cells, made together
 time    650 test cells x 13,000 genes: 1 minute; 2,500 x 19,000: 3-5 minutes, most of it the judgement
@@ -22,10 +22,10 @@ import scipy.io
 import scipy.sparse as sp
 import torch
 
-from lib import bulk_encoder, classify, generators, metrics, options, panels, parallel, plots, sctape
+from lib import bulk_encoder, classify, generators, metrics, options, panels, parallel, plots, sctape, stages
 from lib.batches import CellDataset
 from lib.bulk import read_bulk, to_tpm
-from lib.counts import read_split, row_blocks, take, write_blocks
+from lib.counts import read_split, row_blocks, take, write_blocks, write_counts
 from lib.embedding import embed, principal_components
 from lib.files import ROOT, folder, replacing, report, user_path
 from lib.gmvae import GMVAE, n_blocks
@@ -41,7 +41,11 @@ MOVE_GENES = True  # bulk_encoder: single genes too, where the bulk exceeds the 
 BULK_FILE: str | None = None  # bulk table, csv or tsv, genes in rows or columns; none: the sum of the test cells
 BULK_UNITS: Literal["tpm", "counts"] = "tpm"  # of BULK_FILE
 N_CELLS = 1000  # cells generated for each sample of BULK_FILE; the sum of the test cells gets as many as there are test cells
-CELL_COUNTS: str | None = None  # instead of predicting: "test" (as many of each type as the test cells), or a table of cell numbers
+CELL_COUNTS: str | None = None  # instead of predicting: "test" (as many of each type as the test cells), a number (of each type), or a table of numbers
+PROPORTIONS_FILE: str | None = None  # instead of predicting: a table of proportions, samples x types, such as a predicted_proportions.csv kept from before
+BULK_GROUP: str | None = None  # samples of BULK_FILE that are replicates of one, with commas between: they are averaged, the others left out
+NOISE_CLUSTER_CELLS: int | None = None  # generated cells whose Leiden cluster has fewer cells are dropped as noise (Bulk2Single: 25)
+LEIDEN_RESOLUTION = 1.0  # of these clusters (scanpy's)
 NOISE_FACTOR = 1.0  # spread of the cells of a type: 1 as learned, less for typical cells (original code: factor)
 
 # Where it goes
@@ -53,6 +57,8 @@ N_CORRELATION_GENES = 145  # most variable genes of the train cells (paper)
 N_TOP_GENES = 2000  # highly variable genes for the UMAP
 N_PCS = 50  # principal components for the UMAP
 N_NEIGHBORS = 15  # neighbours for the UMAP
+N_TYPE_MARKERS = 200  # marker genes of each type in type_correlation.png (Bulk2Single)
+FOUR_STAGES = False  # four_stages.png: input, latent, reconstructed and generated cells, t-SNE and UMAP (bulk2sc; a minute more)
 MAX_CELLS_JUDGED = 2500  # test cells, at most, held against as many generated and as many train cells (metrics.csv): a random draw
 MAX_CELLS_DRAWN = 5000  # generated, test and train cells, of each at most, that are compared and drawn: a random draw
 
@@ -74,14 +80,18 @@ def main() -> None:
     keep_freed_memory()
     device = parallel.start(DEVICE)
     output = output_path(data)
-    if BULK_FILE is not None and CELL_COUNTS is not None:
-        raise ValueError("BULK_FILE and CELL_COUNTS are both set; cell numbers come either from a bulk or from a table: set one of them to none")
+    given = [name for name in ("BULK_FILE", "CELL_COUNTS", "PROPORTIONS_FILE") if globals()[name] is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} are both set; cell numbers come either from a bulk or from a table: set one of them to none")
     train, test = read_split(data)
     cell_types = list(test.obs["cell_type"].cat.categories)
     model = load_generator(GENERATOR, models, test, data, device)
 
     written, shift = [], None
-    if CELL_COUNTS is None:
+    if PROPORTIONS_FILE is not None:
+        proportions = read_proportions(user_path(PROPORTIONS_FILE), cell_types)
+        cells_per_type = pd.DataFrame(largest_remainder(proportions.to_numpy(), N_CELLS), proportions.index, cell_types)
+    elif CELL_COUNTS is None:
         stage = "_4_train_sctape.py" + f" --deconvolver {DECONVOLVER}" * (DECONVOLVER != "sctape")
         checkpoint = load_checkpoint(models / f"{DECONVOLVER}.pt", stage)
         check_checkpoint(checkpoint, models / f"{DECONVOLVER}.pt", stage, checkpoint["gene_names"], cell_types, test.uns["split_id"], data / "test.h5ad")
@@ -106,12 +116,15 @@ def main() -> None:
     if not parallel.IS_FIRST:
         return
     written.append(output)
+    if NOISE_CLUSTER_CELLS is not None:
+        drop_noise(output)
     generated = ad.read_h5ad(output, backed="r")
     if WRITE_MTX:
         written.append(write_mtx(generated.to_memory(), output.with_suffix("")))
     compare(model, train, test, generated, fig)
     judged = judge_cells(model, train, test, fig)
-    written += [fig / f"{name}.png" for name in ("umap_original_vs_generated", "umap_by_cell_type", "gene_correlation", "fidelity")]
+    names = "umap_original_vs_generated", "umap_by_cell_type", "gene_correlation", "fidelity", "composition", "type_correlation"
+    written += [fig / f"{name}.png" for name in names + ("four_stages",) * FOUR_STAGES]
     written.append(fig / "metrics.csv")
     if XGBOOST:
         written.append(judge_by_xgboost(model, train, test, fig))
@@ -139,7 +152,28 @@ def bulk_samples(test: ad.AnnData, checkpoint: dict[str, Any]) -> pd.DataFrame:
         summed = sum(np.asarray(counts.sum(axis=0), dtype=np.float64) for _, counts in row_blocks(test.X))
         total = pd.DataFrame(summed.reshape(1, -1), index=["test_cells"], columns=test.var_names)
         return to_tpm(total, "counts", lengths)
-    return to_tpm(read_bulk(user_path(BULK_FILE), list(test.var_names)), BULK_UNITS, lengths)
+    bulk = to_tpm(read_bulk(user_path(BULK_FILE), list(test.var_names)), BULK_UNITS, lengths)
+    if BULK_GROUP is None:
+        return bulk
+    group = [name.strip() for name in BULK_GROUP.split(",")]
+    unknown = [name for name in group if name not in bulk.index]
+    if unknown:
+        raise ValueError(f"BULK_GROUP names {', '.join(unknown)}, which {BULK_FILE} does not hold; its samples: {', '.join(map(str, bulk.index[:10]))}")
+    return bulk.loc[group].mean().to_frame("replicates").T
+
+
+def read_proportions(path: Path, cell_types: list[str]) -> pd.DataFrame:
+    """Samples x cell types, rows scaled to sum to 1; a type that the table lacks has none."""
+    table = pd.read_csv(path, sep=separator(path), index_col=0)
+    unknown = [str(name) for name in table.columns if name not in cell_types]
+    values = table.apply(pd.to_numeric, errors="coerce")
+    if unknown or values.isna().any(axis=None) or (values < 0).any(axis=None) or not np.allclose(values.sum(axis=1), 1, atol=0.01):
+        raise ValueError(
+            f"{path} must hold proportions, a row a sample, not negative, summing to 1, in columns called like the model's types"
+            f"{f' (unknown: {chr(44).join(unknown)})' if unknown else ''}; the types: {', '.join(cell_types)}"
+        )
+    values = values.reindex(columns=cell_types, fill_value=0.0)
+    return values.div(values.sum(axis=1), axis=0).rename(index=str)
 
 
 def wanted_cells(cell_type: pd.Series) -> pd.DataFrame:
@@ -147,6 +181,8 @@ def wanted_cells(cell_type: pd.Series) -> pd.DataFrame:
     types = list(cell_type.cat.categories)
     if CELL_COUNTS == "test":
         return pd.DataFrame([cell_type.value_counts()[types].to_numpy()], index=["test_cells"], columns=types)
+    if CELL_COUNTS.isdigit():
+        return pd.DataFrame(int(CELL_COUNTS), index=["cells"], columns=types)
     path = user_path(CELL_COUNTS)
     table = pd.read_csv(path, sep=separator(path), index_col=0, dtype=str, keep_default_na=False)
     table.index, table.columns = table.index.astype(str).str.strip(), table.columns.astype(str).str.strip()
@@ -233,6 +269,13 @@ def with_library_size(blocks: Iterator[sp.csr_matrix], obs: pd.DataFrame) -> Ite
         yield counts
 
 
+def drop_noise(output: Path) -> None:
+    """The generated cells without those in small clusters, in the same file."""
+    cells = ad.read_h5ad(output)
+    kept = stages.in_large_clusters(cells, NOISE_CLUSTER_CELLS, N_TOP_GENES, N_PCS, N_NEIGHBORS, LEIDEN_RESOLUTION, SEED)
+    write_counts(cells[kept].copy(), output)
+
+
 def output_path(data: Path) -> Path:
     path = Path(OUTPUT).expanduser()
     taken = ("counts.h5ad", "train.h5ad", "test.h5ad", "pseudobulk_train.h5ad")
@@ -294,9 +337,25 @@ def compare(model: torch.nn.Module, train: ad.AnnData, test: ad.AnnData, generat
     plots.umap_original_vs_generated(umap, is_generated, fig / "umap_original_vs_generated.png")
     plots.umap_by_cell_type(umap, is_generated, both.obs["cell_type"], fig / "umap_by_cell_type.png")
 
+    parts = {"train cells": train, "test cells": test, "generated": generated}
+    panels.composition({name: proportions_of(cells) for name, cells in parts.items()}, fig / "composition.png")
+    panels.type_correlation(drawn_test, drawn_generated, N_TYPE_MARKERS, fig / "type_correlation.png")
+    if FOUR_STAGES:
+        if not isinstance(model, GMVAE):
+            raise ValueError(f"FOUR_STAGES draws the GMVAE's stages, but GENERATOR is {GENERATOR}; set it to gmvae, or FOUR_STAGES to False")
+        embeddings, types = stages.four_embeddings(model, drawn_test, drawn_generated, N_TOP_GENES, N_PCS, N_NEIGHBORS, SEED)
+        panels.four_stages(embeddings, types, fig / "four_stages.png")
+
     genes = metrics.variable_genes(drawn_train, N_CORRELATION_GENES)
     correlations = [metrics.gene_correlation(part, genes) for part in (drawn_test, drawn_generated, drawn_train)]
     plots.gene_correlation(*correlations, fig / "gene_correlation.png")
+
+
+def proportions_of(cells: ad.AnnData) -> pd.DataFrame:
+    """Proportions of the types, a row a sample (20 samples at most), or one row of all."""
+    sample = cells.obs["sample"].astype(str) if "sample" in cells.obs else pd.Series("all", index=cells.obs_names)
+    table = pd.crosstab(sample, cells.obs["cell_type"], normalize="index", dropna=False)
+    return table.reindex(index=pd.unique(sample)[:20], columns=cells.obs["cell_type"].cat.categories, fill_value=0.0)
 
 
 def judge_cells(model: torch.nn.Module, train: ad.AnnData, test: ad.AnnData, fig: Path) -> tuple[ad.AnnData, ad.AnnData, np.ndarray, pd.DataFrame]:
