@@ -116,7 +116,7 @@ def train_other(adata: ad.AnnData, train: CellDataset, held_out: CellDataset, mo
     }
     arguments = {"top_markers": TOP_MARKERS} if GENERATOR == "beta_vae" else {}
     model, trainer = generators.fit(GENERATOR, train, held_out, about, settings, arguments, models, SEED, RESUME)
-    trainer.draw(fig / f"{GENERATOR}_loss.png", "squared error per cell, log(1 + counts per 10,000)")
+    trainer.draw(fig / f"{GENERATOR}_loss.png", "squared error, sum over a cell")
     if parallel.IS_FIRST:
         print(f"{GENERATOR}: {sum(p.numel() for p in model.parameters()):,} parameters; draw from it with _5_generate.py --generator {GENERATOR}")
         report("stage 3", [trainer.best_path, trainer.last_path, trainer.history_path, fig / f"{GENERATOR}_loss.png"], "python _4_train_sctape.py")

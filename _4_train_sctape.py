@@ -24,7 +24,13 @@ from lib.counts import check_same_split, read_counts, read_uns, take
 from lib.files import folder, report, require, user_path
 from lib.pseudobulk import tpm
 from lib.sctape import ScTAPE, scale
-from lib.training import Trainer, check_checkpoint, clip_gradients, keep_freed_memory, load_checkpoint
+from lib.training import (
+    Trainer,
+    check_checkpoint,
+    clip_gradients,
+    keep_freed_memory,
+    load_checkpoint,
+)
 
 # Network
 DECONVOLVER: Literal["sctape", "bulk_encoder"] = "sctape"  # bulk_encoder (bulk2sc): proportions, and the mean and spread of each type's z

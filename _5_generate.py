@@ -22,7 +22,19 @@ import scipy.io
 import scipy.sparse as sp
 import torch
 
-from lib import bulk_encoder, classify, generators, metrics, options, panels, parallel, plots, sctape, stages
+from lib import (
+    bulk_encoder,
+    classify,
+    generators,
+    metrics,
+    noise,
+    options,
+    panels,
+    parallel,
+    plots,
+    sctape,
+    views,
+)
 from lib.batches import CellDataset
 from lib.bulk import read_bulk, to_tpm
 from lib.counts import read_split, row_blocks, take, write_blocks, write_counts
@@ -272,7 +284,7 @@ def with_library_size(blocks: Iterator[sp.csr_matrix], obs: pd.DataFrame) -> Ite
 def drop_noise(output: Path) -> None:
     """The generated cells without those in small clusters, in the same file."""
     cells = ad.read_h5ad(output)
-    kept = stages.in_large_clusters(cells, NOISE_CLUSTER_CELLS, N_TOP_GENES, N_PCS, N_NEIGHBORS, LEIDEN_RESOLUTION, SEED)
+    kept = noise.in_large_clusters(cells, NOISE_CLUSTER_CELLS, N_TOP_GENES, N_PCS, N_NEIGHBORS, LEIDEN_RESOLUTION, SEED)
     write_counts(cells[kept].copy(), output)
 
 
@@ -343,7 +355,7 @@ def compare(model: torch.nn.Module, train: ad.AnnData, test: ad.AnnData, generat
     if FOUR_STAGES:
         if not isinstance(model, GMVAE):
             raise ValueError(f"FOUR_STAGES draws the GMVAE's stages, but GENERATOR is {GENERATOR}; set it to gmvae, or FOUR_STAGES to False")
-        embeddings, types = stages.four_embeddings(model, drawn_test, drawn_generated, N_TOP_GENES, N_PCS, N_NEIGHBORS, SEED)
+        embeddings, types = views.four_embeddings(model, drawn_test, drawn_generated, N_TOP_GENES, N_PCS, N_NEIGHBORS, SEED)
         panels.four_stages(embeddings, types, fig / "four_stages.png")
 
     genes = metrics.variable_genes(drawn_train, N_CORRELATION_GENES)

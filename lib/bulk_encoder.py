@@ -26,7 +26,6 @@ from lib.layers import mlp
 from lib.pseudobulk import largest_remainder, tpm
 from lib.sctape import complete, scale
 
-
 INPUT_NOISE = 2.0  # added to each gene of a training profile, in units of its spread: no gene is relied upon alone
 THRESHOLD = 2.0  # spreads of the genes' log ratios, bulk over cells, by which all are drawn to 0
 PSEUDO_TPM = 20.0  # added to both sides of the ratio: a gene of fewer transcripts per million says little

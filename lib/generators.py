@@ -22,8 +22,8 @@ from lib.beta_vae import BetaVAE
 from lib.conv_cvae import SETTINGS as CONV_CVAE_SETTINGS
 from lib.conv_cvae import ConvCVAE
 from lib.gmvae import GMVAE
-from lib.pca_cvae import SETTINGS as PCA_CVAE_SETTINGS
 from lib.pca_cvae import PCACVAE
+from lib.pca_cvae import SETTINGS as PCA_CVAE_SETTINGS
 from lib.training import Trainer
 
 CLASSES = {"gmvae": GMVAE, "beta_vae": BetaVAE, "pca_cvae": PCACVAE, "conv_cvae": ConvCVAE}
