@@ -28,6 +28,7 @@ from lib.sctape import complete, scale
 
 INPUT_NOISE = 2.0  # added to each gene of a training profile, in units of its spread: no gene is relied upon alone
 THRESHOLD = 2.0  # spreads of the genes' log ratios, bulk over cells, by which all are drawn to 0
+GENES_ALIKE = 500  # of like expression, of which a spread is taken
 PSEUDO_TPM = 20.0  # added to both sides of the ratio: a gene of fewer transcripts per million says little
 CELLS_SUMMED = 1000  # of each sample, to be compared with the bulk
 MIN_CELLS = 60  # train cells that a type needs to be moved; the states of fewer are not known
@@ -141,8 +142,9 @@ def shift(checkpoint: dict[str, Any], bulk: pd.DataFrame) -> Shift:
 def with_genes(moved: Shift, model: GMVAE, gene_names: list[str], proportions: np.ndarray, bulk: pd.DataFrame, seed: int) -> Shift:
     """The shift with a log ratio of every gene, of what the bulk has over what the moved cells sum to.
 
-    A gene's ratio counts as far as it exceeds `THRESHOLD` times the spread of all genes' ratios (the median absolute deviation,
-    scaled to a standard deviation): differences of platform, which all genes share, set that spread and move nothing.
+    A gene's ratio counts as far as it exceeds `THRESHOLD` times the spread of the ratios of genes of like expression (the median
+    absolute deviation, scaled to a standard deviation): differences of platform, which all genes share, set that spread and
+    move nothing.
 
     Parameters
     ----------
@@ -162,13 +164,15 @@ def with_genes(moved: Shift, model: GMVAE, gene_names: list[str], proportions: n
     genes = np.asarray(gene_names)[shared]
     seen, made = (tpm(table) + PSEUDO_TPM for table in (bulk[genes].to_numpy(), summed[:, shared].toarray()))
     ratio = np.log(seen / made)
-    expressed = np.maximum(seen, made) > 2 * PSEUDO_TPM
     log_ratio = np.zeros((n_samples, len(gene_names)), np.float32)
     for i in range(n_samples):
-        middle = np.median(ratio[i, expressed[i]])
-        spread = 1.4826 * np.median(np.abs(ratio[i, expressed[i]] - middle))
-        beyond = ratio[i] - middle
-        log_ratio[i, shared] = np.sign(beyond) * np.maximum(np.abs(beyond) - THRESHOLD * spread, 0)
+        excess = np.zeros(len(genes))
+        by_expression = np.argsort(seen[i] * made[i], kind="stable")
+        for alike in np.array_split(by_expression, max(1, len(genes) // GENES_ALIKE)):
+            beyond = ratio[i, alike] - np.median(ratio[i, alike])
+            spread = 1.4826 * np.median(np.abs(beyond))
+            excess[alike] = np.sign(beyond) * np.maximum(np.abs(beyond) - THRESHOLD * spread, 0)
+        log_ratio[i, shared] = excess
     return moved._replace(log_ratio=torch.from_numpy(log_ratio))
 
 
