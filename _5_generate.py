@@ -25,6 +25,7 @@ import torch
 from lib import (
     bulk_encoder,
     classify,
+    comparison,
     generators,
     metrics,
     noise,
@@ -43,8 +44,8 @@ from lib.files import ROOT, folder, replacing, report, user_path
 from lib.gmvae import GMVAE, n_blocks
 from lib.profiles import nb_per_type_log_likelihood
 from lib.pseudobulk import largest_remainder, read_test_mixtures
-from lib.tables import separator
 from lib.training import check_checkpoint, keep_freed_memory, load_checkpoint
+from lib.wanted import read_cell_numbers, read_proportions
 
 # What to generate
 GENERATOR: Literal["gmvae", "beta_vae", "pca_cvae", "conv_cvae"] = "gmvae"  # of those that stage 3 has trained
@@ -140,9 +141,9 @@ def main() -> None:
     written.append(fig / "metrics.csv")
     if XGBOOST:
         written.append(judge_by_xgboost(model, train, test, fig))
-    others = [name for name in generators.CLASSES if name != GENERATOR and (models / f"{name}.pt").exists()]
+    others = other_generators(models, test, data, device)
     if others:
-        compare_generators({name: load_generator(name, models, test, data, device) for name in others}, *judged, fig)
+        compare_generators(others, *judged, fig)
         written += [fig / "comparison.png", fig / "comparison.csv"]
     report("stage 5", written, f"look at {FIG_DIR}/*.png, or open the cells: scanpy.read_h5ad({str(output)!r})")
 
@@ -154,6 +155,18 @@ def load_generator(name: str, models: Path, test: ad.AnnData, data: Path, device
     cell_types = list(test.obs["cell_type"].cat.categories)
     check_checkpoint(checkpoint, models / f"{name}.pt", stage, list(test.var_names), cell_types, test.uns["split_id"], data / "test.h5ad")
     return generators.load(checkpoint, device)
+
+
+def other_generators(models: Path, test: ad.AnnData, data: Path, device: torch.device) -> dict[str, torch.nn.Module]:
+    """All that stands in models/ beside the chosen one, but for what was trained on other cells."""
+    others = {}
+    for name in generators.CLASSES:
+        if name != GENERATOR and (models / f"{name}.pt").exists():
+            try:
+                others[name] = load_generator(name, models, test, data, device)
+            except ValueError as error:
+                print(f"{name} is left out of the comparison: {error}")
+    return others
 
 
 def bulk_samples(test: ad.AnnData, checkpoint: dict[str, Any]) -> pd.DataFrame:
@@ -174,20 +187,6 @@ def bulk_samples(test: ad.AnnData, checkpoint: dict[str, Any]) -> pd.DataFrame:
     return bulk.loc[group].mean().to_frame("replicates").T
 
 
-def read_proportions(path: Path, cell_types: list[str]) -> pd.DataFrame:
-    """Samples x cell types, rows scaled to sum to 1; a type that the table lacks has none."""
-    table = pd.read_csv(path, sep=separator(path), index_col=0)
-    unknown = [str(name) for name in table.columns if name not in cell_types]
-    values = table.apply(pd.to_numeric, errors="coerce")
-    if unknown or values.isna().any(axis=None) or (values < 0).any(axis=None) or not np.allclose(values.sum(axis=1), 1, atol=0.01):
-        raise ValueError(
-            f"{path} must hold proportions, a row a sample, not negative, summing to 1, in columns called like the model's types"
-            f"{f' (unknown: {chr(44).join(unknown)})' if unknown else ''}; the types: {', '.join(cell_types)}"
-        )
-    values = values.reindex(columns=cell_types, fill_value=0.0)
-    return values.div(values.sum(axis=1), axis=0).rename(index=str)
-
-
 def wanted_cells(cell_type: pd.Series) -> pd.DataFrame:
     """Samples x cell types: the numbers of cells that CELL_COUNTS asks for."""
     types = list(cell_type.cat.categories)
@@ -195,22 +194,7 @@ def wanted_cells(cell_type: pd.Series) -> pd.DataFrame:
         return pd.DataFrame([cell_type.value_counts()[types].to_numpy()], index=["test_cells"], columns=types)
     if CELL_COUNTS.isdigit():
         return pd.DataFrame(int(CELL_COUNTS), index=["cells"], columns=types)
-    path = user_path(CELL_COUNTS)
-    table = pd.read_csv(path, sep=separator(path), index_col=0, dtype=str, keep_default_na=False)
-    table.index, table.columns = table.index.astype(str).str.strip(), table.columns.astype(str).str.strip()
-    table = table.apply(pd.to_numeric, errors="coerce")
-    if table.shape[1] == 1 and table.index.isin(types).any():  # one row a type
-        table = table.T.set_axis(["cells"])
-    unknown = [str(name) for name in table.columns if name not in types]
-    if unknown:
-        raise ValueError(f"{path} asks for cell types that the model does not know: {', '.join(unknown)}; it knows {', '.join(types)}")
-    table = table.reindex(columns=types, fill_value=0)
-    if not ((table >= 0) & (table % 1 == 0)).all(axis=None) or table.to_numpy().sum() == 0:
-        raise ValueError(
-            f"{path} must hold numbers of cells: whole, not negative, not all zero; "
-            "a row a sample and a column a type, or a row a type and one column"
-        )
-    return table.astype(np.int64)
+    return read_cell_numbers(user_path(CELL_COUNTS), types)
 
 
 def deconvolver() -> ModuleType:
@@ -349,8 +333,7 @@ def compare(model: torch.nn.Module, train: ad.AnnData, test: ad.AnnData, generat
     plots.umap_original_vs_generated(umap, is_generated, fig / "umap_original_vs_generated.png")
     plots.umap_by_cell_type(umap, is_generated, both.obs["cell_type"], fig / "umap_by_cell_type.png")
 
-    parts = {"train cells": train, "test cells": test, "generated": generated}
-    panels.composition({name: proportions_of(cells) for name, cells in parts.items()}, fig / "composition.png")
+    panels.composition({"train cells": train.obs, "test cells": test.obs, "generated": generated.obs}, fig / "composition.png")
     panels.type_correlation(drawn_test, drawn_generated, N_TYPE_MARKERS, fig / "type_correlation.png")
     if FOUR_STAGES:
         if not isinstance(model, GMVAE):
@@ -361,13 +344,6 @@ def compare(model: torch.nn.Module, train: ad.AnnData, test: ad.AnnData, generat
     genes = metrics.variable_genes(drawn_train, N_CORRELATION_GENES)
     correlations = [metrics.gene_correlation(part, genes) for part in (drawn_test, drawn_generated, drawn_train)]
     plots.gene_correlation(*correlations, fig / "gene_correlation.png")
-
-
-def proportions_of(cells: ad.AnnData) -> pd.DataFrame:
-    """Proportions of the types, a row a sample (20 samples at most), or one row of all."""
-    sample = cells.obs["sample"].astype(str) if "sample" in cells.obs else pd.Series("all", index=cells.obs_names)
-    table = pd.crosstab(sample, cells.obs["cell_type"], normalize="index", dropna=False)
-    return table.reindex(index=pd.unique(sample)[:20], columns=cells.obs["cell_type"].cat.categories, fill_value=0.0)
 
 
 def judge_cells(model: torch.nn.Module, train: ad.AnnData, test: ad.AnnData, fig: Path) -> tuple[ad.AnnData, ad.AnnData, np.ndarray, pd.DataFrame]:
@@ -413,14 +389,7 @@ def compare_generators(
     others: dict[str, torch.nn.Module], real: ad.AnnData, floor: ad.AnnData, genes: np.ndarray, pooled: pd.DataFrame, fig: Path
 ) -> None:
     """The same judgement, of all cells together, for every other generator in models/, beside that of the one chosen."""
-    table = pooled[["generated"]].set_axis([GENERATOR], axis=1)
-    for name, model in others.items():
-        counts = sp.vstack(list(model.sample(real.obs["cell_type"].cat.codes.to_numpy(), SEED + 1)), format="csr")
-        made = ad.AnnData(counts, obs=real.obs[["cell_type"]].copy(), var=real.var[[]].copy())
-        table[name] = metrics.fidelity(real, made, genes, SEED)
-        ends = np.cumsum([real.n_obs, floor.n_obs])
-        pcs = metrics.principal_components(ad.concat([real, floor, made], index_unique="-"), metrics.N_TOP_GENES, metrics.N_PCS)
-        table.loc["nearest real cell is a train cell", name] = metrics.memorisation(pcs[ends[1] :], pcs[ends[0] : ends[1]], pcs[: ends[0]])
+    table = pooled[["generated"]].set_axis([GENERATOR], axis=1).join(comparison.table_of(others, real, floor, genes, SEED))
     table = table[[name for name in generators.CLASSES if name in table]].assign(**{"real train cells": pooled["real"]})
     with replacing(fig / "comparison.csv") as temporary:
         table.to_csv(temporary, float_format="%.5f")

@@ -56,19 +56,27 @@ def four_stages(embeddings: dict[str, list[np.ndarray]], cell_types: list[pd.Ser
     save(figure, path)
 
 
-def composition(tables: dict[str, pd.DataFrame], path: Path) -> None:
-    """Stacked bars of the proportions of the types, a bar a row. tables: name -> samples x cell types."""
-    table = pd.concat({name: part for name, part in tables.items()})
+def composition(sets: dict[str, pd.DataFrame], path: Path) -> None:
+    """Stacked bars of the proportions of the types, a bar a set; of cells that have a `sample`, a bar a sample, 20 at most.
+
+    sets: name -> table of cells (obs) with `cell_type`.
+    """
+    bars = {}
+    for name, obs in sets.items():
+        sample = obs["sample"].astype(str) if "sample" in obs else pd.Series("", index=obs.index)
+        for of in pd.unique(sample)[:20]:
+            shares = obs["cell_type"][sample == of].value_counts(normalize=True)[obs["cell_type"].cat.categories]
+            bars[name if sample.nunique() == 1 else f"{name}\n{of}"] = shares
+    table = pd.DataFrame(bars).T
     colours = palette(list(table.columns))
     figure = Figure(figsize=(max(7, 3.5 + 0.45 * len(table)), 4.8), layout="constrained")
     axes = figure.subplots()
-    places = np.arange(len(table)) + np.repeat(np.arange(len(tables)), [len(part) for part in tables.values()]) * 0.6
+    places = np.arange(len(table))
     bottom = np.zeros(len(table))
     for name, colour in colours.items():
         axes.bar(places, table[name], bottom=bottom, color=colour, width=0.8, label=name, edgecolor="white", lw=0.3)
         bottom += table[name].to_numpy()
-    labels = [name if len(tables[name]) == 1 else f"{name}\n{sample}" for name, sample in table.index]
-    axes.set_xticks(places, [label.replace("_", " ") for label in labels], rotation=90 if len(table) > 6 else 0, fontsize=8)
+    axes.set_xticks(places, [label.replace("_", " ") for label in table.index], rotation=90 if len(table) > 6 else 0, fontsize=8)
     axes.set(ylim=(0, 1), ylabel="proportion of cells")
     axes.spines[["top", "right"]].set_visible(False)
     handles, names = axes.get_legend_handles_labels()

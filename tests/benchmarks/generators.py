@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from fidelity import PBMC3K, load, metrics  # noqa: E402
 
 from lib import generators  # noqa: E402
+from lib.comparison import judged  # noqa: E402
 from lib.counts import write_counts  # noqa: E402
 from lib.training import load_checkpoint  # noqa: E402
 
@@ -54,15 +55,6 @@ def made_by(name: str, train: ad.AnnData, types: np.ndarray, seed: int, epochs: 
     return counts, {"train CPU seconds": seconds, "epochs": n_epochs, "cells per CPU second": rate, "parameters": n_parameters}
 
 
-def judged(test: ad.AnnData, floor: ad.AnnData, cells: ad.AnnData, genes: np.ndarray, seed: int) -> pd.Series:
-    """Every figure of cells against test cells, and the memorisation check."""
-    found = metrics.fidelity(test, cells, genes, seed)
-    pcs = metrics.principal_components(ad.concat([test, floor, cells], index_unique="-"), metrics.N_TOP_GENES, metrics.N_PCS)
-    n, m = test.n_obs, floor.n_obs
-    found["nearest real cell is a train cell"] = metrics.memorisation(pcs[n + m :], pcs[n : n + m], pcs[:n]) if cells is not floor else np.nan
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=str(PBMC3K), help="h5ad with raw counts in X and obs['cell_type'], or pbmc68k_reduced")
@@ -76,7 +68,7 @@ def main() -> None:
     rows = []
     for seed in range(arguments.seeds):
         floor = train[metrics.draw_like(train, test.obs["cell_type"], np.random.default_rng(seed))].copy()
-        rows.append(judged(test, floor, floor, genes, seed).rename(("real train cells", seed)))
+        rows.append(metrics.fidelity(test, floor, genes, seed).rename(("real train cells", seed)))
         for name in arguments.only:
             counts, costs = made_by(name, train, types, seed, arguments.epochs)
             cells = ad.AnnData(counts, obs=test.obs[["cell_type"]].copy(), var=test.var[[]].copy())
