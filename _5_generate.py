@@ -96,6 +96,10 @@ def main() -> None:
     given = [name for name in ("BULK_FILE", "CELL_COUNTS", "PROPORTIONS_FILE") if globals()[name] is not None]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} are both set; cell numbers come either from a bulk or from a table: set one of them to none")
+    if BULK_GROUP is not None and BULK_FILE is None:
+        raise ValueError(f"BULK_GROUP is {BULK_GROUP!r}, but BULK_FILE is none; its replicates are samples of a bulk: give BULK_FILE, or set BULK_GROUP to none")
+    if len(XGBOOST_CELLS) != 3 or min(XGBOOST_CELLS) < 1:
+        raise ValueError(f"XGBOOST_CELLS is {XGBOOST_CELLS}; expected three numbers of cells: to test on, to train on, to stop by")
     train, test = read_split(data)
     cell_types = list(test.obs["cell_type"].cat.categories)
     model = load_generator(GENERATOR, models, test, data, device)

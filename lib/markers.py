@@ -74,7 +74,9 @@ def cluster_types(adata, rows: np.ndarray, clusters: np.ndarray, markers: dict[s
     genes = np.flatnonzero(names.isin(wanted) & ~names.duplicated())
     without = [name for name, marker in markers.items() if not any(gene.upper() in names for gene in marker.positive)]
     if without:
-        raise ValueError(f"the data have no positive marker of {', '.join(without)}; expected one at least: leave these types out of MARKERS_FILE, or check the gene names (such as {', '.join(adata.var_names[:3])})")
+        raise ValueError(
+            f"the data have no positive marker of {', '.join(without)}; expected one at least: leave these types out of MARKERS_FILE, or check the gene names (such as {', '.join(adata.var_names[:3])})"
+        )
     values = sp.vstack([log_normalize(block, 1e4)[:, genes] for block, _ in chosen_blocks(adata.X, rows)]).toarray()
     scores = pd.DataFrame(cell_scores(values, list(names[genes]), markers), columns=list(markers))
     mean = scores.groupby(clusters).mean()

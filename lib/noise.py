@@ -27,6 +27,8 @@ def in_large_clusters(cells: ad.AnnData, least: int, n_top_genes: int, n_pcs: in
     sizes = pd.Series(clusters).value_counts()
     kept = sizes[clusters].to_numpy() >= least
     if not kept.any():
-        raise ValueError(f"all {len(sizes)} clusters of the generated cells have fewer than {least} cells (the largest: {sizes.max()}); lower NOISE_CLUSTER_CELLS")
+        raise ValueError(
+            f"all {len(sizes)} clusters of the generated cells have fewer than {least} cells (the largest: {sizes.max()}); lower NOISE_CLUSTER_CELLS"
+        )
     print(f"noise filter: {np.sum(~kept):,} of {len(kept):,} cells dropped, in {np.sum(sizes < least)} of {len(sizes)} clusters of fewer than {least} cells")
     return kept

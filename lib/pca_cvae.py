@@ -108,9 +108,7 @@ class PCACVAE(nn.Module):
 
 
 def _layers(sizes: tuple[int, ...], dropout: float) -> list[nn.Module]:
-    return [
-        layer for n_in, n_out in zip(sizes, sizes[1:]) for layer in (nn.Linear(n_in, n_out), nn.LayerNorm(n_out), nn.GELU(), nn.Dropout(dropout))
-    ]
+    return [layer for n_in, n_out in zip(sizes, sizes[1:]) for layer in (nn.Linear(n_in, n_out), nn.LayerNorm(n_out), nn.GELU(), nn.Dropout(dropout))]
 
 
 def _dense_bands(dataset: CellDataset, n_pcs: int) -> Iterator[np.ndarray]:

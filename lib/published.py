@@ -42,7 +42,9 @@ def read(name: str, raw: Path) -> tuple[ad.AnnData, str, pd.DataFrame | None]:
     """
     adata, source, bulk = READERS[name](raw)
     if adata.n_obs != N_CELLS[name]:
-        raise ValueError(f"{name} has {adata.n_obs:,} cells, expected {N_CELLS[name]:,}: delete its files in {raw} and run this again, or give their path as DATASET")
+        raise ValueError(
+            f"{name} has {adata.n_obs:,} cells, expected {N_CELLS[name]:,}: delete its files in {raw} and run this again, or give their path as DATASET"
+        )
     return adata, source, bulk
 
 

@@ -52,7 +52,9 @@ def places(axes: Axes, mean: np.ndarray, cell_type_idx: np.ndarray) -> np.ndarra
 
 
 @torch.no_grad()
-def expected_counts(model: GMVAE, mean: np.ndarray, variance: np.ndarray, library_size: np.ndarray, cell_type_idx: np.ndarray, genes: np.ndarray, seed: int) -> np.ndarray:
+def expected_counts(
+    model: GMVAE, mean: np.ndarray, variance: np.ndarray, library_size: np.ndarray, cell_type_idx: np.ndarray, genes: np.ndarray, seed: int
+) -> np.ndarray:
     """What the GMVAE expects of some genes in cells whose q(z|x,y) is given, at one draw of z each: (n_cells, n genes chosen)."""
     device = model.log_theta.device
     generator = torch.Generator(device).manual_seed(seed)

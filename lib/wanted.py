@@ -27,8 +27,7 @@ def read_cell_numbers(path: Path, types: list[str]) -> pd.DataFrame:
     table = table.reindex(columns=types, fill_value=0)
     if not ((table >= 0) & (table % 1 == 0)).all(axis=None) or table.to_numpy().sum() == 0:
         raise ValueError(
-            f"{path} must hold numbers of cells: whole, not negative, not all zero; "
-            "a row a sample and a column a type, or a row a type and one column"
+            f"{path} must hold numbers of cells: whole, not negative, not all zero; a row a sample and a column a type, or a row a type and one column"
         )
     return table.astype(np.int64)
 

@@ -94,10 +94,10 @@ def test_it_reads_states_and_proportions_of_cells_it_has_not_seen(fitted):
 
 
 def test_the_answer_is_an_axis_of_the_states(fitted):
-    model, checkpoint, _, made = fitted
+    model, _, _, made = fitted
     cells = two_state_cells(600, np.arange(600) >= 300, seed=9)
     codes = cells.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64)
-    mean, variance = states.encode(model, CellDataset(cells.X, codes, CPU))
+    mean, _ = states.encode(model, CellDataset(cells.X, codes, CPU))
     place = states.places(made.axes, mean, codes)
     apart = np.abs(place[300:].mean(axis=0) - place[:300].mean(axis=0)) / place.std(axis=0)
     assert apart.max() > 1.2
@@ -141,7 +141,9 @@ def test_a_shift_moves_and_scales_z_on_the_axes_alone(fitted, monkeypatch):
     torch.testing.assert_close(z @ beside, moved @ beside, atol=1e-4, rtol=1e-3)
     monkeypatch.setattr(bulk_encoder, "read", lambda *_: (None, 0 * means, 0 * log_scales))
     types = np.arange(300) % N_TYPES
-    still, unmoved = (sp.vstack(list(model.sample(types, 1, **m))) for m in ({}, {"shift": bulk_encoder.shift(checkpoint, pd.DataFrame(index=["x", "y"])), "groups": types}))
+    still, unmoved = (
+        sp.vstack(list(model.sample(types, 1, **m))) for m in ({}, {"shift": bulk_encoder.shift(checkpoint, pd.DataFrame(index=["x", "y"])), "groups": types})
+    )
     assert (still != unmoved).nnz < 0.001 * still.nnz  # the identity, up to rounding
 
 
@@ -185,7 +187,7 @@ def test_stages_4_and_5_take_it_by_a_constant(pipeline, tmp_path):
 
 def test_genes_move_by_what_stands_out_of_the_bulk(fitted):
     """A gene that is eightfold in the bulk becomes several times as frequent in the cells; a bulk that differs in every gene alike moves none."""
-    model, checkpoint, _, _ = fitted
+    model, _, _, _ = fitted
     types, genes = np.arange(600) % N_TYPES, [f"GENE{i}" for i in range(N_GENES)]
     still = sp.vstack(list(model.sample(types, 3)), format="csr")
     bulk = pd.DataFrame(np.asarray(still.sum(axis=0)), columns=genes)

@@ -61,7 +61,7 @@ def mean_log(counts, types) -> np.ndarray:
 
 def test_it_learns_what_the_types_are_like(trained, data):
     """New cells of a type resemble held-out cells of that type, of no other, and far more than the mean of all types does."""
-    name, model, trainer = trained
+    _, model, trainer = trained
     test_counts, test_types = data[1]
     types = np.repeat(np.arange(3), 200)
     real, made = mean_log(test_counts, test_types), mean_log(cells_of(model, types), types)

@@ -25,7 +25,7 @@ def test_scores_by_hand():
 
 def test_both_forms_of_the_table(tmp_path):
     plain, sctype = tmp_path / "a.csv", tmp_path / "b.tsv"
-    plain.write_text("cell_type,positive,negative\nB,CD79A;MS4A1,CD3D\nT,\"CD3D,CD3E\",\n")
+    plain.write_text('cell_type,positive,negative\nB,CD79A;MS4A1,CD3D\nT,"CD3D,CD3E",\n')
     sctype.write_text("tissueType\tcellName\tgeneSymbolmore1\tgeneSymbolmore2\tshortName\nImmune\tB\tCD79A,MS4A1\tCD3D\tB\nImmune\tT\tCD3D, CD3E\t\tT\n")
     assert read_markers(plain) == read_markers(sctype) == {"B": Markers(["CD79A", "MS4A1"], ["CD3D"]), "T": Markers(["CD3D", "CD3E"], [])}
     plain.write_text("type,genes\nB,CD79A\n")

@@ -66,7 +66,12 @@ def test_pbmc1k(served, tmp_path):
         group["shape"] = np.array(csc.shape, dtype=np.int32)
         features = group.create_group("features")
         features["_all_tag_keys"] = np.array(["genome"], dtype="S6")
-        for key, values in (("id", [a for a, _ in GENES]), ("name", [b for _, b in GENES]), ("feature_type", ["Gene Expression"] * 4), ("genome", ["GRCh38"] * 4)):
+        for key, values in (
+            ("id", [a for a, _ in GENES]),
+            ("name", [b for _, b in GENES]),
+            ("feature_type", ["Gene Expression"] * 4),
+            ("genome", ["GRCh38"] * 4),
+        ):
             features[key] = np.array(values, dtype="S20")
     served["10x/3.0.0/pbmc_1k_v3/pbmc_1k_v3_filtered_feature_bc_matrix.h5"] = packed.getvalue()
     adata = stage_0(tmp_path, "pbmc1k")
@@ -141,5 +146,11 @@ def test_half_a_data_set_is_refused(served, tmp_path, monkeypatch):
 
 def test_every_set_has_a_reader_and_the_sources_own_address():
     assert list(published.READERS) == list(published.N_CELLS)
-    hosts = "https://cf.10xgenomics.com/", "https://raw.githubusercontent.com/10XGenomics/", "https://github.com/theislab/", "https://ftp.ncbi.nlm.nih.gov/", "https://www.ebi.ac.uk/"
+    hosts = (
+        "https://cf.10xgenomics.com/",
+        "https://raw.githubusercontent.com/10XGenomics/",
+        "https://github.com/theislab/",
+        "https://ftp.ncbi.nlm.nih.gov/",
+        "https://www.ebi.ac.uk/",
+    )
     assert all(url.startswith(host) for url, host in zip(published.URLS.values(), hosts))

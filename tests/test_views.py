@@ -84,6 +84,10 @@ def test_replicates_are_one_sample(pipeline, tmp_path):
     with pytest.raises(ValueError, match="BULK_GROUP names own_9, which .*bulk.csv does not hold; its samples: own_1, own_2, own_3"):
         stage.bulk_samples(test, {"gene_length_bp": None})
     stage.BULK_FILE = stage.BULK_GROUP = None
+    with pytest.raises(ValueError, match="BULK_GROUP is 'own_1', but BULK_FILE is none"):
+        pipeline.main(STAGES[5], BULK_GROUP="own_1")
+    with pytest.raises(ValueError, match=r"XGBOOST_CELLS is \(5, 5\); expected three numbers"):
+        pipeline.main(STAGES[5], XGBOOST_CELLS=(5, 5))
 
 
 def test_several_generators_are_compared(pipeline, tmp_path):
@@ -92,7 +96,9 @@ def test_several_generators_are_compared(pipeline, tmp_path):
     for name in ("gmvae.pt", "sctape.pt"):
         (models / name).write_bytes((pipeline.models / name).read_bytes())
     pipeline.main(STAGES[3], GENERATOR="conv_cvae", OTHER_EPOCHS=1, MODELS_DIR=str(models), FIG_DIR=str(tmp_path), DEVICE="cpu")
-    pipeline.main(STAGES[5], CELL_COUNTS="test", OUTPUT=str(tmp_path / "cells.h5ad"), MODELS_DIR=str(models), FIG_DIR=str(tmp_path), DEVICE="cpu", MAX_CELLS_DRAWN=120)
+    pipeline.main(
+        STAGES[5], CELL_COUNTS="test", OUTPUT=str(tmp_path / "cells.h5ad"), MODELS_DIR=str(models), FIG_DIR=str(tmp_path), DEVICE="cpu", MAX_CELLS_DRAWN=120
+    )
     table = pd.read_csv(tmp_path / "comparison.csv", index_col=0)
     assert list(table.columns) == ["gmvae", "conv_cvae", "real train cells"] and not table.isna().any(axis=None)
     assert table.loc["forest AUC", "gmvae"] < table.loc["forest AUC", "conv_cvae"]  # one epoch

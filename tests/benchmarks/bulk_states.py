@@ -67,7 +67,10 @@ def trained(train: ad.AnnData, seed: int, weight_decay: float | None) -> tuple[t
     """The GMVAE and the bulk encoder's checkpoint, by the real stages."""
     with tempfile.TemporaryDirectory() as folder:
         write_counts(train, Path(folder) / "train.h5ad")
-        for name, more in (("_3_train_gmvae", {} if weight_decay is None else {"WEIGHT_DECAY": weight_decay}), ("_4_train_sctape", {"DECONVOLVER": "bulk_encoder"})):
+        for name, more in (
+            ("_3_train_gmvae", {} if weight_decay is None else {"WEIGHT_DECAY": weight_decay}),
+            ("_4_train_sctape", {"DECONVOLVER": "bulk_encoder"}),
+        ):
             stage = importlib.reload(importlib.import_module(name))
             for constant, value in ({"DATA_DIR": folder, "MODELS_DIR": folder, "FIG_DIR": folder, "SEED": seed} | more).items():
                 setattr(stage, constant, value)
