@@ -67,7 +67,7 @@ def composition(sets: dict[str, pd.DataFrame], path: Path) -> None:
         for of in pd.unique(sample)[:20]:
             shares = obs["cell_type"][sample == of].value_counts(normalize=True)[obs["cell_type"].cat.categories]
             bars[name if sample.nunique() == 1 else f"{name}\n{of}"] = shares
-    table = pd.DataFrame(bars).T
+    table = pd.DataFrame({name: shares.to_numpy() for name, shares in bars.items()}, index=next(iter(sets.values()))["cell_type"].cat.categories).T
     colours = palette(list(table.columns))
     figure = Figure(figsize=(max(7, 3.5 + 0.45 * len(table)), 4.8), layout="constrained")
     axes = figure.subplots()
