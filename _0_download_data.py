@@ -1,7 +1,7 @@
 """Stage 0: get a single-cell data set and write it in the one form that the later stages read.
 
 reads   a data set from the network, from inside scanpy, or from a path of yours
-writes  data/counts.h5ad: cells x genes, raw counts, obs["cell_type"] where the source has labels
+writes  data/counts.h5ad: cells x genes, raw counts, obs["cell_type"] where the source has labels; data/bulk.csv where a bulk comes with it
 run     python _0_download_data.py
 time    GSE130148: 1 minute after its download of 30 MB; pbmc68k_reduced: seconds
 """
@@ -13,10 +13,10 @@ import pandas as pd
 
 from lib import datasets, labels, options, readers
 from lib.counts import fingerprint, write_counts
-from lib.files import folder, report, user_path
+from lib.files import folder, replacing, report, user_path
 
 # Data set
-DATASET = "GSE130148"  # GSE130148 (the paper's), pbmc68k_reduced (needs no network), or a path of yours
+DATASET = "GSE130148"  # GSE130148 (the paper's), pbmc68k_reduced (needs no network), pbmc1k, pbmc3k, pbmc68k, dentate_gyrus, E-ANND-5, or a path of yours
 CELL_TYPE_KEY: str | None = None  # column with the cell types, in obs or in LABELS_FILE; none: the one called like it
 LABELS_FILE: str | None = None  # csv or tsv with barcodes and cell types, for counts that come without
 ORIENTATION: Literal["auto", "genes_in_rows", "cells_in_rows"] = "auto"  # of a csv or tsv of counts; auto: by its gene names
@@ -49,7 +49,12 @@ def main() -> None:
     else:
         print("no cell types came with the data: stage 1 will cluster the cells")
     write_counts(adata, data / "counts.h5ad")
-    report("stage 0", [data / "counts.h5ad"], "python _1_split_train_test.py")
+    written = [data / "counts.h5ad"]
+    if source.bulk is not None:
+        written.append(data / "bulk.csv")
+        with replacing(written[-1]) as temporary:
+            source.bulk.to_csv(temporary)
+    report("stage 0", written, "python _1_split_train_test.py")
 
 
 def load() -> datasets.Source:

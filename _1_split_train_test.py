@@ -28,7 +28,8 @@ from lib.counts import (
     write_blocks,
 )
 from lib.embedding import embed, labels_of_neighbours, lazy, principal_components
-from lib.files import folder, report
+from lib.files import folder, report, user_path
+from lib.markers import cluster_types, read_markers
 
 # Quality control (the original's thresholds; none switches one off)
 MIN_GENES: int | None = 200  # genes detected in a cell, at least
@@ -48,7 +49,8 @@ MIN_CLUSTER_CELLS = 30  # smaller Leiden clusters are dropped
 MAX_CELLS_EMBEDDED = 50_000  # clustered and drawn; of more cells a random draw, the others go to their neighbours' clusters (ours)
 
 # Cell types
-LABELS: Literal["auto", "leiden", "author"] = "auto"  # auto: the author's labels where the data have them, else Leiden clusters
+LABELS: Literal["auto", "leiden", "author", "markers"] = "auto"  # auto: the author's where the data have them, else Leiden clusters; markers: clusters named by MARKERS_FILE
+MARKERS_FILE: str | None = None  # csv or tsv, a row a type: cell_type, positive, negative (genes), or scType's own columns
 UNLABELLED: Literal["drop", "keep"] = "drop"  # cells to which the author gave no type; keep: they go to train, without type
 MIN_TYPE_CELLS = 4  # cells that an author's type needs to be split
 SMALL_TYPES: Literal["error", "drop"] = "error"  # what to do with an author's type of fewer cells
@@ -72,6 +74,8 @@ def main() -> None:
             "LABELS is author, but data/counts.h5ad has no obs['cell_type']; "
             "give stage 0 the labels (LABELS_FILE, CELL_TYPE_KEY) or set LABELS to leiden"
         )
+    if (LABELS == "markers") != (MARKERS_FILE is not None):
+        raise ValueError(f"LABELS is {LABELS} and MARKERS_FILE is {MARKERS_FILE}; expected LABELS = markers and a file, or neither")
     if SPLIT_BY is not None and SPLIT_BY not in adata.obs:
         raise ValueError(f"SPLIT_BY is {SPLIT_BY!r}, but obs has {', '.join(adata.obs.columns) or 'no columns'}; set it to one of them or to none")
 
@@ -87,6 +91,8 @@ def main() -> None:
     obs[["umap_1", "umap_2"]] = np.nan
     obs.iloc[embedded, -2:] = embedding.obsm["X_umap"]
     obs["row"] = rows
+    if LABELS == "markers":
+        obs["marker_type"] = types_by_markers(adata, rows, obs["leiden"].astype(str).to_numpy())
     obs = label(obs)
 
     is_test = split(obs)
@@ -184,11 +190,22 @@ def genes_in_cell(adata: ad.AnnData, rows: pd.Series, genes: np.ndarray) -> np.n
     return np.concatenate([np.diff(block[:, genes].indptr) for block, _ in chosen_blocks(adata.X, rows.to_numpy())])
 
 
+def types_by_markers(adata: ad.AnnData, rows: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """The type of each cell, by its cluster's scType score; None where no type fits."""
+    found, scores = cluster_types(adata, rows, clusters, read_markers(user_path(MARKERS_FILE)))
+    scores.insert(0, "type", pd.Series(found, clusters).groupby(level=0).first().reindex(scores.index).fillna("none"))
+    print("clusters by marker genes (mean score of a cell):\n" + scores.rename_axis("cluster").to_string(float_format="{:.2f}".format))
+    if pd.isna(found).all():
+        raise ValueError(f"no cluster fits a type of {MARKERS_FILE}: all scores are below 0.25; expected markers of these cells' types")
+    return found
+
+
 def label(obs: pd.DataFrame) -> pd.DataFrame:
     """The table of cells with their type in obs["cell_type"], categorical; small clusters and unlabelled cells dropped as the constants say."""
     by_author = LABELS == "author" or (LABELS == "auto" and "cell_type" in obs)
-    cell_type = (obs["cell_type"] if by_author else "cluster " + obs["leiden"].astype(str)).astype("object")
-    print(f"cell types: {'labels of the author' if by_author else 'Leiden clusters'}")
+    by_markers = LABELS == "markers"
+    cell_type = (obs["cell_type"] if by_author else obs["marker_type"] if by_markers else "cluster " + obs["leiden"].astype(str)).astype("object")
+    print(f"cell types: {'labels of the author' if by_author else 'Leiden clusters by marker genes' if by_markers else 'Leiden clusters'}")
     unlabelled = cell_type.isna().to_numpy()
     keep = np.ones(len(obs), dtype=bool)
     if unlabelled.any():

@@ -1,20 +1,22 @@
-"""Stage 3: train the Gaussian-mixture VAE on the train cells.
+"""Stage 3: train the Gaussian-mixture VAE on the train cells, or another generator in its place.
 
 reads   data/train.h5ad
 writes  models/gmvae.pt (best on held-out train cells), gmvae_last.pt (to resume), gmvae_history.csv, tensorboard/gmvae;
-        fig/gmvae_loss.png
+        fig/gmvae_loss.png; another GENERATOR's are called like it
 run     python _3_train_gmvae.py                              (watch: tensorboard --logdir models/tensorboard)
         torchrun --nproc-per-node 4 _3_train_gmvae.py         on four GPUs, or processors: the same training, shared out
 time    2,000 cells x 13,000 genes: half a minute on two cores; 7,400 x 19,000: 5 minutes on one
 """
 
+from pathlib import Path
 from typing import Literal
 
+import anndata as ad
 import numpy as np
 import torch
 from anndata.abc import CSRDataset
 
-from lib import options, parallel
+from lib import generators, options, parallel
 from lib.axes import within_type_axes
 from lib.batches import Batch, CellDataset
 from lib.counts import draw_of_each_type, n_entries, read_counts
@@ -26,6 +28,14 @@ from lib.profiles import (
     type_profiles,
 )
 from lib.training import Trainer, clip_gradients, keep_freed_memory
+
+# Generator
+GENERATOR: Literal["gmvae", "beta_vae", "pca_cvae", "conv_cvae"] = "gmvae"  # ours, Bulk2Single's, Generative genomics', DeepConvCVAE's
+TOP_MARKERS: int | None = None  # beta_vae: its encoder sees so many marker genes of each type; none: all genes (omicverse's tutorial: 200)
+OTHER_EPOCHS: int | None = None  # of another generator than gmvae; none: as published (5000, 150 (ours), 50), in lib/<generator>.py
+OTHER_BATCH_SIZE: int | None = None  # the same; none: 512, 256 (ours), 32. The constants below are the GMVAE's alone, down to "Running"
+OTHER_LEARNING_RATE: float | None = None  # the same; none: 1e-4, 1e-3 (ours), 1e-3
+OTHER_PATIENCE: int | None = None  # the same, epochs without a better held-out loss; none: 50
 
 # Model (fig. 1 of the paper)
 N_LATENT = 32  # dimensions of z (paper); with a linear decoder at most: as many as cells left out confirm (ours)
@@ -72,6 +82,8 @@ def main() -> None:
         f"{len(train):,} cells to train on{'' if train.held else ', read from disk'}, {len(held_out):,} held out; "
         f"{adata.n_vars:,} genes, {len(cell_type.categories)} cell types; on {device}{f', {parallel.N_RANKS} processes' * (parallel.N_RANKS > 1)}"
     )
+    if GENERATOR != "gmvae":
+        return train_other(adata, train, held_out, models, fig)
 
     torch.manual_seed(SEED)
     model = make_model(train, len(cell_type.categories)).to(device)
@@ -117,6 +129,25 @@ def make_model(train: CellDataset, n_cell_types: int) -> GMVAE:
     model = GMVAE(train.n_genes, n_cell_types, n_latent, HIDDEN, LIKELIHOOD, DECODER, DISPERSION, DROPOUT)
     model.initialise(train, axes)
     return model
+
+
+def train_other(adata: ad.AnnData, train: CellDataset, held_out: CellDataset, models: Path, fig: Path) -> None:
+    """Another generator in the GMVAE's place, with the settings that it was published with, where the constants leave them."""
+    edited = {"epochs": OTHER_EPOCHS, "batch_size": OTHER_BATCH_SIZE, "learning_rate": OTHER_LEARNING_RATE, "patience": OTHER_PATIENCE}
+    settings = generators.SETTINGS[GENERATOR] | {name: value for name, value in edited.items() if value is not None}
+    about = {
+        "stage": "_3_train_gmvae.py",
+        "constants": options.constants(globals()),
+        "gene_names": list(adata.var_names),
+        "cell_types": list(adata.obs["cell_type"].cat.categories),
+        "split_id": adata.uns["split_id"],
+    }
+    arguments = {"top_markers": TOP_MARKERS} if GENERATOR == "beta_vae" else {}
+    model, trainer = generators.fit(GENERATOR, train, held_out, about, settings, arguments, models, SEED, RESUME)
+    trainer.draw(fig / f"{GENERATOR}_loss.png", "squared error, sum over a cell")
+    if parallel.IS_FIRST:
+        print(f"{GENERATOR}: {sum(p.numel() for p in model.parameters()):,} parameters; draw from it with _5_generate.py --generator {GENERATOR}")
+        report("stage 3", [trainer.best_path, trainer.last_path, trainer.history_path, fig / f"{GENERATOR}_loss.png"], "python _4_train_sctape.py")
 
 
 def hold_out(counts: CSRDataset, cell_type_idx: np.ndarray, device: torch.device) -> tuple[CellDataset, CellDataset]:

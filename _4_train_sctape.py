@@ -1,13 +1,15 @@
-"""Stage 4: train scTAPE to read cell-type proportions out of a bulk profile, and keep what its adaptive stage needs of the cells.
+"""Stage 4: train scTAPE to read cell-type proportions out of a bulk profile, and keep what its adaptive stage needs of the cells;
+or the bulk encoder, which reads the cells' state as well.
 
-reads   data/pseudobulk_train.h5ad, data/train.h5ad, and the gene names of BULK_FILE, where one is given
+reads   data/pseudobulk_train.h5ad, data/train.h5ad, and the gene names of BULK_FILE, where one is given; the bulk encoder: models/gmvae.pt
 writes  models/sctape.pt (best on mixtures of held-out cells), sctape_last.pt (to resume), sctape_history.csv,
-        tensorboard/sctape; fig/sctape_loss.png
+        tensorboard/sctape; fig/sctape_loss.png; the bulk encoder's are called bulk_encoder
 run     python _4_train_sctape.py
         torchrun --nproc-per-node 4 _4_train_sctape.py        on four GPUs, or processors
 time    15,000 mixtures, 1,000 genes: half a minute to 2 minutes on two cores
 """
 
+from pathlib import Path
 from typing import Literal
 
 import anndata as ad
@@ -15,14 +17,25 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lib import options, parallel
+from lib import bulk_encoder_fit, generators, options, parallel
 from lib.bulk import read_bulk, read_gene_ids
-from lib.counts import check_same_split
+from lib.bulk_encoder import BulkEncoder, weights_id
+from lib.bulk_encoder_fit import make_mixtures
+from lib.counts import check_same_split, read_counts, take
 from lib.files import folder, report, require, user_path
 from lib.pseudobulk import tpm
 from lib.reference import reference_profiles
 from lib.sctape import ScTAPE, scale
-from lib.training import Trainer, clip_gradients, keep_freed_memory
+from lib.training import (
+    Trainer,
+    check_checkpoint,
+    clip_gradients,
+    keep_freed_memory,
+    load_checkpoint,
+)
+
+# Network
+DECONVOLVER: Literal["sctape", "bulk_encoder"] = "sctape"  # bulk_encoder (bulk2sc): proportions, and the mean and spread of each type's z
 
 # Genes (chosen by the training mixtures alone)
 N_GENES = 1000  # those whose expression the proportions explain best (ours; original code: the 85 % that vary most)
@@ -37,6 +50,12 @@ LEARNING_RATE = 1e-3  # Adam (original code: 1e-4); cut when the held-out error 
 DROPOUT = 0.1  # before the encoder's layers (original code: 0.5)
 MAX_GRADIENT_NORM = 1.0  # gradients are clipped to it (ours)
 PATIENCE = 15  # epochs without a better held-out error before it stops (ours)
+
+# The bulk encoder; BULK_FILE, MIN_GENE_COVERAGE and all of "Training" are its own too
+N_STATE_GENES = 2000  # it reads: the most variable ones of the train cells (ours)
+N_STATE_SAMPLES = 5_000  # mixtures of train cells that favour some states, made here (ours)
+CELLS_PER_STATE_SAMPLE = 1_200  # cells in each (ours)
+VALIDATION_FRACTION = 0.25  # of these mixtures, and of the train cells, which make these mixtures alone (ours)
 
 # Running
 RESUME = False  # go on from models/sctape_last.pt
@@ -53,6 +72,8 @@ def main() -> None:
     data, models, fig = folder(DATA_DIR), folder(MODELS_DIR), folder(FIG_DIR)
     keep_freed_memory()
     device = parallel.start(DEVICE)
+    if DECONVOLVER == "bulk_encoder":
+        return train_bulk_encoder(data, models, fig, device)
     samples = ad.read_h5ad(require(data / "pseudobulk_train.h5ad", "_2_make_pseudobulk.py"), backed="r")
     train = ad.read_h5ad(require(data / "train.h5ad", "_1_split_train_test.py"), backed="r")
     check_same_split(samples.uns["split_id"], data / "pseudobulk_train.h5ad", train.uns["split_id"], data / "train.h5ad", "_2_make_pseudobulk.py")
@@ -95,6 +116,54 @@ def main() -> None:
     constant = np.abs(proportions[~is_fit] - proportions[is_fit].mean(axis=0)).mean()
     print(f"mean absolute error on mixtures of held-out cells: the network {trainer.best_criterion:.4f}; the mean of the training mixtures {constant:.4f}")
     report("stage 4", [trainer.best_path, trainer.last_path, trainer.history_path, fig / "sctape_loss.png"], "python _5_generate.py")
+
+
+def train_bulk_encoder(data: Path, models: Path, fig: Path, device: torch.device) -> None:
+    """The network that reads proportions and states out of a bulk, on mixtures whose states the GMVAE knows."""
+    adata = read_counts(data / "train.h5ad", "_1_split_train_test.py")
+    cell_types = list(adata.obs["cell_type"].cat.categories)
+    checkpoint = load_checkpoint(models / "gmvae.pt", "_3_train_gmvae.py")
+    check_checkpoint(checkpoint, models / "gmvae.pt", "_3_train_gmvae.py", list(adata.var_names), cell_types, adata.uns["split_id"], data / "train.h5ad")
+    gmvae = generators.load(checkpoint, device)
+    cells = take(adata, np.flatnonzero(adata.obs["cell_type"].notna()))
+    usable = np.ones(adata.n_vars, dtype=bool)
+    if BULK_FILE is not None:
+        usable = adata.var_names.isin(read_bulk(user_path(BULK_FILE), list(adata.var_names)).columns)
+    made = make_mixtures(gmvae, cells, usable, N_STATE_GENES, N_STATE_SAMPLES, CELLS_PER_STATE_SAMPLE, VALIDATION_FRACTION, SEED)
+    n_axes = made.axes["axes"].shape[1]
+    print(f"{len(made.fit[0]):,} mixtures to train on, {len(made.held_out[0]):,} of held-out cells; {len(made.genes):,} genes, {n_axes} axes of state; on {device}")
+
+    torch.manual_seed(SEED)
+    model = BulkEncoder(len(made.genes), len(cell_types), n_axes, dropout=DROPOUT)
+    model.initialise(made.fit[0], cells.obs["cell_type"].value_counts()[cell_types].to_numpy())
+    model.to(device)
+    mean_profile = np.expm1(made.fit[0].numpy().astype(np.float64)).sum(axis=0)
+    about = {
+        "stage": "_4_train_sctape.py",
+        "arguments": model.arguments,
+        "constants": options.constants(globals()),
+        "gene_names": list(adata.var_names[made.genes]),
+        "cell_types": cell_types,
+        "split_id": adata.uns["split_id"],
+        "mean_profile": torch.from_numpy(mean_profile / mean_profile.sum()),
+        "gene_length_bp": None,
+        "axes": made.axes,
+        "gmvae_id": weights_id(gmvae),
+    }
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
+    trainer = Trainer("bulk_encoder", model, optimizer, torch.Generator().manual_seed(SEED), about, models, PATIENCE)
+    if RESUME:
+        trainer.resume()
+    bulk_encoder_fit.fit(trainer, made, EPOCHS, BATCH_SIZE, MAX_GRADIENT_NORM)
+    if not parallel.IS_FIRST:
+        return
+    trainer.draw(fig / "bulk_encoder_loss.png", "error")
+    found = bulk_encoder_fit.explained(model, made.held_out)
+    print(
+        f"mixtures of held-out cells: mean absolute error of the proportions {found['mae']:.4f}; of the variation of states, read from the bulk: "
+        f"{found['means']:.0%} of the means and {found['scales']:.0%} of the spreads, of types that are 5 % of a mixture or more ({found['means_rare']:.0%} and {found['scales_rare']:.0%} of rarer ones)"
+    )
+    report("stage 4", [trainer.best_path, trainer.last_path, trainer.history_path, fig / "bulk_encoder_loss.png"], "python _5_generate.py --deconvolver bulk_encoder")
 
 
 def blocks(samples: ad.AnnData, description: str):

@@ -178,14 +178,20 @@ class CellDataset:
             for start in range(0, len(held.library_size), batch_size):
                 yield held.batch(np.arange(start, min(start + batch_size, len(held.library_size))))
 
-    def shuffled(self, batch_size: int, generator: torch.Generator, rank: int = 0, n_ranks: int = 1) -> Iterator[Batch]:
+    def shuffled(self, batch_size: int, generator: torch.Generator, rank: int = 0, n_ranks: int = 1, balanced: bool = False) -> Iterator[Batch]:
         """Every cell once, in an order drawn from `generator`; batches of a window differ by one cell at most.
 
         Cells on disk are shuffled in two steps: neighbours stay together in blocks, a window of random blocks is read, and
-        the cells in the window are shuffled. Of several processes each gets its part of every batch.
+        the cells in the window are shuffled. Of several processes each gets its part of every batch. `balanced` draws as many
+        cells with replacement instead, each type of the window as often as any other, none of unknown type.
         """
         for held in [self.held] if self.held is not None else self._windows(generator):
-            order = torch.randperm(len(held.library_size), generator=generator, device=generator.device).cpu().numpy()
+            if balanced:
+                types = held.cell_type_idx.to(generator.device)
+                weights = torch.where(types < 0, 0.0, 1 / types[types >= 0].bincount()[types.clamp(min=0)])
+                order = torch.multinomial(weights, len(types), replacement=True, generator=generator).cpu().numpy()
+            else:
+                order = torch.randperm(len(held.library_size), generator=generator, device=generator.device).cpu().numpy()
             for cells in np.array_split(order, max(1, round(len(order) / batch_size))):
                 yield held.batch(cells[rank::n_ranks], len(cells))
 

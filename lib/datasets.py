@@ -9,6 +9,7 @@ import pandas as pd
 import scanpy as sc
 import scipy.sparse as sp
 
+from lib import published
 from lib.download import fetch
 from lib.labels import clean_labels, read_labels
 from lib.readers import read_count_table, tidy
@@ -20,6 +21,7 @@ class Source(NamedTuple):
     adata: ad.AnnData
     description: str  # where the counts came from
     gene_length_file: Path | None
+    bulk: pd.DataFrame | None = None  # samples x genes, counts, where a bulk comes with the cells
 
 
 def gse130148(raw: Path, geo_url: str, gene_length_url: str | None) -> Source:
@@ -55,10 +57,14 @@ def pbmc68k_reduced() -> Source:
     return Source(ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=source.raw.var_names)), "scanpy.datasets.pbmc68k_reduced", None)
 
 
-NAMES = ("GSE130148", "pbmc68k_reduced")
+NAMES = ("GSE130148", "pbmc68k_reduced", *published.READERS)
 
 
 def load(name: str, raw: Path, geo_url: str, gene_length_url: str | None) -> Source:
     """A data set of `NAMES`; files that must be downloaded are kept in the folder `raw`. None: no gene lengths wanted."""
-    source = pbmc68k_reduced() if name == "pbmc68k_reduced" else gse130148(raw, geo_url, gene_length_url)
+    if name in published.READERS:
+        adata, description, bulk = published.read(name, raw)
+        source = Source(adata, description, None, bulk)
+    else:
+        source = pbmc68k_reduced() if name == "pbmc68k_reduced" else gse130148(raw, geo_url, gene_length_url)
     return source._replace(adata=tidy(source.adata, name))

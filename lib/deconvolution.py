@@ -8,7 +8,7 @@ descent to the maximum of the posterior. Platform factors as random effects: Cab
 cell type mixtures in spatial transcriptomics", Nature Biotechnology 40, 517-526 (2022).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd

@@ -335,7 +335,10 @@ class GMVAE(nn.Module):
         return torch.cat(log_likelihood).cpu().numpy()
 
     @torch.no_grad()
-    def sample(self, cell_type_idx: np.ndarray, seed: int, noise_factor: float = 1.0, blocks: range | None = None) -> Iterator[sp.csr_matrix]:
+    def sample(
+        self, cell_type_idx: np.ndarray, seed: int, noise_factor: float = 1.0, blocks: range | None = None,
+        shift: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None, groups: np.ndarray | None = None,
+    ) -> Iterator[sp.csr_matrix]:  # fmt: skip
         """New cells of the given types, `GENERATED_AT_ONCE` at a time.
 
         Parameters
@@ -348,6 +351,10 @@ class GMVAE(nn.Module):
             Multiplies a cell's distance in z from its type's middle: below 1 cells are more alike, above 1 less.
         blocks
             Numbers of the blocks wanted; None for all.
+        shift, groups
+            What bulk samples say of the cells' states (`bulk_encoder.Shift`): matrix (n_groups, n_latent, n_latent), offset
+            (n_groups, n_latent) and log_ratio (n_samples, n_genes) or None; groups (n_cells,), sample x n_cell_types + type. z
+            becomes matrix @ z + offset, and the log ratio is added to the logits.
 
         Yields
         ------
@@ -360,7 +367,13 @@ class GMVAE(nn.Module):
             wanted = np.asarray(cell_type_idx[number * GENERATED_AT_ONCE : (number + 1) * GENERATED_AT_ONCE], dtype=np.int64)
             y = torch.from_numpy(wanted).to(device)
             z, log_library = self.draw_z(y, noise_factor, generator)
+            if shift is not None:
+                group = torch.from_numpy(groups[number * GENERATED_AT_ONCE :][: len(wanted)].astype(np.int64)).to(device)
+                matrix, offset, log_ratio = (None if part is None else part.to(device) for part in shift)
+                z = torch.einsum("nij,nj->ni", matrix[group], z) + offset[group]
             likelihood = self.p_x(z, log_library.exp() * self.library_median, y)
+            if shift is not None and log_ratio is not None:
+                likelihood.logits += log_ratio[group // self.n_cell_types]
             if self.prior is not None:
                 likelihood.logits += self.prior["log_ratio"].to(device)[y]
             yield likelihood.sample(generator)

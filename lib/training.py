@@ -24,7 +24,7 @@ from lib.counts import check_same_names, check_same_split
 from lib.files import replacing, require
 
 SAVE_EVERY_S = 60
-FREE_TO_CHANGE = {"EPOCHS", "PATIENCE", "RESUME", "DATA_DIR", "MODELS_DIR", "FIG_DIR"}  # between a run and its resumption
+FREE_TO_CHANGE = {"EPOCHS", "PATIENCE", "OTHER_EPOCHS", "OTHER_PATIENCE", "RESUME", "DATA_DIR", "MODELS_DIR", "FIG_DIR"}  # between a run and its resumption
 
 
 def keep_freed_memory() -> None:
