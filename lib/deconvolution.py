@@ -8,7 +8,7 @@ descent to the maximum of the posterior. Platform factors as random effects: Cab
 cell type mixtures in spatial transcriptomics", Nature Biotechnology 40, 517-526 (2022).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -83,7 +83,7 @@ def deconvolve(
     genes = signature_genes(shared)
     used, chosen = values[:, genes], shared.of_genes(genes)
     print(f"deconvolution on {len(genes):,} signature genes; the bulk has {coverage:.1%} of all that would be used")
-    how = dict(per_sample=mode == "high-resolution", adaptive=mode != "none")
+    how = {"per_sample": mode == "high-resolution", "adaptive": mode != "none"}
     fit = adapt(used, chosen, **how)
     factors = all_factors(values, shared, fit.amounts, how["per_sample"]) if how["adaptive"] else np.ones((1, values.shape[1]))
     factors[:, genes] = fit.factors
