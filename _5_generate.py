@@ -233,8 +233,10 @@ def write_estimate(estimate: Estimate, checkpoint: dict[str, Any], data: Path) -
         with replacing(paths[-1]) as temporary:
             table.to_csv(temporary, float_format="%.6f" if name.startswith("predicted") else "%.6g")
     if estimate.expression is not None:
-        layers = {name: estimate.expression[:, k].astype(np.float32) for k, name in enumerate(estimate.proportions)}
-        cells = ad.AnnData(obs=estimate.proportions.rename(index=str), var=pd.DataFrame(index=estimate.signature.columns), layers=layers)
+        obs = estimate.proportions.rename(index=str).stack().rename_axis(["sample", "cell_type"]).rename("proportion").reset_index()
+        obs.index = obs["sample"] + ": " + obs["cell_type"]
+        expression = estimate.expression.astype(np.float32).reshape(len(obs), -1)
+        cells = ad.AnnData(expression, obs=obs, var=pd.DataFrame(index=estimate.signature.columns))
         paths.append(data / "cell_type_expression.h5ad")
         with replacing(paths[-1]) as temporary:
             cells.write_h5ad(temporary)

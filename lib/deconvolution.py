@@ -83,7 +83,7 @@ def deconvolve(
     genes = signature_genes(shared)
     used, chosen = values[:, genes], shared.of_genes(genes)
     print(f"deconvolution on {len(genes):,} signature genes; the bulk has {coverage:.1%} of all that would be used")
-    how = dict(per_sample=mode == "high-resolution", adaptive=mode != "none")
+    how = {"per_sample": mode == "high-resolution", "adaptive": mode != "none"}
     fit = adapt(used, chosen, **how)
     factors = all_factors(values, shared, fit.amounts, how["per_sample"]) if how["adaptive"] else np.ones((1, values.shape[1]))
     factors[:, genes] = fit.factors

@@ -52,7 +52,11 @@ def test_least_squares_are_scipys_for_one_and_for_many_grams():
     expected = [scipy.optimize.nnls(a, b)[0] for a, b in zip(designs, y)]
     np.testing.assert_allclose(non_negative_least_squares(grams, targets), expected, atol=1e-8)
     same = non_negative_least_squares(grams[:1], targets)
-    one_by_one = [scipy.optimize.minimize(lambda x: x @ grams[0] @ x / 2 - t @ x, np.ones(5), bounds=[(0, None)] * 5, tol=1e-12).x for t in targets]
+
+    def minimum(target):
+        return scipy.optimize.minimize(lambda x: x @ grams[0] @ x / 2 - target @ x, np.ones(5), bounds=[(0, None)] * 5, tol=1e-12).x
+
+    one_by_one = [minimum(target) for target in targets]
     np.testing.assert_allclose(same, one_by_one, atol=1e-4)
 
 
@@ -65,7 +69,7 @@ def test_decoder_step_is_the_minimum_of_its_objective():
         factors = decoder_step(y, fitted, factors, noise)
     for g in range(8):
 
-        def objective(log_f):
+        def objective(log_f, g=g):
             return ((y[:, g] - np.exp(log_f) * fitted[:, g]) ** 2).sum() / (2 * noise[0, g]) + log_f**2 / (2 * PLATFORM_SD**2)
 
         best = scipy.optimize.minimize_scalar(objective, bounds=(-4, 4), method="bounded", options={"xatol": 1e-9})
@@ -140,7 +144,7 @@ def test_missing_genes_are_tolerated_told_and_refused(world, capsys):
 
 
 def test_a_bulk_of_something_else_is_warned_of_and_unexplained_genes_are_named(world):
-    reference, means, true = world
+    reference = world[0]
     bulk = bulk_of(world)
     assert (deconvolve(reference, bulk, n_members=0).samples["warning"] == "").all()
     other = bulk.set_axis(np.random.default_rng(0).permutation(bulk.columns), axis=1)
@@ -150,7 +154,7 @@ def test_a_bulk_of_something_else_is_warned_of_and_unexplained_genes_are_named(w
 
 
 def test_reconstruction_r_by_numpy(world):
-    reference, means, true = world
+    reference, _, true = world
     bulk = bulk_of(world).to_numpy()
     mixed = true @ reference.mean
     a, b = (np.log1p(v[3] / v[3].sum() * 1e4) for v in (bulk, mixed))
@@ -175,7 +179,7 @@ def test_cell_type_expression_shares_the_deviation_among_those_who_express():
 
 
 def test_high_resolution_expression_follows_the_sample(world):
-    reference, means, true = world
+    reference, means, _ = world
     bulk = bulk_of(world)
     estimate = deconvolve(reference, bulk, "high-resolution", n_members=0)
     assert estimate.expression.shape == (30, N_TYPES, N_GENES) and (estimate.expression >= 0).all()
