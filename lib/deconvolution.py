@@ -271,5 +271,3 @@ def all_factors(bulk: np.ndarray, reference: Reference, amounts: np.ndarray, per
     for _ in range(5):
         factors = decoder_step(y, fitted, factors, noise)
     return factors
-
-
