@@ -61,13 +61,14 @@ def composition(sets: dict[str, pd.DataFrame], path: Path) -> None:
 
     sets: name -> table of cells (obs) with `cell_type`.
     """
+    types = next(iter(sets.values()))["cell_type"].cat.categories
     bars = {}
     for name, obs in sets.items():
         sample = obs["sample"].astype(str) if "sample" in obs else pd.Series("", index=obs.index)
         for of in pd.unique(sample)[:20]:
-            shares = obs["cell_type"][sample == of].value_counts(normalize=True)[obs["cell_type"].cat.categories]
-            bars[name if sample.nunique() == 1 else f"{name}\n{of}"] = shares
-    table = pd.DataFrame({name: shares.to_numpy() for name, shares in bars.items()}, index=next(iter(sets.values()))["cell_type"].cat.categories).T
+            shares = obs["cell_type"][sample == of].value_counts(normalize=True)[types]
+            bars[name if sample.nunique() == 1 else f"{name}\n{of}"] = shares.to_numpy()
+    table = pd.DataFrame(bars, index=types).T
     colours = palette(list(table.columns))
     figure = Figure(figsize=(max(7, 3.5 + 0.45 * len(table)), 4.8), layout="constrained")
     axes = figure.subplots()

@@ -94,16 +94,14 @@ def mixtures(
     direction = rng.normal(size=(n, n_axes)) * (rng.random((n, n_axes)).argsort(axis=1) < n_active)
     strength = rng.uniform(0, MAX_STRENGTH, n) * (rng.random(n) >= STILL_SHARE)
     is_shared = rng.random(n) < SHARED_SHARE
-    mixed, means, log_scales = [], np.zeros((n, n_types, n_axes), np.float32), np.zeros((n, n_types, n_axes), np.float32)
-    columns = []
+    mixing = sp.csr_matrix((n, len(cell_type_idx)), dtype=np.float32)
+    means, log_scales = np.zeros((2, n, n_types, n_axes), np.float32)
     for k in range(n_types):
         pool = np.flatnonzero(cell_type_idx == k)
-        columns.append(pool)
-        if len(pool) == 0:
-            if cells_per_type[:, k].any():
-                raise ValueError(f"cell type number {k} has no cells to mix, expected at least one")
-            mixed.append(sp.csr_matrix((n, 0), dtype=np.float32))
+        if not cells_per_type[:, k].any():
             continue
+        if len(pool) == 0:
+            raise ValueError(f"cell type number {k} has no cells to mix, expected at least one")
         own = direction[rng.permutation(n)]
         towards = np.where(is_shared[:, None], direction, own)
         towards = towards / np.linalg.norm(towards, axis=1, keepdims=True)
@@ -116,8 +114,6 @@ def mixtures(
         mean = drawn @ place[pool] / total
         variance = np.maximum(drawn @ place[pool] ** 2 / total - mean**2, 0) + noise
         means[:, k], log_scales[:, k] = mean, 0.5 * np.log(variance / (place[pool].var(axis=0) + noise))
-        mixed.append(sp.csr_matrix(drawn))
-    mixing = sp.hstack(mixed, format="csc")
-    order = np.concatenate(columns)
-    at = sp.csr_matrix((np.ones(len(order), np.float32), (np.arange(len(order)), order)), shape=(len(order), len(cell_type_idx)))
-    return (mixing @ at).tocsr(), means, log_scales
+        row, column = drawn.nonzero()
+        mixing += sp.csr_matrix((drawn[row, column], (row, pool[column])), shape=mixing.shape)
+    return mixing, means, log_scales
