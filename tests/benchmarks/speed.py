@@ -30,7 +30,6 @@ sys.path.insert(0, str(ROOT))
 
 from lib.batches import Batch, CellDataset  # noqa: E402
 from lib.counts import draw_of_each_type  # noqa: E402
-from lib.gmvae import GMVAE  # noqa: E402
 from lib.layers import SparseLinear  # noqa: E402
 from lib.training import keep_freed_memory  # noqa: E402
 
@@ -80,33 +79,34 @@ class Original(nn.Module):
 
 
 class Products(nn.Module):
-    """What our model multiplies, and nothing else: the sparse input by the first layer, the last hidden layer by the heads."""
+    """What our model multiplies, and nothing else: the sparse input by the first layers, z by the heads."""
 
-    def __init__(self, n_genes: int, n_heads: int):
+    def __init__(self, n_genes: int, n_latent: int, n_heads: int):
         super().__init__()
-        self.encoder = SparseLinear(n_genes, 3 * stage.HIDDEN[0])
-        self.heads = nn.ModuleList(nn.Linear(stage.HIDDEN[0], n_genes) for _ in range(n_heads))
+        self.n_latent = n_latent
+        self.encoder = SparseLinear(n_genes, 3 * stage.HIDDEN[0] + n_latent)
+        self.heads = nn.ModuleList(nn.Linear(n_latent, n_genes) for _ in range(n_heads))
 
     def forward(self, x: torch.Tensor, upstream: torch.Tensor) -> None:
         h = self.encoder(x)
-        torch.autograd.backward([head(h[:, : stage.HIDDEN[0]]) for head in self.heads], [upstream] * len(self.heads))
+        torch.autograd.backward([head(h[:, : self.n_latent]) for head in self.heads], [upstream] * len(self.heads))
 
 
 class OursEpoch:
     def __init__(self, dataset: CellDataset, n_cell_types: int, likelihood: str):
         torch.manual_seed(0)
-        self.model = GMVAE(dataset.n_genes, n_cell_types, stage.N_LATENT, stage.HIDDEN, likelihood, stage.DISPERSION, stage.DROPOUT)
-        self.model.initialise(dataset)
+        stage.LIKELIHOOD = likelihood
+        self.model = stage.make_model(dataset, n_cell_types)
         self.optimizer = torch.optim.AdamW(stage.parameter_groups(self.model), lr=stage.LEARNING_RATE, fused=True)
         self.dataset, self.generator = dataset, torch.Generator().manual_seed(0)
 
     def __call__(self, epoch: int = 0) -> None:
-        stage.train_epoch(self.model, self.optimizer, self.dataset, epoch, self.generator)
+        stage.train_epoch(self.model, self.optimizer, self.dataset, epoch, self.model.n_latent, self.generator)
 
 
 class ProductsEpoch:
-    def __init__(self, dataset: CellDataset, n_heads: int):
-        self.model = Products(dataset.n_genes, n_heads)
+    def __init__(self, dataset: CellDataset, n_latent: int, n_heads: int):
+        self.model = Products(dataset.n_genes, n_latent, n_heads)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.dataset, self.generator = dataset, torch.Generator().manual_seed(0)
         batches = list(dataset.shuffled(stage.BATCH_SIZE, self.generator))  # cut beforehand: not part of the limit
@@ -194,7 +194,8 @@ def throughput(counts: sp.csr_matrix, types: np.ndarray, n_cell_types: int, roun
     dataset = CellDataset(counts, types, CPU)
     contenders = {}
     for likelihood in ("nb", "zinb"):
-        ours, products = OursEpoch(dataset, n_cell_types, likelihood), ProductsEpoch(dataset, 1 if likelihood == "nb" else 2)
+        ours = OursEpoch(dataset, n_cell_types, likelihood)
+        products = ProductsEpoch(dataset, ours.model.n_latent, 1 if likelihood == "nb" else 2)
         contenders[f"ours, {likelihood}"] = lambda ours=ours: (len(dataset), ours())[0]
         contenders[f"matrix products + Adam, {likelihood}"] = products
     for likelihood in ("nb", "zinb"):
