@@ -26,7 +26,9 @@ def two_state_cells(n_cells: int, answers: np.ndarray, seed: int) -> ad.AnnData:
     change = np.zeros(N_GENES)
     change[:12] = pattern.normal(0, 1, 12)
     types = np.arange(n_cells) % N_TYPES
-    mu = profiles[types] * np.exp(answers[:, None] * change)
+    other = np.zeros(N_GENES)
+    other[-15:] = pattern.normal(0, 0.6, 15)
+    mu = profiles[types] * np.exp(answers[:, None] * change + rng.normal(size=(n_cells, 1)) * other)
     mu *= rng.lognormal(np.log(600), 0.3, n_cells)[:, None] / mu.sum(axis=1, keepdims=True)
     counts = sp.csr_matrix(rng.poisson(rng.gamma(10.0, mu / 10.0)).astype(np.float32))
     obs = pd.DataFrame({"cell_type": pd.Categorical.from_codes(types, list("abc"))}, index=[f"cell_{i}" for i in range(n_cells)])
@@ -38,7 +40,7 @@ def fitted(tmp_path_factory):
     """A GMVAE of cells of which four in ten answer, and the encoder's checkpoint."""
     cells = two_state_cells(900, np.random.default_rng(1).random(900) < 0.4, seed=1)
     codes = cells.obs["cell_type"].cat.codes.to_numpy()
-    model = trained(cells.X, codes, epochs=80)
+    model = trained(cells.X, codes, epochs=80, on_axes=True)
     model.fit_prior(CellDataset(cells.X, codes, CPU), None, 0)
     made = bulk_encoder_fit.make_mixtures(model, cells, np.ones(N_GENES, bool), N_GENES, 1500, 300, 0.25, seed=0)
     torch.manual_seed(0)
@@ -129,15 +131,17 @@ def test_mixtures_know_where_their_cells_lie():
 
 def test_a_shift_moves_and_scales_z_on_the_axes_alone(fitted, monkeypatch):
     model, checkpoint, _, made = fitted
-    axes, n_axes = made.axes, made.axes["axes"].shape[1]
+    axes, n_axes = made.axes | {"axes": made.axes["axes"][:, :1], "spread": made.axes["spread"][:1]}, 1
+    checkpoint = checkpoint | {"axes": axes}
     means, log_scales = torch.randn(2, N_TYPES, n_axes).numpy(), torch.randn(2, N_TYPES, n_axes).numpy() * 0.5
     monkeypatch.setattr(bulk_encoder, "read", lambda *_: (None, means, log_scales))
     matrix, offset, _ = bulk_encoder.shift(checkpoint, pd.DataFrame(index=["x", "y"]))
-    z, (sample, k) = torch.randn(50, 4), (1, 2)
+    z, (sample, k) = torch.randn(50, model.n_latent), (1, 2)
     moved = z @ matrix[sample * N_TYPES + k].T + offset[sample * N_TYPES + k]
     before, after = ((v - axes["middle"][k]) @ axes["axes"] / axes["spread"] for v in (z, moved))
     np.testing.assert_allclose(after, before.numpy() * np.exp(log_scales[sample, k]) + means[sample, k], atol=2e-4)
-    beside = torch.eye(4) - axes["axes"] @ axes["axes"].T
+    assert model.n_latent > 1
+    beside = torch.eye(model.n_latent) - axes["axes"] @ axes["axes"].T
     torch.testing.assert_close(z @ beside, moved @ beside, atol=1e-4, rtol=1e-3)
     monkeypatch.setattr(bulk_encoder, "read", lambda *_: (None, 0 * means, 0 * log_scales))
     types = np.arange(300) % N_TYPES
@@ -191,7 +195,7 @@ def test_genes_move_by_what_stands_out_of_the_bulk(fitted):
     types, genes = np.arange(600) % N_TYPES, [f"GENE{i}" for i in range(N_GENES)]
     still = sp.vstack(list(model.sample(types, 3)), format="csr")
     bulk = pd.DataFrame(np.asarray(still.sum(axis=0)), columns=genes)
-    identity = bulk_encoder.Shift(torch.eye(4).expand(3, 4, 4), torch.zeros(3, 4))
+    identity = bulk_encoder.Shift(torch.eye(model.n_latent).expand(3, -1, -1), torch.zeros(3, model.n_latent))
     raised = bulk.copy()
     raised["GENE20"] *= 8
     shift = bulk_encoder.with_genes(identity, model, genes, np.full((1, 3), 1 / 3), raised, seed=0)

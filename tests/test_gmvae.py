@@ -9,34 +9,40 @@ import scipy.stats
 import torch
 from conftest import simulated_cells
 
+from lib.axes import within_type_axes
 from lib.batches import CellDataset
 from lib.gmvae import GENERATED_AT_ONCE, GMVAE
 from lib.likelihoods import Likelihood, draw_positive_nb, nb_log_prob
-from lib.profiles import nb_per_type_log_likelihood
+from lib.profiles import log_theta_by_moments, nb_per_type_log_likelihood, type_profiles
 
 CPU = torch.device("cpu")
 
 
-def noise_of(batch, generator=None) -> torch.Tensor:
-    return torch.randn(batch.n_cells, 4, generator=generator)
+def noise_of(batch, generator=None, n_latent: int = 4) -> torch.Tensor:
+    return torch.randn(batch.n_cells, n_latent, generator=generator)
 
 
 def all_cells(counts, types):
     return CellDataset(counts, np.asarray(types), CPU).held.batch(np.arange(len(types)))
 
 
-def trained(counts, cell_type_idx, epochs: int = 150, seed: int = 0, **arguments) -> GMVAE:
+def trained(counts, cell_type_idx, epochs: int = 150, seed: int = 0, on_axes: bool = False, **arguments) -> GMVAE:
+    """on_axes: start, as stage 3 does, on the axes of the cells, as many as there are; otherwise four dimensions, at random."""
     torch.manual_seed(seed)
-    model = GMVAE(counts.shape[1], 3, n_latent=4, hidden=(32, 16), **({"likelihood": "nb"} | arguments))
     dataset, generator = CellDataset(counts, cell_type_idx, CPU), torch.Generator().manual_seed(seed)
-    model.initialise(dataset)
+    axes = None
+    if on_axes:
+        profiles = type_profiles(dataset, 3)
+        axes = within_type_axes(dataset, profiles, log_theta_by_moments(dataset, profiles), 8, seed)
+    model = GMVAE(counts.shape[1], 3, n_latent=len(axes.variance) if on_axes else 4, hidden=(32, 16), **({"likelihood": "nb"} | arguments))
+    model.initialise(dataset, axes)
     dispersion = [p for n, p in model.named_parameters() if n.startswith("log_theta")]
     others = [p for n, p in model.named_parameters() if not n.startswith("log_theta")]
     optimizer = torch.optim.Adam([{"params": dispersion, "lr": 2e-2}, {"params": others}], lr=3e-3)
     for epoch in range(epochs):
         for batch in dataset.shuffled(64, generator):
             optimizer.zero_grad()
-            model(batch, noise_of(batch, generator), min(1.0, epoch / 50))["loss"].backward()
+            model(batch, noise_of(batch, generator, model.n_latent), min(1.0, epoch / 50))["loss"].backward()
             optimizer.step()
     return model.eval()
 
