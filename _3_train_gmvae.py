@@ -18,15 +18,11 @@ from anndata.abc import CSRDataset
 
 from lib import generators, options, parallel
 from lib.axes import within_type_axes
-from lib.batches import Batch, CellDataset
+from lib.batches import CellDataset
 from lib.counts import draw_of_each_type, n_entries, read_counts
 from lib.files import folder, report
 from lib.gmvae import GMVAE
-from lib.profiles import (
-    log_theta_by_moments,
-    nb_per_type_log_likelihood,
-    type_profiles,
-)
+from lib.profiles import nb_per_type_log_likelihood, type_margins
 from lib.training import Trainer, clip_gradients, keep_freed_memory
 
 # Generator
@@ -50,7 +46,7 @@ DROPOUT = 0.0  # in encoders and decoder; any leaves z unused (ours)
 EPOCHS = 300  # at most; early stopping ends it sooner (paper: 4000, all of them)
 BATCH_SIZE = 128  # cells (paper: 37)
 LEARNING_RATE = 5e-4  # AdamW (paper: Adam, 6e-6); cut when the held-out loss stands still
-DISPERSION_LEARNING_RATE = 2e-2  # of theta, which starts from moments and has far to go (ours)
+DISPERSION_LEARNING_RATE = 2e-2  # of theta, and of how far genes follow z in each type: both have far to go (ours)
 WEIGHT_DECAY = 5.0  # AdamW, times the learning rate per step; without it the decoder learns the cells by heart (ours)
 KL_WARMUP_EPOCHS = 1  # over which the KL terms' weight rises to 1; an mlp needs 50, or z stays unused (ours)
 MAX_GRADIENT_NORM = 100.0  # gradients are clipped to it; they measure 20-90 on pbmc3k (ours)
@@ -88,20 +84,13 @@ def main() -> None:
     torch.manual_seed(SEED)
     model = make_model(train, len(cell_type.categories)).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=LEARNING_RATE, fused=True)
-    about = {
-        "stage": "_3_train_gmvae.py",
-        "arguments": model.arguments,
-        "constants": options.constants(globals()),
-        "gene_names": list(adata.var_names),
-        "cell_types": list(cell_type.categories),
-        "split_id": adata.uns["split_id"],
-    }
+    about = about_data(adata) | {"arguments": model.arguments}
     generator = torch.Generator(device).manual_seed(SEED)
     trainer = Trainer("gmvae", model, optimizer, generator, about, models, PATIENCE)
     if RESUME:
         trainer.resume()
     shared = parallel.shared(model)
-    trainer.fit(EPOCHS, lambda epoch: train_epoch(shared, optimizer, train, epoch, model.n_latent, generator), lambda: validate(model, held_out))
+    trainer.fit(EPOCHS, lambda epoch: train_epoch(shared, optimizer, train, epoch, generator), lambda: validate(model, held_out))
     trainer.draw(fig / "gmvae_loss.png", "nats per cell")
     if not parallel.IS_FIRST:
         return
@@ -120,30 +109,33 @@ def as_in_the_paper() -> dict[str, object]:
 
 
 def make_model(train: CellDataset, n_cell_types: int) -> GMVAE:
-    axes, n_latent = None, N_LATENT
+    margins, axes, n_latent = type_margins(train, n_cell_types), None, N_LATENT
     if DECODER == "linear":
-        profiles = type_profiles(train, n_cell_types)
-        axes = within_type_axes(train, profiles, log_theta_by_moments(train, profiles), N_LATENT, SEED)
+        axes = within_type_axes(train, margins, N_LATENT, SEED)
         n_latent = len(axes.variance)
         print(f"{n_latent} axes within the cell types that cells left out confirm")
     model = GMVAE(train.n_genes, n_cell_types, n_latent, HIDDEN, LIKELIHOOD, DECODER, DISPERSION, DROPOUT)
-    model.initialise(train, axes)
+    model.initialise(train, margins, axes)
     return model
 
 
-def train_other(adata: ad.AnnData, train: CellDataset, held_out: CellDataset, models: Path, fig: Path) -> None:
-    """Another generator in the GMVAE's place, with the settings that it was published with, where the constants leave them."""
-    edited = {"epochs": OTHER_EPOCHS, "batch_size": OTHER_BATCH_SIZE, "learning_rate": OTHER_LEARNING_RATE, "patience": OTHER_PATIENCE}
-    settings = generators.SETTINGS[GENERATOR] | {name: value for name, value in edited.items() if value is not None}
-    about = {
+def about_data(adata: ad.AnnData) -> dict[str, object]:
+    """What a checkpoint says of the cells and constants that it comes from."""
+    return {
         "stage": "_3_train_gmvae.py",
         "constants": options.constants(globals()),
         "gene_names": list(adata.var_names),
         "cell_types": list(adata.obs["cell_type"].cat.categories),
         "split_id": adata.uns["split_id"],
     }
+
+
+def train_other(adata: ad.AnnData, train: CellDataset, held_out: CellDataset, models: Path, fig: Path) -> None:
+    """Another generator in the GMVAE's place, with the settings that it was published with, where the constants leave them."""
+    edited = {"epochs": OTHER_EPOCHS, "batch_size": OTHER_BATCH_SIZE, "learning_rate": OTHER_LEARNING_RATE, "patience": OTHER_PATIENCE}
+    settings = generators.SETTINGS[GENERATOR] | {name: value for name, value in edited.items() if value is not None}
     arguments = {"top_markers": TOP_MARKERS} if GENERATOR == "beta_vae" else {}
-    model, trainer = generators.fit(GENERATOR, train, held_out, about, settings, arguments, models, SEED, RESUME)
+    model, trainer = generators.fit(GENERATOR, train, held_out, about_data(adata), settings, arguments, models, SEED, RESUME)
     trainer.draw(fig / f"{GENERATOR}_loss.png", "squared error, sum over a cell")
     if parallel.IS_FIRST:
         print(f"{GENERATOR}: {sum(p.numel() for p in model.parameters()):,} parameters; draw from it with _5_generate.py --generator {GENERATOR}")
@@ -165,11 +157,11 @@ def hold_out(counts: CSRDataset, cell_type_idx: np.ndarray, device: torch.device
 
 
 def parameter_groups(model: GMVAE) -> list[dict]:
-    """Weights of networks decay; biases, scales and axes do not, nor does theta, which has a learning rate of its own."""
+    """Weights of networks decay; biases, scales and axes do not, nor do theta and the loadings' ratios, which have a learning rate of their own."""
     groups = {"weights": [], "others": [], "dispersion": []}
     for name, p in model.named_parameters():
         on_axes = name.startswith("q_axes") or (DECODER == "linear" and name.startswith("p_x_z"))
-        kind = "dispersion" if name.startswith("log_theta") else "weights" if p.dim() > 1 and not on_axes else "others"
+        kind = "dispersion" if name.startswith(("log_theta", "log_loading")) else "weights" if p.dim() > 1 and not on_axes else "others"
         groups[kind].append(p)
     return [
         {"params": groups["weights"], "weight_decay": WEIGHT_DECAY},
@@ -178,13 +170,13 @@ def parameter_groups(model: GMVAE) -> list[dict]:
     ]
 
 
-def train_epoch(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train: CellDataset, epoch: int, n_latent: int, generator: torch.Generator) -> dict[str, float]:
+def train_epoch(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train: CellDataset, epoch: int, generator: torch.Generator) -> dict[str, float]:
     kl_weight = min(1.0, (epoch + 1) / max(1, KL_WARMUP_EPOCHS))
     parts = []
     for batch in train.shuffled(BATCH_SIZE, generator, parallel.RANK, parallel.N_RANKS):
         optimizer.zero_grad()
         with torch.autocast(train.device.type, dtype=torch.bfloat16, enabled=train.device.type == "cuda"):
-            losses = model(batch, noise_of(batch, n_latent, generator), kl_weight)
+            losses = model(batch, generators.noise_of(batch, model, generator), kl_weight)
         share = batch.n_cells / batch.n_global * parallel.N_RANKS  # gradients are averaged over processes, cells should be
         (losses["loss"] * share).backward()
         clip_gradients(model, MAX_GRADIENT_NORM)
@@ -193,16 +185,11 @@ def train_epoch(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train:
     return parallel.mean_over(parts)
 
 
-def noise_of(batch: Batch, n_latent: int, generator: torch.Generator) -> torch.Tensor:
-    """Drawn for the whole batch, whoever has which of its cells: any number of processes trains the same model."""
-    return torch.randn(batch.n_global, n_latent, generator=generator, device=generator.device)[parallel.RANK :: parallel.N_RANKS]
-
-
 def validate(model: GMVAE, held_out: CellDataset) -> dict[str, float]:
     """Loss of held-out cells, at full KL weight; training stops by the negative bound alone, without the classifier's part."""
     generator = torch.Generator(held_out.device).manual_seed(SEED)  # the same noise every epoch: epochs compare
     batches = held_out.shuffled(2 * BATCH_SIZE, generator, parallel.RANK, parallel.N_RANKS)
-    means = parallel.mean_over([(batch.n_cells, model(batch, noise_of(batch, model.n_latent, generator))) for batch in batches])
+    means = parallel.mean_over([(batch.n_cells, model(batch, generators.noise_of(batch, model, generator))) for batch in batches])
     return means | {"stopping_criterion": -means["elbo"]}
 
 

@@ -33,20 +33,17 @@ from lib import (
     panels,
     parallel,
     plots,
-    sctape,
+    proportions,
     views,
 )
 from lib.batches import CellDataset
 from lib.bulk import read_bulk, read_gene_ids, to_tpm
 from lib.counts import read_split, row_blocks, take, write_blocks, write_counts
-from lib.deconvolution import Estimate, deconvolve, to_rna
 from lib.embedding import embed, principal_components
 from lib.files import ROOT, folder, replacing, report, user_path
 from lib.gmvae import GMVAE, n_blocks
 from lib.profiles import nb_per_type_log_likelihood
-from lib.pseudobulk import largest_remainder, read_test_mixtures
-from lib.reference import Reference, nnls_on_markers, signature_genes
-from lib.sctape import ScTAPE
+from lib.pseudobulk import largest_remainder
 from lib.training import check_checkpoint, keep_freed_memory, load_checkpoint
 from lib.wanted import read_cell_numbers, read_proportions
 
@@ -111,16 +108,14 @@ def main() -> None:
 
     written, shift = [], None
     if PROPORTIONS_FILE is not None:
-        proportions = read_proportions(user_path(PROPORTIONS_FILE), cell_types)
-        cells_per_type = pd.DataFrame(largest_remainder(proportions.to_numpy(), N_CELLS), proportions.index, cell_types)
+        predicted = read_proportions(user_path(PROPORTIONS_FILE), cell_types)
+        cells_per_type = pd.DataFrame(largest_remainder(predicted.to_numpy(), N_CELLS), predicted.index, cell_types)
     elif CELL_COUNTS is None:
         stage = "_4_train_sctape.py" + f" --deconvolver {DECONVOLVER}" * (DECONVOLVER != "sctape")
         checkpoint = load_checkpoint(models / f"{DECONVOLVER}.pt", stage)
         check_checkpoint(checkpoint, models / f"{DECONVOLVER}.pt", stage, checkpoint["gene_names"], cell_types, test.uns["split_id"], data / "test.h5ad")
         bulk = bulk_samples(test, checkpoint)
-        if DECONVOLVER == "sctape" and "reference" not in checkpoint:
-            raise ValueError(f"{models / 'sctape.pt'} is of an older version: it holds no reference profiles; run _4_train_sctape.py again")
-        estimate = read_bulk_proportions(checkpoint, bulk)
+        estimate = proportions.estimate(checkpoint, bulk, DECONVOLUTION, N_MEMBERS, SEED)
         predicted = estimate.proportions
         if DECONVOLVER == "bulk_encoder":
             check_same_gmvae(checkpoint, model)
@@ -130,8 +125,9 @@ def main() -> None:
         totals = test.n_obs if BULK_FILE is None else N_CELLS
         cells_per_type = pd.DataFrame(largest_remainder(predicted.to_numpy(), totals), predicted.index, cell_types)
         if parallel.IS_FIRST:
-            written += write_estimate(estimate, checkpoint, data)
-            written += judge_proportions(checkpoint, estimate, train, test, data, fig)
+            written += proportions.write(estimate, checkpoint, PROPORTIONS_OF, data)
+            own_bulk = BULK_FILE is None  # whose truth is known
+            written += proportions.judge(checkpoint, estimate, DECONVOLUTION, SEED, train, test, own_bulk, data, fig)
     else:
         cells_per_type = wanted_cells(test.obs["cell_type"])
 
@@ -190,62 +186,6 @@ def bulk_samples(test: ad.AnnData, checkpoint: dict[str, Any]) -> pd.DataFrame:
     gene_ids = read_gene_ids(user_path(GENE_IDS)) if GENE_IDS else None
     replicates = user_path(REPLICATES) if REPLICATES else None
     return to_tpm(read_bulk(user_path(BULK_FILE), list(test.var_names), gene_ids), BULK_UNITS, lengths, replicates)
-
-
-def read_bulk_proportions(checkpoint: dict[str, Any], bulk: pd.DataFrame, mode: str | None = None, n_members: int | None = None) -> Estimate:
-    """What `DECONVOLVER` and `DECONVOLUTION` ask for, of a bulk in TPM; `mode` and `n_members` set here take the place of the constants."""
-    if DECONVOLVER == "bulk_encoder":
-        shares = bulk_encoder.predict(checkpoint, bulk)
-        return Estimate(shares, shares * np.nan, pd.DataFrame({"warning": ""}, shares.index), None, None)
-    mode = mode or DECONVOLUTION
-    reference = scaled_reference(checkpoint)
-    least = checkpoint["constants"]["MIN_GENE_COVERAGE"]
-    members = N_MEMBERS if n_members is None else n_members
-    estimate = deconvolve(reference, bulk, "none" if mode == "network" else mode, members, SEED, least)
-    if mode == "network":
-        network = ScTAPE.from_checkpoint(checkpoint)
-        signature = pd.DataFrame(network.signature_matrix().numpy(), checkpoint["cell_types"], checkpoint["gene_names"])
-        estimate = estimate._replace(proportions=sctape.predict(checkpoint, bulk), spread=estimate.spread * np.nan, signature=np.expm1(signature))
-    return estimate
-
-
-def scaled_reference(checkpoint: dict[str, Any]) -> Reference:
-    lengths = checkpoint["gene_length_bp"]
-    return Reference.from_checkpoint(checkpoint["reference"]).per_length(None if lengths is None else pd.Series(lengths))
-
-
-def write_estimate(estimate: Estimate, checkpoint: dict[str, Any], data: Path) -> list[Path]:
-    """The tables of the deconvolution, as far as `DECONVOLVER` knows them; says which samples to trust less."""
-    shares = estimate.proportions
-    if PROPORTIONS_OF == "rna" and DECONVOLVER == "sctape":
-        rna_per_cell = Reference.from_checkpoint(checkpoint["reference"]).mean.sum(axis=1)
-        shares = pd.DataFrame(to_rna(shares.to_numpy(), rna_per_cell), shares.index, shares.columns)
-    if DECONVOLVER == "sctape":
-        summary = shares.map("{:.3f}".format) + " +- " + estimate.spread.map("{:.3f}".format)
-        print(f"proportions of {PROPORTIONS_OF} (deconvolution: {DECONVOLUTION}) and their spread over an ensemble of {N_MEMBERS}:")
-        print(summary.head(10).to_string() + ("" if len(summary) <= 10 else f"\n... and {len(summary) - 10:,} more samples"))
-    for sample, row in estimate.samples[estimate.samples["warning"] != ""].iterrows():
-        print(
-            f"WARNING: {sample}: {row['warning']} (r = {row['reference_r']:.2f}; unexplained: {row['unexplained_genes']}): "
-            "another tissue, a type that the reference lacks, or other units?"
-        )
-    tables = {"predicted_proportions": shares}
-    if DECONVOLVER == "sctape":
-        tables |= {"predicted_spread": estimate.spread, "predicted_samples": estimate.samples, "signature_matrix": estimate.signature}
-    paths = []
-    for name, table in tables.items():
-        paths.append(data / f"{name}.csv")
-        with replacing(paths[-1]) as temporary:
-            table.to_csv(temporary, float_format="%.6f" if name.startswith("predicted") else "%.6g")
-    if estimate.expression is not None:
-        obs = estimate.proportions.rename(index=str).stack().rename_axis(["sample", "cell_type"]).rename("proportion").reset_index()
-        obs.index = obs["sample"] + ": " + obs["cell_type"]
-        expression = estimate.expression.astype(np.float32).reshape(len(obs), -1)
-        cells = ad.AnnData(expression, obs=obs, var=pd.DataFrame(index=estimate.signature.columns))
-        paths.append(data / "cell_type_expression.h5ad")
-        with replacing(paths[-1]) as temporary:
-            cells.write_h5ad(temporary)
-    return paths
 
 
 def wanted_cells(cell_type: pd.Series) -> pd.DataFrame:
@@ -349,39 +289,6 @@ def write_mtx(generated: ad.AnnData, path: Path) -> Path:
     with replacing(path / "clusters.csv") as temporary:
         generated.obs[["cell_type", "sample"]].to_csv(temporary, index_label="barcode")
     return path
-
-
-def judge_proportions(checkpoint: dict[str, Any], estimate: Estimate, train: ad.AnnData, test: ad.AnnData, data: Path, fig: Path) -> list[Path]:
-    """The deconvolution on the mixtures of test cells, beside baselines: what its proportions can be trusted for."""
-    tpm, true = read_test_mixtures(data, test.uns["split_id"], checkpoint["gene_length_bp"] is not None)
-    frequencies = train.obs["cell_type"].value_counts(normalize=True)[true.columns].to_numpy()
-    constant = pd.DataFrame(np.tile(frequencies, (len(true), 1)), true.index, true.columns)
-    modes = ("overall", "high-resolution", "none", "network") if DECONVOLVER == "sctape" else (DECONVOLVER,)
-    estimates = {mode: read_bulk_proportions(checkpoint, tpm, mode, n_members=0).proportions for mode in modes}
-    others = {"constant: train frequencies": constant}
-    if DECONVOLVER == "sctape":
-        others["NNLS on markers"] = nnls_on_markers(tpm, scaled_reference(checkpoint))
-    rows = []
-    for kind in ("own", "dirichlet"):
-        of_kind = true.index.str.startswith(kind)
-        for name, table in (estimates | others).items():
-            pair = true[of_kind].to_numpy(), table[of_kind].to_numpy()
-            rows.append([f"{kind} ({of_kind.sum()})", name, metrics.mae(*pair), metrics.ccc(*pair), metrics.pearson(*pair)])
-    table = pd.DataFrame(rows, columns=["mixtures of test cells", "deconvolution", "MAE", "CCC", "r"])
-    print(table.to_string(index=False, float_format="{:.4f}".format))
-    own_truth = None
-    if BULK_FILE is None:
-        own_truth = test.obs["cell_type"].value_counts(normalize=True)[true.columns].to_frame("test_cells").T
-        errors = metrics.mae(own_truth, estimate.proportions), metrics.mae(own_truth, frequencies)
-        print("all test cells as one bulk: MAE {:.4f}; the train frequencies score {:.4f}, so this one mixture says little".format(*errors))
-    chosen = estimates[DECONVOLUTION if DECONVOLVER == "sctape" else DECONVOLVER]
-    plots.proportions(true, chosen, constant, own_truth, estimate.proportions, estimate.spread, fig / "proportions.png")
-    if DECONVOLVER != "sctape":
-        return [fig / "proportions.png"]
-    reference = Reference.from_checkpoint(checkpoint["reference"])
-    reference = reference.of_genes(signature_genes(reference))
-    plots.signature(pd.DataFrame(reference.mean, reference.cell_types, reference.gene_names), estimate.signature, fig / "signature.png")
-    return [fig / "proportions.png", fig / "signature.png"]
 
 
 def compare(model: torch.nn.Module, train: ad.AnnData, test: ad.AnnData, generated: ad.AnnData, fig: Path) -> None:

@@ -211,3 +211,17 @@ def pooled_replicates(bulk: pd.DataFrame, path: Path) -> pd.DataFrame:
     pooled = bulk.groupby(groups, sort=False).mean()
     print(f"{len(bulk):,} bulk samples pooled to {len(pooled):,} groups of replicates")
     return pooled
+
+
+def sample_totals(values: np.ndarray) -> np.ndarray:
+    """Sum of each sample over the genes at hand, samples x 1.
+
+    Raises
+    ------
+    ValueError
+        For a sample without expression in these genes.
+    """
+    total = values.sum(axis=1, keepdims=True)
+    if (total <= 0).any():
+        raise ValueError(f"{np.sum(total <= 0)} of {len(values)} bulk samples have no expression in the {values.shape[1]:,} genes of the model; expected some")
+    return total

@@ -23,7 +23,7 @@ from lib import drawing
 from lib.batches import Batch, CellDataset
 from lib.counts import log_normalize
 from lib.likelihoods import gaussian_kl
-from lib.profiles import log_theta_by_moments, type_profiles
+from lib.profiles import Margins, type_margins
 
 SETTINGS = {"epochs": 50, "batch_size": 32, "learning_rate": 1e-3, "weight_decay": 0.0, "patience": 50, "optimizer": "rmsprop"}
 FILTERS = 16
@@ -96,10 +96,9 @@ class ConvCVAE(nn.Module):
     def fit_prior(self, dataset: CellDataset, seed: int) -> None:
         """z of new cells is standard normal; library sizes are those of train cells; dispersion and extra zeros of each gene by moments."""
         self.prior = drawing.train_cells(dataset, self.n_cell_types, np.random.default_rng(seed))
-        profiles = type_profiles(dataset, self.n_cell_types)
-        log_theta = log_theta_by_moments(dataset, profiles)
-        self.prior["log_theta"] = torch.from_numpy(log_theta).float()
-        self.prior["zi_logits"] = torch.logit(torch.from_numpy(extra_zeros(dataset, profiles, np.exp(log_theta))).float(), eps=1e-6)
+        margins = type_margins(dataset, self.n_cell_types)
+        self.prior["log_theta"] = torch.from_numpy(margins.log_theta).float()
+        self.prior["zi_logits"] = torch.logit(torch.from_numpy(extra_zeros(dataset, margins)).float(), eps=1e-6)
         self.prior["gene_ratio"] = drawing.gene_ratio(self, dataset, self.n_cell_types, seed)
 
     def draw(self, cell_type_idx: torch.Tensor, noise_factor: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,8 +113,9 @@ class ConvCVAE(nn.Module):
         return drawing.sample(self, cell_type_idx, seed, noise_factor, blocks)
 
 
-def extra_zeros(dataset: CellDataset, profiles: np.ndarray, theta: np.ndarray) -> np.ndarray:
+def extra_zeros(dataset: CellDataset, margins: Margins) -> np.ndarray:
     """Share of zeros of each gene beyond those of NB(library size x profile of the type, theta), (n_genes,), at most 0.95."""
+    profiles, theta = margins.profiles, np.exp(margins.log_theta)
     observed, expected, n_cells = 0.0, 0.0, 0
     for counts, cell_type_idx in dataset.blocks():
         for rows in np.array_split(np.flatnonzero(cell_type_idx >= 0), -(-len(cell_type_idx) // 256)):

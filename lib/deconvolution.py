@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import scipy.optimize
 
+from lib.bulk import sample_totals
 from lib.reference import TECHNICAL, Reference, signature_genes
 
 # Chosen on mixtures of train cells that were held out of the reference, clean and with simulated platforms; never on a bulk.
@@ -117,10 +118,7 @@ def scaled(bulk: np.ndarray, reference: Reference) -> np.ndarray:
     ValueError
         For a sample without expression in these genes.
     """
-    total = bulk.sum(axis=1, keepdims=True)
-    if (total <= 0).any():
-        raise ValueError(f"{np.sum(total <= 0)} of {len(bulk)} bulk samples have no expression in the {bulk.shape[1]:,} genes of the signature; expected some")
-    return bulk / total * reference.mean.mean(axis=0).sum()
+    return bulk / sample_totals(bulk) * reference.mean.mean(axis=0).sum()
 
 
 def non_negative_least_squares(gram: np.ndarray, target: np.ndarray) -> np.ndarray:

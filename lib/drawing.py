@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lib.batches import CellDataset
-from lib.gmvae import GENERATED_AT_ONCE, n_blocks
+from lib.gmvae import GENERATED_AT_ONCE, streams
 from lib.likelihoods import Likelihood
 from lib.profiles import counts_per_type
 
@@ -28,12 +28,10 @@ LOG_THETA_OF_POISSON = 13.8  # theta = 1e6: a variance of mu + mu^2 / 1e6
 def sample(model: nn.Module, cell_type_idx: np.ndarray, seed: int, noise_factor: float, blocks: range | None) -> Iterator[sp.csr_matrix]:
     """New cells, block by block, each with a random stream of its own. Parameters and yield as in `GMVAE.sample`."""
     device = next(model.parameters()).device
-    for number in range(n_blocks(len(cell_type_idx))) if blocks is None else blocks:
-        stream = np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator(device).manual_seed(int(stream >> np.uint64(1)))
-        wanted = np.asarray(cell_type_idx[number * GENERATED_AT_ONCE : (number + 1) * GENERATED_AT_ONCE], dtype=np.int64)
+    for rows, generator in streams(len(cell_type_idx), seed, blocks, device):
+        y = torch.from_numpy(np.asarray(cell_type_idx[rows], dtype=np.int64)).to(device)
         with torch.no_grad():
-            yield new_counts(model, torch.from_numpy(wanted).to(device), noise_factor, generator)
+            yield new_counts(model, y, noise_factor, generator)
 
 
 def new_counts(model: nn.Module, y: torch.Tensor, noise_factor: float, generator: torch.Generator) -> sp.csr_matrix:

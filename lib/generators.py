@@ -123,7 +123,7 @@ def validate(model: nn.Module, held_out: CellDataset, batch_size: int, seed: int
 
 
 def noise_of(batch: Batch, model: nn.Module, generator: torch.Generator) -> torch.Tensor:
-    """Drawn for the whole batch, whoever has which of its cells."""
+    """Drawn for the whole batch, whoever has which of its cells: any number of processes trains the same model."""
     n_latent = getattr(model, "module", model).n_latent
     return torch.randn(batch.n_global, n_latent, generator=generator, device=generator.device)[parallel.RANK :: parallel.N_RANKS]
 

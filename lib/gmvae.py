@@ -5,10 +5,11 @@ The generative model of one cell, y its type, l its library size, x its counts:
     y                ~ Categorical(p(y))
     z | y            ~ Normal(mean(y), variance(y))                        p(z|y)
     log l | z, y     ~ Normal(mean(z), scale(y)^2)                         p(l|z)
-    x | z, y, l      ~ NB or ZINB(mu = l softmax(f(z) + log profile(y)), theta(y))   p(x|z,y)
+    x | z, y, l      ~ NB or ZINB(mu = l softmax(a(y) f(z) + log profile(y)), theta(y))   p(x|z,y)
 
 f is linear by default, so that z holds what makes cells of one type differ, along axes that start where the data's own lie
-(`lib.axes`); in the paper it is a network, profile and theta(y) know no type, and z must hold the type too. q(y|x) and
+(`lib.axes`); a(y), near 1, says how far a gene follows them in each type. In the paper f is a network, profile and theta(y) know
+no type, there is no a(y), and z must hold the type too. q(y|x) and
 q(z|x,y) are the encoders. A labelled cell is trained on its own type's bound, exactly; a cell without a label on
 the sum over all types weighted by q(y|x) (Kingma et al. 2014, "Semi-supervised learning with deep generative models", eqs.
 6-7), which is K times the work.
@@ -28,16 +29,12 @@ from lib.batches import Batch, CellDataset
 from lib.layers import SparseLinear, Tower, mlp, sparse_linear
 from lib.likelihoods import Likelihood, gaussian_kl, gaussian_log_prob
 from lib.prior import Prior, fit_prior, respread, sample_prior, within_type_variance
-from lib.profiles import (
-    counts_per_type,
-    log_theta_by_moments,
-    shrunken_ratio,
-    type_profiles,
-)
+from lib.profiles import Margins, counts_per_type, shrunken_ratio
 
 LOG_THETA_RANGE = (math.log(1e-3), math.log(1e6))
 LOG_THETA_SD = 1.5  # of the genes' log theta about its mean, a priori
 LOG_THETA_RATIO_SD = 0.5  # of a type's log theta about the gene's, a priori
+LOG_LOADING_RATIO_SD = 0.5  # of a(y), as a logarithm, a priori
 SPREAD_RANGE = (0.25, 2.0)  # of what the variance of z may be multiplied by after training
 GENERATED_AT_ONCE = 256  # cells; each block has a random stream of its own
 
@@ -55,7 +52,7 @@ class GMVAE(nn.Module):
     likelihood
         "nb" or "zinb".
     decoder
-        "linear": f is one matrix, and each type has its own mean profile; "mlp": layers as in the paper, one profile for all.
+        "linear": f is one matrix, and each type has its own mean profile and loading ratios; "mlp": layers as in the paper, one profile for all.
     dispersion
         "gene": one theta a gene; "gene-type": one a gene and type; "gene-cell": a head of the decoder, as in the paper.
     dropout
@@ -85,6 +82,7 @@ class GMVAE(nn.Module):
         self.p_x_z_log_mean = nn.Linear(n_decoded, n_genes)
         self.p_x_z_zi_logits = nn.Linear(n_decoded, n_genes) if likelihood == "zinb" else None
         self.p_x_z_log_theta = nn.Linear(n_decoded, n_genes) if dispersion == "gene-cell" else None
+        self.log_loading_ratio = nn.Parameter(torch.zeros(n_cell_types, n_genes)) if decoder == "linear" else None  # log a(y)
         self.log_theta = nn.Parameter(torch.zeros(n_genes))
         self.log_theta_ratio = nn.Parameter(torch.zeros(n_cell_types, n_genes)) if dispersion == "gene-type" else None
         self.p_l_z_mean = nn.Linear(n_latent, 1)
@@ -97,20 +95,19 @@ class GMVAE(nn.Module):
         self.register_buffer("type_frequency", torch.full((n_cell_types,), 1 / n_cell_types))
 
     @torch.no_grad()
-    def initialise(self, dataset: CellDataset, axes: Axes | None = None) -> None:
-        """Start where the data are: profiles, dispersion, library sizes and, for a linear decoder, axes of the training cells."""
+    def initialise(self, dataset: CellDataset, margins: Margins, axes: Axes | None = None) -> None:
+        """Start where the data are: margins, library sizes and, for a linear decoder, axes of the training cells."""
         cell_type_idx, library_size = dataset.cell_type_idx, dataset.library_size
         self.library_median.fill_(float(np.median(library_size)))
         self.n_cells.fill_(len(library_size))
         n_per_type = np.bincount(cell_type_idx[cell_type_idx >= 0], minlength=self.n_cell_types)
         self.type_frequency.copy_(torch.from_numpy((n_per_type + 1) / (n_per_type + 1).sum()))
-        profiles = type_profiles(dataset, self.n_cell_types)
-        mean_profile = self.type_frequency.cpu().double().numpy() @ profiles
-        self.log_profiles.copy_(torch.from_numpy(np.log(profiles if self.q_axes is not None else mean_profile)))
+        mean_profile = self.type_frequency.cpu().double().numpy() @ margins.profiles
+        self.log_profiles.copy_(torch.from_numpy(np.log(margins.profiles if self.q_axes is not None else mean_profile)))
         nn.init.zeros_(self.p_x_z_log_mean.bias)
         self.p_x_z_log_mean.weight.mul_(0.1)
-        self.log_theta.copy_(torch.from_numpy(log_theta_by_moments(dataset, profiles)))
-        self.log_theta_mean.fill_(float(mean_profile @ self.log_theta.double().cpu().numpy()))
+        self.log_theta.copy_(torch.from_numpy(margins.log_theta))
+        self.log_theta_mean.fill_(float(mean_profile @ margins.log_theta))
         for head, bias in ((self.p_x_z_log_theta, 0.0), (self.p_x_z_zi_logits, -4.0)):
             if head is not None:
                 nn.init.zeros_(head.weight), nn.init.constant_(head.bias, bias)
@@ -137,14 +134,16 @@ class GMVAE(nn.Module):
         generator = torch.Generator(dataset.device).manual_seed(seed)
         points, types = self._points(dataset, generator)
         self.prior = fit_prior(points, types, self.n_cell_types, np.random.default_rng(seed))
-        self._fit_ratio(dataset, generator)
-        if held_out is not None:
-            respread(self.prior, self._missing_spread(held_out, seed))
-            self._fit_ratio(dataset, generator)
-
-    def _fit_ratio(self, dataset: CellDataset, generator: torch.Generator) -> None:
-        """What the mean counts of new cells lack of those of train cells, per type and gene, by empirical Bayes."""
         observed = counts_per_type(dataset, self.n_cell_types)
+        self._fit_ratio(observed, generator)
+        if held_out is not None:
+            observed = observed + counts_per_type(held_out, self.n_cell_types)
+            for _ in range(2):  # the encoder does not see twice the spread as twice the spread
+                respread(self.prior, self._missing_spread(held_out, seed))
+                self._fit_ratio(observed, generator)
+
+    def _fit_ratio(self, observed: np.ndarray, generator: torch.Generator) -> None:
+        """What the mean counts of new cells lack of those of real cells, per type and gene, by empirical Bayes. observed: (n_cell_types, n_genes)."""
         expected = np.stack([self._mean_profile(k, generator) for k in range(self.n_cell_types)]) * observed.sum(axis=1, keepdims=True)
         self.prior["log_ratio"] = torch.from_numpy(np.log(shrunken_ratio(observed, expected + 1e-9))).float()
 
@@ -160,7 +159,6 @@ class GMVAE(nn.Module):
             variance.append(self._seen_variance(CellDataset(cells, types, held_out.device)))
         wanted, without, present = variance
         return np.sqrt(np.clip((wanted - without) / (present - without), *SPREAD_RANGE))
-
 
     def _seen_variance(self, dataset: CellDataset) -> np.ndarray:
         """Variance within the types of the means of q(z|x,y) of labelled cells: (n_latent,)."""
@@ -240,20 +238,26 @@ class GMVAE(nn.Module):
     def p_x(self, z: torch.Tensor, library_size: torch.Tensor, cell_type_idx: torch.Tensor) -> Likelihood:
         """p(x|z,y,l). z: (n_cells, n_latent); library_size, cell_type_idx: (n_cells,)."""
         h = self.p_x_z(z)
-        logits = self.p_x_z_log_mean(h).float() + self.log_profiles[cell_type_idx]
+        y = self.one_hot(cell_type_idx)
+        logits = self.p_x_z_log_mean(h).float()
+        if self.log_loading_ratio is not None:
+            logits = logits * (y @ self.log_loading_ratio.exp())
+        logits = logits + self.log_profiles[cell_type_idx]
         log_theta = self.log_theta
         if self.log_theta_ratio is not None:
-            log_theta = log_theta + self.one_hot(cell_type_idx) @ self.log_theta_ratio
+            log_theta = log_theta + y @ self.log_theta_ratio
         if self.p_x_z_log_theta is not None:
             log_theta = log_theta + self.p_x_z_log_theta(h).float()
         zi_logits = None if self.p_x_z_zi_logits is None else self.p_x_z_zi_logits(h).float()
         return Likelihood(logits, library_size.log(), log_theta.clamp(*LOG_THETA_RANGE), zi_logits)
 
-    def dispersion_penalty(self) -> torch.Tensor:
-        """-log of the normal priors of log theta, in nats per train cell, up to a constant: rare genes and types lean on the others."""
+    def leaning_penalty(self) -> torch.Tensor:
+        """-log of the normal priors of log theta and log a(y), in nats per train cell, up to a constant: rare genes and types lean on the others."""
         penalty = ((self.log_theta - self.log_theta_mean) / LOG_THETA_SD).square().sum()
         if self.log_theta_ratio is not None:
             penalty = penalty + (self.log_theta_ratio / LOG_THETA_RATIO_SD).square().sum()
+        if self.log_loading_ratio is not None:
+            penalty = penalty + (self.log_loading_ratio / LOG_LOADING_RATIO_SD).square().sum()
         return 0.5 * penalty / self.n_cells
 
     def p_l(self, z: torch.Tensor, cell_type_idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -292,7 +296,7 @@ class GMVAE(nn.Module):
             terms = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         else:
             terms = self._labelled_terms(seen, batch, noise, kl_weight)
-        loss = terms.pop("loss").mean() + self.dispersion_penalty()
+        loss = terms.pop("loss").mean() + self.leaning_penalty()
         elbo = -(terms["reconstruction_loss"] + terms["library_loss"] + terms["kl_z"])
         return {"loss": loss, "elbo": elbo.mean().detach()} | {name: value.mean().detach() for name, value in terms.items()}
 
@@ -361,14 +365,11 @@ class GMVAE(nn.Module):
         Cells x n_genes, raw counts, CSR.
         """
         device = self.log_theta.device
-        for number in range(n_blocks(len(cell_type_idx))) if blocks is None else blocks:
-            stream = np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]
-            generator = torch.Generator(device).manual_seed(int(stream >> np.uint64(1)))
-            wanted = np.asarray(cell_type_idx[number * GENERATED_AT_ONCE : (number + 1) * GENERATED_AT_ONCE], dtype=np.int64)
-            y = torch.from_numpy(wanted).to(device)
+        for rows, generator in streams(len(cell_type_idx), seed, blocks, device):
+            y = torch.from_numpy(np.asarray(cell_type_idx[rows], dtype=np.int64)).to(device)
             z, log_library = self.draw_z(y, noise_factor, generator)
             if shift is not None:
-                group = torch.from_numpy(groups[number * GENERATED_AT_ONCE :][: len(wanted)].astype(np.int64)).to(device)
+                group = torch.from_numpy(groups[rows].astype(np.int64)).to(device)
                 matrix, offset, log_ratio = (None if part is None else part.to(device) for part in shift)
                 z = torch.einsum("nij,nj->ni", matrix[group], z) + offset[group]
             likelihood = self.p_x(z, log_library.exp() * self.library_median, y)
@@ -377,6 +378,14 @@ class GMVAE(nn.Module):
             if self.prior is not None:
                 likelihood.logits += self.prior["log_ratio"].to(device)[y]
             yield likelihood.sample(generator)
+
+
+def streams(n_cells: int, seed: int, blocks: range | None, device: torch.device) -> Iterator[tuple[slice, torch.Generator]]:
+    """Rows of each block of new cells, and a random stream of the block's own; blocks: numbers of those wanted, None for all."""
+    for number in range(n_blocks(n_cells)) if blocks is None else blocks:
+        stream = np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]
+        rows = slice(number * GENERATED_AT_ONCE, min(n_cells, (number + 1) * GENERATED_AT_ONCE))
+        yield rows, torch.Generator(device).manual_seed(int(stream >> np.uint64(1)))
 
 
 def n_blocks(n_cells: int) -> int:

@@ -39,7 +39,8 @@ def fit_prior(points: np.ndarray, cell_type_idx: np.ndarray, n_cell_types: int, 
     mean = np.stack([points[cell_type_idx == k].mean(axis=0) if (cell_type_idx == k).any() else points.mean(axis=0) for k in range(n_cell_types)])
     deviations = points - mean[cell_type_idx]
     pooled_quantiles = np.quantile(deviations, levels, axis=0, method="hazen")
-    pooled_correlation = _correlation(_normal_scores(deviations))
+    pooled_scores = _normal_scores(deviations)
+    pooled_correlation = _correlation(pooled_scores.T @ pooled_scores)
     quantiles, choleskys = [], []
     n_dims = points.shape[1]
     for k in range(n_cell_types):
@@ -48,7 +49,7 @@ def fit_prior(points: np.ndarray, cell_type_idx: np.ndarray, n_cell_types: int, 
         own = np.quantile(mine, levels, axis=0, method="hazen") if n else 0
         quantiles.append((n * own + LEANING * pooled_quantiles) / (n + LEANING))
         scores = _normal_scores(mine) if n else np.zeros((0, n_dims))
-        choleskys.append(np.linalg.cholesky(_correlation((scores.T @ scores + n_dims * pooled_correlation), counted=True)))
+        choleskys.append(np.linalg.cholesky(_correlation(scores.T @ scores + n_dims * pooled_correlation)))
     arrays = {"mean": mean, "quantiles": mean[:, None] + np.stack(quantiles), "cholesky": np.stack(choleskys)}
     return {name: torch.from_numpy(value).float() for name, value in arrays.items()}
 
@@ -70,8 +71,8 @@ def _normal_scores(x: np.ndarray) -> np.ndarray:
     return norm.ppf((rankdata(x, axis=0) - 0.5) / len(x))
 
 
-def _correlation(x: np.ndarray, counted: bool = False) -> np.ndarray:
-    products = x if counted else x.T @ x
+def _correlation(products: np.ndarray) -> np.ndarray:
+    """Of sums of products; positive definite."""
     scale = np.sqrt(np.diag(products)) + 1e-12
     return products / np.outer(scale, scale) + 1e-6 * np.eye(len(scale))
 

@@ -13,6 +13,8 @@ import pandas as pd
 import torch
 from torch import nn
 
+from lib.bulk import sample_totals
+
 HIDDEN = (512, 256, 128, 64)  # of the encoder; of the decoder in reverse
 
 
@@ -97,10 +99,7 @@ def scale(tpm: np.ndarray) -> np.ndarray:
     ValueError
         For a sample without expression in these genes.
     """
-    total = tpm.sum(axis=1, keepdims=True)
-    if (total <= 0).any():
-        raise ValueError(f"{np.sum(total <= 0)} of {len(tpm)} bulk samples have no expression in the {tpm.shape[1]:,} genes of the model; expected some")
-    return np.log1p(tpm / total * 1e4).astype(np.float32)
+    return np.log1p(tpm / sample_totals(tpm) * 1e4).astype(np.float32)
 
 
 def complete(bulk: pd.DataFrame, gene_names: list[str], mean_profile: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ import torch
 
 from lib.axes import _shrunken, within_type_axes
 from lib.batches import CellDataset
-from lib.profiles import log_theta_by_moments, type_profiles
+from lib.profiles import type_margins
 
 N_CELLS, N_GENES = 1500, 400
 
@@ -27,8 +27,7 @@ def cells(n_programmes: int, seed: int = 0):
 
 def found(counts, types, max_axes: int = 8):
     dataset = CellDataset(counts, types, torch.device("cpu"))
-    profiles = type_profiles(dataset, types.max() + 1)
-    return within_type_axes(dataset, profiles, log_theta_by_moments(dataset, profiles), max_axes, 0)
+    return within_type_axes(dataset, type_margins(dataset, types.max() + 1), max_axes, 0)
 
 
 def scores(axes, counts, types):

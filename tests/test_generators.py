@@ -13,6 +13,7 @@ from lib.beta_vae import BetaVAE
 from lib.conv_cvae import ConvCVAE, extra_zeros
 from lib.counts import log_normalize
 from lib.pca_cvae import PCACVAE
+from lib.profiles import Margins
 from lib.training import load_checkpoint
 
 CPU = torch.device("cpu")
@@ -217,7 +218,7 @@ def test_extra_zeros_are_found_where_they_are():
     library = counts.sum(axis=1)
     dataset = CellDataset(sp.csr_matrix(counts), np.zeros(4000, int), CPU)
     expected_mu = 400 * profile / (library.mean() * profile)  # of the genes' own mean, were nothing left out
-    found = extra_zeros(dataset, (profile * expected_mu)[None], np.full(40, 2.0))
+    found = extra_zeros(dataset, Margins((profile * expected_mu)[None], np.full(40, np.log(2.0))))
     assert found[:20].mean() == pytest.approx(0.4, abs=0.04) and found[20:].mean() < 0.04
 
 

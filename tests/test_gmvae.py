@@ -13,7 +13,7 @@ from lib.axes import within_type_axes
 from lib.batches import CellDataset
 from lib.gmvae import GENERATED_AT_ONCE, GMVAE
 from lib.likelihoods import Likelihood, draw_positive_nb, nb_log_prob
-from lib.profiles import log_theta_by_moments, nb_per_type_log_likelihood, type_profiles
+from lib.profiles import nb_per_type_log_likelihood, type_margins
 
 CPU = torch.device("cpu")
 
@@ -30,14 +30,12 @@ def trained(counts, cell_type_idx, epochs: int = 150, seed: int = 0, on_axes: bo
     """on_axes: start, as stage 3 does, on the axes of the cells, as many as there are; otherwise four dimensions, at random."""
     torch.manual_seed(seed)
     dataset, generator = CellDataset(counts, cell_type_idx, CPU), torch.Generator().manual_seed(seed)
-    axes = None
-    if on_axes:
-        profiles = type_profiles(dataset, 3)
-        axes = within_type_axes(dataset, profiles, log_theta_by_moments(dataset, profiles), 8, seed)
+    margins = type_margins(dataset, 3)
+    axes = within_type_axes(dataset, margins, 8, seed) if on_axes else None
     model = GMVAE(counts.shape[1], 3, n_latent=len(axes.variance) if on_axes else 4, hidden=(32, 16), **({"likelihood": "nb"} | arguments))
-    model.initialise(dataset, axes)
-    dispersion = [p for n, p in model.named_parameters() if n.startswith("log_theta")]
-    others = [p for n, p in model.named_parameters() if not n.startswith("log_theta")]
+    model.initialise(dataset, margins, axes)
+    dispersion = [p for n, p in model.named_parameters() if n.startswith(("log_theta", "log_loading"))]
+    others = [p for n, p in model.named_parameters() if not n.startswith(("log_theta", "log_loading"))]
     optimizer = torch.optim.Adam([{"params": dispersion, "lr": 2e-2}, {"params": others}], lr=3e-3)
     for epoch in range(epochs):
         for batch in dataset.shuffled(64, generator):
@@ -91,7 +89,7 @@ def test_the_likelihood_is_exact_where_z_does_nothing(data, model):
     for head, bias in heads:
         torch.nn.init.zeros_(head.weight), torch.nn.init.constant_(head.bias, bias)
     test, batch = CellDataset(*data[1], CPU), all_cells(*data[1])
-    logits = blind.p_x_z_log_mean.bias + blind.log_profiles[batch.cell_type_idx]
+    logits = (blind.p_x_z_log_mean.bias * blind.log_loading_ratio.exp() + blind.log_profiles)[batch.cell_type_idx]
     log_theta = (blind.log_theta + blind.log_theta_ratio)[batch.cell_type_idx]
     exact = nb_log_prob(batch, logits, batch.library_size.log(), log_theta).detach().numpy()
     assert blind.eval().log_likelihood(test, n_samples=2000).mean() == pytest.approx(exact.mean(), abs=0.1)
@@ -108,7 +106,7 @@ def test_cells_without_labels_sum_over_all_types(data):
         of_type_k = all_cells(counts[:5], np.full(5, k))
         terms = model.elbo_terms(model.see(of_type_k), of_type_k, noise)
         expected = expected + q[:, k] * (terms["reconstruction_loss"] + terms["library_loss"] + terms["kl_z"]).detach()
-    assert model(unknown, noise)["loss"].item() == pytest.approx((expected.mean() + model.dispersion_penalty()).item(), rel=1e-5)
+    assert model(unknown, noise)["loss"].item() == pytest.approx((expected.mean() + model.leaning_penalty()).item(), rel=1e-5)
 
 
 def test_mixed_batches_equal_their_parts(data):
@@ -235,6 +233,22 @@ def test_dispersion_is_that_of_each_type(data):
     made = [sp.vstack(list(model.sample(np.full(1000, k), 0))).toarray()[:, :30] for k in (0, 1)]
     fano = [(x.var(axis=0) / x.mean(axis=0)).mean() for x in made]
     assert fano[0] > 2.5 * fano[1]
+
+
+def test_a_gene_follows_a_programme_only_in_the_types_where_it_does():
+    """Thirty genes move together in two types of three; in the third, half of them stand still."""
+    rng = np.random.default_rng(0)
+    types = rng.integers(0, 3, 900)
+    follows = np.ones((900, 30))
+    follows[types == 0, 15:] = 0
+    mu = 8 * np.exp(0.7 * rng.normal(size=(900, 1)) * follows)
+    counts = sp.csr_matrix(np.column_stack([rng.poisson(mu), rng.poisson(20, (900, 60))]).astype(np.float32))
+    model = trained(counts, types, epochs=40, on_axes=True)
+    ratio = model.log_loading_ratio.detach()[:, 15:30].mean(dim=1)
+    assert ratio[0] < ratio[1] - 0.3 and ratio[0] < ratio[2] - 0.3
+    made = [sp.vstack(list(model.sample(np.full(1000, k), 0))).toarray()[:, 15:30] for k in (0, 1)]
+    fano = [(x.var(axis=0) / x.mean(axis=0)).mean() for x in made]
+    assert fano[0] < 0.5 * fano[1]
 
 
 def test_z_spreads_as_held_out_cells_do(data):

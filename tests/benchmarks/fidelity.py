@@ -30,11 +30,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
+from lib import generators as models  # noqa: E402
 from lib import metrics  # noqa: E402
 from lib.batches import CellDataset  # noqa: E402
+from lib.comparison import judged  # noqa: E402
 from lib.counts import digest, draw_of_each_type, write_counts  # noqa: E402
-from lib.gmvae import GMVAE  # noqa: E402
-from lib.profiles import log_theta_by_moments, type_profiles  # noqa: E402
+from lib.profiles import type_margins  # noqa: E402
 
 CPU = torch.device("cpu")
 SPLIT_SEED = 123
@@ -93,10 +94,7 @@ def ours(train: ad.AnnData, types: np.ndarray, seed: int, **constants) -> sp.csr
             setattr(stage, name, value)
         stage.main()
         checkpoint = torch.load(Path(folder) / "gmvae.pt", weights_only=True)
-    model = GMVAE(**checkpoint["arguments"])
-    model.load_state_dict(checkpoint["weights"])
-    model.prior = checkpoint.get("prior")
-    return sp.vstack(list(model.eval().sample(types, seed)), format="csr")
+    return sp.vstack(list(models.load(checkpoint, CPU).sample(types, seed)), format="csr")
 
 
 def independent_nb(train: ad.AnnData, types: np.ndarray, seed: int) -> sp.csr_matrix:
@@ -104,10 +102,10 @@ def independent_nb(train: ad.AnnData, types: np.ndarray, seed: int) -> sp.csr_ma
     rng = np.random.default_rng(seed)
     idx = train.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64)
     dataset = CellDataset(train.X, idx, CPU)
-    profiles = type_profiles(dataset, idx.max() + 1)
-    theta = np.exp(log_theta_by_moments(dataset, profiles))
+    margins = type_margins(dataset, idx.max() + 1)
+    theta = np.exp(margins.log_theta)
     library = np.array([rng.choice(dataset.library_size[idx == k]) for k in types])
-    mu = library[:, None] * profiles[types]
+    mu = library[:, None] * margins.profiles[types]
     return sp.csr_matrix(rng.poisson(rng.gamma(theta, mu / theta)).astype(np.float32))
 
 
@@ -122,7 +120,7 @@ def scvi_posterior_predictive(train: ad.AnnData, types: np.ndarray, seed: int) -
     model = scvi.model.SCVI(data)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model.train(accelerator="cpu", early_stopping=True, enable_progress_bar=False)
+        model.train(accelerator="cpu", enable_progress_bar=False)
     rng = np.random.default_rng(seed)
     idx = train.obs["cell_type"].cat.codes.to_numpy()
     cells = np.array([rng.choice(np.flatnonzero(idx == k)) for k in types])
@@ -160,10 +158,7 @@ def main() -> None:
             else:
                 cells = ad.AnnData(generators[name](train, types, seed), obs=test.obs[["cell_type"]].copy(), var=test.var[[]].copy())
             seconds = time.perf_counter() - started
-            found = metrics.fidelity(test, cells, genes, seed)
-            pcs = metrics.principal_components(ad.concat([test, floor, cells], index_unique="-"), metrics.N_TOP_GENES, metrics.N_PCS)
-            n = test.n_obs
-            found["nearest real cell is a train cell"] = metrics.memorisation(pcs[n + floor.n_obs :], pcs[n : n + floor.n_obs], pcs[:n]) if cells is not floor else np.nan
+            found = metrics.fidelity(test, floor, genes, seed) if cells is floor else judged(test, floor, cells, genes, seed)
             rows.append(found.rename((name, seed)))
             print(f"{name}, seed {seed}: {seconds:.0f} s; " + ", ".join(f"{k} {v:.3f}" for k, v in found.iloc[:5].items()), flush=True)
     table = pd.DataFrame(rows)
