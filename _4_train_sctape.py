@@ -126,10 +126,13 @@ def train_bulk_encoder(data: Path, models: Path, fig: Path, device: torch.device
     check_checkpoint(checkpoint, models / "gmvae.pt", "_3_train_gmvae.py", list(adata.var_names), cell_types, adata.uns["split_id"], data / "train.h5ad")
     gmvae = generators.load(checkpoint, device)
     cells = take(adata, np.flatnonzero(adata.obs["cell_type"].notna()))
-    usable = np.ones(adata.n_vars, dtype=bool)
-    if BULK_FILE is not None:
-        usable = adata.var_names.isin(read_bulk(user_path(BULK_FILE), list(adata.var_names)).columns)
-    made = make_mixtures(gmvae, cells, usable, N_STATE_GENES, N_STATE_SAMPLES, CELLS_PER_STATE_SAMPLE, VALIDATION_FRACTION, SEED)
+    samples = ad.read_h5ad(require(data / "pseudobulk_train.h5ad", "_2_make_pseudobulk.py"), backed="r")  # for the lengths alone: a bulk is scaled as these are
+    check_same_split(samples.uns["split_id"], data / "pseudobulk_train.h5ad", adata.uns["split_id"], data / "train.h5ad", "_2_make_pseudobulk.py")
+    lengths = samples.var.get("gene_length_bp")
+    made = make_mixtures(
+        gmvae, cells, usable_genes(samples), None if lengths is None else lengths.to_numpy(), N_STATE_GENES, N_STATE_SAMPLES,
+        CELLS_PER_STATE_SAMPLE, VALIDATION_FRACTION, SEED,
+    )  # fmt: skip
     n_axes = made.axes["axes"].shape[1]
     print(f"{len(made.fit[0]):,} mixtures to train on, {len(made.held_out[0]):,} of held-out cells; {len(made.genes):,} genes, {n_axes} axes of state; on {device}")
 
@@ -146,7 +149,7 @@ def train_bulk_encoder(data: Path, models: Path, fig: Path, device: torch.device
         "cell_types": cell_types,
         "split_id": adata.uns["split_id"],
         "mean_profile": torch.from_numpy(mean_profile / mean_profile.sum()),
-        "gene_length_bp": None,
+        "gene_length_bp": None if lengths is None else lengths.dropna().to_dict(),
         "axes": made.axes,
         "gmvae_id": weights_id(gmvae),
     }
@@ -173,19 +176,23 @@ def blocks(samples: ad.AnnData, description: str):
         yield rows, samples.X[rows]
 
 
+def usable_genes(samples: ad.AnnData) -> np.ndarray:
+    """Mask of the genes that have a length, where lengths are used, and that the bulk has, where one is given."""
+    lengths = samples.var.get("gene_length_bp")
+    usable = np.ones(samples.n_vars, dtype=bool) if lengths is None else lengths.notna().to_numpy()
+    if BULK_FILE is not None:
+        bulk = read_bulk(user_path(BULK_FILE), list(samples.var_names), read_gene_ids(user_path(GENE_IDS)) if GENE_IDS else None)
+        usable &= samples.var_names.isin(bulk.columns)
+    return usable
+
+
 def choose_genes(samples: ad.AnnData, is_fit: np.ndarray) -> np.ndarray:
     """Places of the genes to use, in the order of the table.
 
     Of each gene's variance over the fit mixtures, on the network's scale, a linear regression on the proportions explains a
     part; genes are ranked by that part times the share that it is. Noise and genes that all types share come last.
     """
-    usable = np.ones(samples.n_vars, dtype=bool)
-    lengths = samples.var.get("gene_length_bp")
-    if lengths is not None:
-        usable &= lengths.notna().to_numpy()
-    if BULK_FILE is not None:
-        bulk = read_bulk(user_path(BULK_FILE), list(samples.var_names), read_gene_ids(user_path(GENE_IDS)) if GENE_IDS else None)
-        usable &= samples.var_names.isin(bulk.columns)
+    usable, lengths = usable_genes(samples), samples.var.get("gene_length_bp")
     proportions = samples.obsm["proportions"]
     gram, cross, squares, total, n = 0.0, 0.0, 0.0, 0.0, 0
     for rows, counts in blocks(samples, "choosing genes"):

@@ -121,7 +121,7 @@ def main() -> None:
             check_same_gmvae(checkpoint, model)
             shift = bulk_encoder.shift(checkpoint, bulk)
             if MOVE_GENES:
-                shift = bulk_encoder.with_genes(shift, model, list(test.var_names), predicted.to_numpy(), bulk, SEED)
+                shift = bulk_encoder.with_genes(shift, model, list(test.var_names), checkpoint["gene_length_bp"], predicted.to_numpy(), bulk, SEED)
         totals = test.n_obs if BULK_FILE is None else N_CELLS
         cells_per_type = pd.DataFrame(largest_remainder(predicted.to_numpy(), totals), predicted.index, cell_types)
         if parallel.IS_FIRST:

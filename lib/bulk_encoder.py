@@ -139,7 +139,9 @@ def shift(checkpoint: dict[str, Any], bulk: pd.DataFrame) -> Shift:
     return Shift(matrix, offset)
 
 
-def with_genes(moved: Shift, model: GMVAE, gene_names: list[str], proportions: np.ndarray, bulk: pd.DataFrame, seed: int) -> Shift:
+def with_genes(
+    moved: Shift, model: GMVAE, gene_names: list[str], gene_length_bp: dict[str, float] | None, proportions: np.ndarray, bulk: pd.DataFrame, seed: int
+) -> Shift:
     """The shift with a log ratio of every gene, of what the bulk has over what the moved cells sum to.
 
     A gene's ratio counts as far as it exceeds `THRESHOLD` times the spread of the ratios of genes of like expression (the median
@@ -150,6 +152,8 @@ def with_genes(moved: Shift, model: GMVAE, gene_names: list[str], proportions: n
     ----------
     gene_names
         The GMVAE's genes; those that the bulk lacks stay.
+    gene_length_bp
+        By which the bulk's counts were divided; genes without a length stay. None if they were not divided.
     proportions
         Samples x types.
     bulk
@@ -160,9 +164,11 @@ def with_genes(moved: Shift, model: GMVAE, gene_names: list[str], proportions: n
     groups = np.arange(n_samples * n_types).repeat(n_cells.ravel())
     counts = sp.vstack(list(model.sample(groups % n_types, seed, shift=moved, groups=groups)), format="csr")
     summed = sp.csr_matrix((np.ones(len(groups)), (groups // n_types, np.arange(len(groups))))) @ counts
-    shared = np.isin(gene_names, bulk.columns)
+    shared = np.isin(gene_names, bulk.columns) & (gene_length_bp is None or np.isin(gene_names, list(gene_length_bp)))
     genes = np.asarray(gene_names)[shared]
-    seen, made = (tpm(table) + PSEUDO_TPM for table in (bulk[genes].to_numpy(), summed[:, shared].toarray()))
+    lengths = None if gene_length_bp is None else pd.Series(gene_length_bp)[genes].to_numpy()
+    seen = tpm(bulk[genes].to_numpy()) + PSEUDO_TPM
+    made = tpm(summed[:, shared].toarray(), lengths) + PSEUDO_TPM
     ratio = np.log(seen / made)
     log_ratio = np.zeros((n_samples, len(gene_names)), np.float32)
     for i in range(n_samples):

@@ -36,8 +36,8 @@ class Mixtures(NamedTuple):
 
 
 def make_mixtures(
-    gmvae: GMVAE, cells: ad.AnnData, usable: np.ndarray, n_genes: int, n_samples: int, cells_per_sample: int,
-    validation_fraction: float, seed: int,
+    gmvae: GMVAE, cells: ad.AnnData, usable: np.ndarray, gene_length_bp: np.ndarray | None, n_genes: int, n_samples: int,
+    cells_per_sample: int, validation_fraction: float, seed: int,
 ) -> Mixtures:  # fmt: skip
     """
     Parameters
@@ -46,6 +46,8 @@ def make_mixtures(
         Train cells of known type, in memory.
     usable
         Mask of the genes that a bulk has.
+    gene_length_bp
+        Of all genes, known for usable ones, by which the bulk's counts are divided; None for counts as they are.
     n_genes
         That are read: the most variable ones.
     validation_fraction
@@ -73,6 +75,7 @@ def make_mixtures(
             profiles = (mixing @ cells.X[rows][:, genes]).toarray()
         else:
             profiles = mixing @ states.expected_counts(gmvae, mean[rows], variance[rows], dataset.library_size[rows], codes[rows], genes, seed)
+        profiles = profiles if gene_length_bp is None else profiles / gene_length_bp[genes]
         arrays = scale(profiles), (cells_per_type / cells_per_sample).astype(np.float32), means, log_scales
         made.append(tuple(torch.from_numpy(array) for array in arrays))
     return Mixtures(genes, axes, *made)

@@ -62,7 +62,8 @@ def fit(
     optimizer = make_optimizer(model, settings)
     about = about | {"generator": name, "arguments": model.arguments, "settings": settings}
     generator = torch.Generator(train.device).manual_seed(seed)
-    trainer = Trainer(name, model, optimizer, generator, about, models_dir, settings["patience"])
+    patience = settings["patience"] + settings.get("kl_warmup_epochs", 0)  # none better is expected while the KL gains weight
+    trainer = Trainer(name, model, optimizer, generator, about, models_dir, patience)
     if resume:
         trainer.resume()
     shared = parallel.shared(model)

@@ -40,7 +40,7 @@ def fitted(tmp_path_factory):
     codes = cells.obs["cell_type"].cat.codes.to_numpy()
     model = trained(cells.X, codes, epochs=80, on_axes=True)
     model.fit_prior(CellDataset(cells.X, codes, CPU), None, 0)
-    made = bulk_encoder_fit.make_mixtures(model, cells, np.ones(N_GENES, bool), N_GENES, 1500, 300, 0.25, seed=0)
+    made = bulk_encoder_fit.make_mixtures(model, cells, np.ones(N_GENES, bool), None, N_GENES, 1500, 300, 0.25, seed=0)
     torch.manual_seed(0)
     encoder = BulkEncoder(N_GENES, N_TYPES, made.axes["axes"].shape[1], hidden=64, n_latent=32)
     encoder.initialise(made.fit[0], np.full(N_TYPES, 300))
@@ -196,12 +196,15 @@ def test_genes_move_by_what_stands_out_of_the_bulk(fitted):
     identity = bulk_encoder.Shift(torch.eye(model.n_latent).expand(3, -1, -1), torch.zeros(3, model.n_latent))
     raised = bulk.copy()
     raised["GENE20"] *= 8
-    shift = bulk_encoder.with_genes(identity, model, genes, np.full((1, 3), 1 / 3), raised, seed=0)
+    shift = bulk_encoder.with_genes(identity, model, genes, None, np.full((1, 3), 1 / 3), raised, seed=0)
     moved = sp.vstack(list(model.sample(types, 3, shift=shift, groups=types)), format="csr")
     gain = np.asarray(moved.sum(axis=0) / moved.sum()).ravel() / np.asarray(still.sum(axis=0) / still.sum()).ravel()
     assert gain[20] > 3 and np.median(np.abs(np.delete(gain, 20) - 1)) < 0.15
     platform = bulk * np.random.default_rng(0).lognormal(0, 1, N_GENES)
-    quiet = bulk_encoder.with_genes(identity, model, genes, np.full((1, 3), 1 / 3), platform, seed=0).log_ratio
+    quiet = bulk_encoder.with_genes(identity, model, genes, None, np.full((1, 3), 1 / 3), platform, seed=0).log_ratio
     assert (quiet == 0).float().mean() > 0.85
-    missing = bulk_encoder.with_genes(identity, model, genes, np.full((1, 3), 1 / 3), raised.drop(columns="GENE20"), seed=0).log_ratio
+    lengths = dict(zip(genes, np.random.default_rng(1).uniform(500, 9000, N_GENES)))
+    by_length = bulk_encoder.with_genes(identity, model, genes, lengths, np.full((1, 3), 1 / 3), raised / np.array(list(lengths.values())), seed=0).log_ratio
+    assert by_length[0, 20] > 1 and (by_length != 0).float().mean() < 0.15
+    missing = bulk_encoder.with_genes(identity, model, genes, None, np.full((1, 3), 1 / 3), raised.drop(columns="GENE20"), seed=0).log_ratio
     assert missing[0, 20] == 0 and (missing != 0).float().mean() < 0.15

@@ -66,8 +66,10 @@ def with_counts(cells: ad.AnnData, counts: sp.csr_matrix) -> ad.AnnData:
 def trained(train: ad.AnnData, seed: int, weight_decay: float | None) -> tuple[torch.nn.Module, dict]:
     """The GMVAE and the bulk encoder's checkpoint, by the real stages."""
     with tempfile.TemporaryDirectory() as folder:
-        write_counts(train, Path(folder) / "train.h5ad")
+        for part in ("train", "test"):  # stage 2 wants both; only its table of genes is used here
+            write_counts(train, Path(folder) / f"{part}.h5ad")
         for name, more in (
+            ("_2_make_pseudobulk", {"N_TRAIN_SAMPLES": 100}),
             ("_3_train_gmvae", {} if weight_decay is None else {"WEIGHT_DECAY": weight_decay}),
             ("_4_train_sctape", {"DECONVOLVER": "bulk_encoder"}),
         ):
@@ -117,7 +119,7 @@ def main() -> None:
             bulk = pd.DataFrame(tpm(np.asarray(real.X.sum(axis=0)).reshape(1, -1)), index=["bulk"], columns=real.var_names)
             shift = bulk_encoder.shift(checkpoint, bulk)
             proportions = bulk_encoder.predict(checkpoint, bulk).to_numpy()
-            with_genes = bulk_encoder.with_genes(shift, model, list(real.var_names), proportions, bulk, seed)
+            with_genes = bulk_encoder.with_genes(shift, model, list(real.var_names), None, proportions, bulk, seed)
             made = {
                 "moved by the bulk": sp.vstack(list(model.sample(types, seed, shift=with_genes, groups=types)), format="csr"),
                 "moved in z alone": sp.vstack(list(model.sample(types, seed, shift=shift, groups=types)), format="csr"),
