@@ -39,7 +39,7 @@ from lib import (
 from lib.batches import CellDataset
 from lib.bulk import read_bulk, read_gene_ids, to_tpm
 from lib.counts import read_split, row_blocks, take, write_blocks, write_counts
-from lib.embedding import embed, principal_components
+from lib.embedding import embed, load_pymde, mde, principal_components
 from lib.files import ROOT, folder, replacing, report, user_path
 from lib.gmvae import GMVAE, n_blocks
 from lib.profiles import nb_per_type_log_likelihood
@@ -75,6 +75,7 @@ N_TOP_GENES = 2000  # highly variable genes for the UMAP
 N_PCS = 50  # principal components for the UMAP
 N_NEIGHBORS = 15  # neighbours for the UMAP
 N_TYPE_MARKERS = 200  # marker genes of each type in type_correlation.png (Bulk2Single)
+MDE = False  # the same pictures as of the UMAP by minimum-distortion embedding (Bulk2Single); needs pip install pymde
 FOUR_STAGES = False  # four_stages.png: input, latent, reconstructed and generated cells, t-SNE and UMAP (bulk2sc; a minute more)
 MAX_CELLS_JUDGED = 2500  # test cells, at most, held against as many generated and as many train cells (metrics.csv): a random draw
 MAX_CELLS_DRAWN = 5000  # generated, test and train cells, of each at most, that are compared and drawn: a random draw
@@ -102,6 +103,8 @@ def main() -> None:
         raise ValueError(f"{' and '.join(given)} are both set; cell numbers come either from a bulk or from a table: set one of them to none")
     if len(XGBOOST_CELLS) != 3 or min(XGBOOST_CELLS) < 1:
         raise ValueError(f"XGBOOST_CELLS is {XGBOOST_CELLS}; expected three numbers of cells: to test on, to train on, to stop by")
+    if MDE:
+        load_pymde()  # before any work, should it be missing
     train, test = read_split(data)
     cell_types = list(test.obs["cell_type"].cat.categories)
     model = load_generator(GENERATOR, models, test, data, device)
@@ -143,7 +146,8 @@ def main() -> None:
     compare(model, train, test, generated, fig)
     judged = judge_cells(model, train, test, fig)
     names = "umap_original_vs_generated", "umap_by_cell_type", "gene_correlation", "fidelity", "composition", "type_correlation"
-    written += [fig / f"{name}.png" for name in names + ("four_stages",) * FOUR_STAGES]
+    names += ("mde_original_vs_generated", "mde_by_cell_type") * MDE + ("four_stages",) * FOUR_STAGES
+    written += [fig / f"{name}.png" for name in names]
     written.append(fig / "metrics.csv")
     if XGBOOST:
         written.append(judge_by_xgboost(model, train, test, fig))
@@ -304,9 +308,11 @@ def compare(model: torch.nn.Module, train: ad.AnnData, test: ad.AnnData, generat
     both = ad.concat({"original": drawn_test, "generated": drawn_generated}, label="source", index_unique="-")
     both.obs["cell_type"] = pd.Categorical(both.obs["cell_type"], categories=test.obs["cell_type"].cat.categories)
     is_generated = (both.obs["source"] == "generated").to_numpy()
-    umap = embed(principal_components(both, N_TOP_GENES, N_PCS), N_NEIGHBORS, SEED).obsm["X_umap"]
-    plots.umap_original_vs_generated(umap, is_generated, fig / "umap_original_vs_generated.png")
-    plots.umap_by_cell_type(umap, is_generated, both.obs["cell_type"], fig / "umap_by_cell_type.png")
+    pcs = principal_components(both, N_TOP_GENES, N_PCS)
+    embeddings = {"UMAP": embed(pcs, N_NEIGHBORS, SEED).obsm["X_umap"]} | ({"MDE": mde(pcs, N_NEIGHBORS, SEED)} if MDE else {})
+    for method, places in embeddings.items():
+        plots.original_vs_generated(places, is_generated, fig / f"{method.lower()}_original_vs_generated.png", method)
+        plots.original_vs_generated_by_type(places, is_generated, both.obs["cell_type"], fig / f"{method.lower()}_by_cell_type.png", method)
 
     panels.composition({"train cells": train.obs, "test cells": test.obs, "generated": generated.obs}, fig / "composition.png")
     panels.type_correlation(drawn_test, drawn_generated, N_TYPE_MARKERS, fig / "type_correlation.png")

@@ -1,8 +1,11 @@
-"""Principal components and UMAP of cells, the same way for real and generated ones, in memory or larger than memory."""
+"""Principal components, UMAP and MDE of cells, the same way for real and generated ones, in memory or larger than memory."""
+
+from types import ModuleType
 
 import anndata as ad
 import numpy as np
 import scanpy as sc
+import torch
 from anndata.experimental import read_elem_lazy
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -52,6 +55,28 @@ def embed(pcs: np.ndarray, n_neighbors: int, seed: int) -> ad.AnnData:
     sc.pp.neighbors(adata, n_neighbors=min(n_neighbors, adata.n_obs - 1), use_rep="X_pca", random_state=seed)
     sc.tl.umap(adata, random_state=seed)
     return adata
+
+
+def mde(pcs: np.ndarray, n_neighbors: int, seed: int) -> np.ndarray:
+    """Minimum-distortion embedding that preserves neighbours (pymde; Agrawal, Ali and Boyd 2021), cells x 2."""
+    pymde = load_pymde()
+    pymde.seed(seed)
+    problem = pymde.preserve_neighbors(torch.from_numpy(pcs), embedding_dim=2, n_neighbors=min(n_neighbors, len(pcs) - 1))
+    return problem.embed().cpu().numpy()
+
+
+def load_pymde() -> ModuleType:
+    """
+    Raises
+    ------
+    ImportError
+        Without pymde, which is not among the requirements: it brings torchvision, which not every build of torch has.
+    """
+    try:
+        import pymde
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another build than torch
+        raise ImportError(f"MDE needs pymde and a torchvision that fits torch ({error}); pip install pymde, or set MDE to False") from error
+    return pymde
 
 
 def labels_of_neighbours(pcs: np.ndarray, known: np.ndarray, labels: np.ndarray, n_neighbors: int) -> np.ndarray:

@@ -50,8 +50,8 @@ def four_stages(embeddings: dict[str, list[np.ndarray]], cell_types: list[pd.Ser
     figure = Figure(figsize=(16, 4 * len(embeddings) + 0.3), layout="constrained")
     for (name, stages), row in zip(embeddings.items(), figure.subplots(len(embeddings), 4, squeeze=False)):
         for axes, places, of, title in zip(row, stages, cell_types, titles):
-            scatter_types(axes, places, of)
-            axes.set(xlabel=f"{name} 1", ylabel=f"{name} 2", title=f"{title} ({len(places):,} cells)")
+            scatter_types(axes, places, of, name)
+            axes.set_title(f"{title} ({len(places):,} cells)")
     figure.legend(*row[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8, title="cell type")
     save(figure, path)
 

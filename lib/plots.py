@@ -51,11 +51,11 @@ def umap_reference(umap: np.ndarray, cell_type: pd.Series, is_test: np.ndarray, 
         by_split.scatter([], [], s=30, c=colour, lw=0, label=f"{name} ({mask.sum():,})")
     by_split.set_title("split")
     by_split.legend(frameon=False, fontsize=8, loc="best")
-    umap_axes(by_split)
+    embedding_axes(by_split)
     save(figure, path)
 
 
-def scatter_types(axes, umap: np.ndarray, cell_type: pd.Series) -> None:
+def scatter_types(axes, umap: np.ndarray, cell_type: pd.Series, method: str = "UMAP") -> None:
     """Cells coloured by type; each type's number in the legend is written where its cells lie."""
     colours = palette(list(cell_type.cat.categories))
     names = cell_type.to_numpy(dtype=object)
@@ -67,15 +67,15 @@ def scatter_types(axes, umap: np.ndarray, cell_type: pd.Series) -> None:
         if len(cells):
             x, y = cells[np.linalg.norm(cells - np.median(cells, axis=0), axis=1).argmin()]  # a cell, not the void between two groups
             axes.text(x, y, number, fontsize=9, weight="bold", ha="center", va="center", path_effects=[matplotlib.patheffects.withStroke(linewidth=2, foreground="white")])
-    umap_axes(axes)
+    embedding_axes(axes, method)
 
 
 def dot_size(n_cells: int) -> float:
     return float(np.clip(12_000 / max(n_cells, 1), 1.5, 9))
 
 
-def umap_axes(axes) -> None:
-    axes.set(xlabel="UMAP 1", ylabel="UMAP 2", xticks=[], yticks=[], aspect="equal", adjustable="datalim")
+def embedding_axes(axes, method: str = "UMAP") -> None:
+    axes.set(xlabel=f"{method} 1", ylabel=f"{method} 2", xticks=[], yticks=[], aspect="equal", adjustable="datalim")
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -173,7 +173,7 @@ def signature(reference: pd.DataFrame, adapted: pd.DataFrame, path: Path) -> Non
     save(figure, path)
 
 
-def umap_original_vs_generated(umap: np.ndarray, is_generated: np.ndarray, path: Path) -> None:
+def original_vs_generated(umap: np.ndarray, is_generated: np.ndarray, path: Path, method: str = "UMAP") -> None:
     """One joint embedding, three panels: original cells, generated cells, both."""
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     panels = figure.subplots(1, 3)
@@ -189,17 +189,17 @@ def umap_original_vs_generated(umap: np.ndarray, is_generated: np.ndarray, path:
         panels[2].scatter([], [], s=30, c=colour, lw=0, label=name)
     panels[2].legend(frameon=False, fontsize=8)
     for axes in panels:
-        umap_axes(axes)
+        embedding_axes(axes, method)
     save(figure, path)
 
 
-def umap_by_cell_type(umap: np.ndarray, is_generated: np.ndarray, cell_type: pd.Series, path: Path) -> None:
+def original_vs_generated_by_type(umap: np.ndarray, is_generated: np.ndarray, cell_type: pd.Series, path: Path, method: str = "UMAP") -> None:
     """The same embedding, original and generated cells side by side, by type."""
     figure = Figure(figsize=(11.5, 4.8), layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, mask, name in zip(panels, (~is_generated, is_generated), ("original test cells", "generated cells")):
         axes.scatter(*umap.T, s=dot_size(len(umap)), c="#F0F0F0", lw=0, rasterized=True)
-        scatter_types(axes, umap[mask], cell_type[mask])
+        scatter_types(axes, umap[mask], cell_type[mask], method)
         axes.set_title(f"{name} ({mask.sum():,})")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8, title="cell type")
     save(figure, path)
