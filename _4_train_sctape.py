@@ -29,9 +29,9 @@ from lib.sctape import ScTAPE, scale
 from lib.training import (
     Trainer,
     check_checkpoint,
-    clip_gradients,
     keep_freed_memory,
     load_checkpoint,
+    tensor_epoch,
 )
 
 # Network
@@ -109,7 +109,7 @@ def main() -> None:
     if RESUME:
         trainer.resume()
     shared = parallel.shared(model)
-    trainer.fit(EPOCHS, lambda epoch: train_epoch(shared, optimizer, *fit, generator), lambda: validate(model, *held_out))
+    trainer.fit(EPOCHS, lambda _: tensor_epoch(shared, optimizer, fit, BATCH_SIZE, MAX_GRADIENT_NORM, generator), lambda: validate(model, *held_out))
     if not parallel.IS_FIRST:
         return
     trainer.draw(fig / "sctape_loss.png", "mean absolute error")
@@ -225,23 +225,6 @@ def read_profiles(samples: ad.AnnData, genes: np.ndarray, is_fit: np.ndarray) ->
         profiles[rows] = scale(chosen)
         share += chosen[is_fit[rows]].sum(axis=0)
     return profiles, share / share.sum()
-
-
-def train_epoch(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, profiles: torch.Tensor, proportions: torch.Tensor, generator: torch.Generator
-) -> dict[str, float]:
-    order = torch.randperm(len(profiles), generator=generator).to(profiles.device)
-    parts = []
-    for batch in order.tensor_split(max(1, round(len(order) / BATCH_SIZE))):
-        rows = batch[parallel.RANK :: parallel.N_RANKS]
-        optimizer.zero_grad()
-        with torch.autocast(profiles.device.type, dtype=torch.bfloat16, enabled=profiles.device.type == "cuda"):
-            losses = model(profiles[rows], proportions[rows])
-        (losses["loss"] * (len(rows) / len(batch) * parallel.N_RANKS)).backward()
-        clip_gradients(model, MAX_GRADIENT_NORM)
-        optimizer.step()
-        parts.append((len(rows), {name: value.detach() for name, value in losses.items()}))
-    return parallel.mean_over(parts)
 
 
 def validate(model: ScTAPE, profiles: torch.Tensor, proportions: torch.Tensor) -> dict[str, float]:

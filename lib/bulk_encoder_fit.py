@@ -20,7 +20,7 @@ from lib.gmvae import GMVAE
 from lib.metrics import variable_genes
 from lib.pseudobulk import draw_proportions, largest_remainder
 from lib.sctape import scale
-from lib.training import Trainer, clip_gradients
+from lib.training import Trainer, tensor_epoch
 
 MAX_POOL = 500  # cells of each type to mix from
 SHARES = {"sparse": 0.1, "rare": 0.2, "near": 0.4}  # of the mixtures' compositions, see `draw_proportions`
@@ -86,24 +86,11 @@ def fit(trainer: Trainer, mixtures: Mixtures, epochs: int, batch_size: int, max_
     train, held_out = (tuple(part.to(device) for part in data) for data in (mixtures.fit, mixtures.held_out))
     shared = parallel.shared(trainer.model)
 
-    def train_epoch(epoch: int) -> dict[str, float]:
-        order = torch.randperm(len(train[0]), generator=trainer.generator).to(device)
-        parts = []
-        for batch in order.tensor_split(max(1, round(len(order) / batch_size))):
-            rows = batch[parallel.RANK :: parallel.N_RANKS]
-            trainer.optimizer.zero_grad()
-            losses = shared(*(part[rows] for part in train))
-            (losses["loss"] * (len(rows) / len(batch) * parallel.N_RANKS)).backward()
-            clip_gradients(trainer.model, max_gradient_norm)
-            trainer.optimizer.step()
-            parts.append((len(rows), {name: value.detach() for name, value in losses.items()}))
-        return parallel.mean_over(parts)
-
     def validate() -> dict[str, float]:
         losses = {name: float(value) for name, value in trainer.model(*held_out).items()}
         return losses | {"stopping_criterion": losses["loss"]}
 
-    trainer.fit(epochs, train_epoch, validate)
+    trainer.fit(epochs, lambda _: tensor_epoch(shared, trainer.optimizer, train, batch_size, max_gradient_norm, trainer.generator), validate)
 
 
 @torch.no_grad()

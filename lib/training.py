@@ -49,6 +49,26 @@ def clip_gradients(model: torch.nn.Module, max_norm: float) -> None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
 
+def tensor_epoch(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, data: tuple[torch.Tensor, ...], batch_size: int, max_gradient_norm: float,
+    generator: torch.Generator,
+) -> dict[str, float]:  # fmt: skip
+    """Train on the rows of tensors once, in random order, each batch shared out among the processes; mean losses of a row."""
+    device = data[0].device
+    order = torch.randperm(len(data[0]), generator=generator).to(device)
+    parts = []
+    for batch in order.tensor_split(max(1, round(len(order) / batch_size))):
+        rows = batch[parallel.RANK :: parallel.N_RANKS]
+        optimizer.zero_grad()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            losses = model(*(part[rows] for part in data))
+        (losses["loss"] * (len(rows) / len(batch) * parallel.N_RANKS)).backward()
+        clip_gradients(model, max_gradient_norm)
+        optimizer.step()
+        parts.append((len(rows), {name: value.detach() for name, value in losses.items()}))
+    return parallel.mean_over(parts)
+
+
 def load_checkpoint(path: Path, stage: str) -> dict[str, Any]:
     """
     Raises

@@ -101,7 +101,7 @@ class OursEpoch:
         self.dataset, self.generator = dataset, torch.Generator().manual_seed(0)
 
     def __call__(self, epoch: int = 0) -> None:
-        stage.train_epoch(self.model, self.optimizer, self.dataset, epoch, self.model.n_latent, self.generator)
+        stage.train_epoch(self.model, self.optimizer, self.dataset, epoch, self.generator)
 
 
 class ProductsEpoch:
