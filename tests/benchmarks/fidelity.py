@@ -1,6 +1,6 @@
 """Generated cells held against held-out real cells: ours, scVI, independent negative binomials, and real train cells.
 
-run     python tests/benchmarks/fidelity.py            (needs tests/benchmarks/requirements.txt for scVI; 20 minutes)
+run     python tests/benchmarks/fidelity.py            (needs tests/benchmarks/requirements.txt for scVI, which takes 20 minutes a seed; the rest 2)
         python tests/benchmarks/fidelity.py --data my.h5ad --seeds 1
         python tests/benchmarks/fidelity.py --ablation             (what each choice of stage 3 is worth; 15 minutes a seed)
 
