@@ -64,7 +64,7 @@ class BetaVAE(nn.Module):
             total = total + batch.log_normalized(drawing.TARGET).to_dense().sum(dim=0)
             n_cells += batch.n_cells
         self.decoder[-1].bias.copy_((total / n_cells).cpu())
-        self.encoder[-1].weight[: self.n_latent] *= 3
+        self.encoder[-1].weight[: self.n_latent] *= 3  # z starts above its noise: wider means, narrower q(z|x)
         self.encoder[-1].bias[self.n_latent :] = START_LOG_VARIANCE
         if self.top_markers is not None:
             self.is_seen.zero_()[torch.from_numpy(marker_genes(dataset, self.n_cell_types, self.top_markers))] = 1.0
