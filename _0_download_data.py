@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 import pandas as pd
-
-from lib import datasets, labels, options, readers
-from lib.counts import fingerprint, write_counts
+from lib import options
+from lib.data import datasets, labels, readers
+from lib.data.counts import fingerprint, write_counts
 from lib.files import folder, replacing, report, user_path
 
 # Data set

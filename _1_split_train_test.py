@@ -15,10 +15,8 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scanpy as sc
-from sklearn.model_selection import StratifiedGroupKFold
-
-from lib import options, plots
-from lib.counts import (
+from lib import options
+from lib.data.counts import (
     chosen_blocks,
     digest,
     draw_of_each_type,
@@ -27,9 +25,11 @@ from lib.counts import (
     take,
     write_blocks,
 )
-from lib.embedding import embed, labels_of_neighbours, lazy, principal_components
+from lib.data.embedding import embed, labels_of_neighbours, lazy, principal_components
+from lib.data.markers import cluster_types, read_markers
+from lib.evaluation import plots
 from lib.files import folder, report, user_path
-from lib.markers import cluster_types, read_markers
+from sklearn.model_selection import StratifiedGroupKFold
 
 # Quality control (the original's thresholds; none switches one off)
 MIN_GENES: int | None = 200  # genes detected in a cell, at least

@@ -14,11 +14,11 @@ import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-from tqdm import tqdm
-
-from lib import options, pseudobulk
-from lib.counts import draw_of_each_type, n_entries, read_split
+from lib import options
+from lib.bulk import pseudobulk
+from lib.data.counts import draw_of_each_type, n_entries, read_split
 from lib.files import folder, replacing, report
+from tqdm import tqdm
 
 # Mixtures of train cells, to train the deconvolution
 N_TRAIN_SAMPLES = 15_000  # original code

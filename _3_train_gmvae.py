@@ -15,14 +15,14 @@ import anndata as ad
 import numpy as np
 import torch
 from anndata.abc import CSRDataset
-
-from lib import generators, options, parallel
-from lib.axes import within_type_axes
-from lib.batches import CellDataset
-from lib.counts import draw_of_each_type, n_entries, read_counts
+from lib import options, parallel
+from lib.baselines import registry as generators
+from lib.data.batches import CellDataset
+from lib.data.counts import draw_of_each_type, n_entries, read_counts
 from lib.files import folder, report
-from lib.gmvae import GMVAE
-from lib.profiles import nb_per_type_log_likelihood, type_margins
+from lib.models.axes import within_type_axes
+from lib.models.gmvae import GMVAE
+from lib.models.profiles import nb_per_type_log_likelihood, type_margins
 from lib.training import Trainer, clip_gradients, keep_freed_memory
 
 # Generator

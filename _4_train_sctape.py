@@ -15,17 +15,17 @@ from typing import Literal
 import anndata as ad
 import numpy as np
 import torch
-from tqdm import tqdm
-
-from lib import bulk_encoder_fit, generators, options, parallel
-from lib.bulk import read_bulk, read_gene_ids
-from lib.bulk_encoder import BulkEncoder, weights_id
-from lib.bulk_encoder_fit import make_mixtures
-from lib.counts import check_same_split, read_counts, take
+from lib import options, parallel
+from lib.baselines import registry as generators
+from lib.bulk import bulk_encoder_fit
+from lib.bulk.bulk_encoder import BulkEncoder, weights_id
+from lib.bulk.bulk_encoder_fit import make_mixtures
+from lib.bulk.pseudobulk import tpm
+from lib.bulk.reference import reference_profiles
+from lib.bulk.sctape import ScTAPE, scale
+from lib.bulk.tables import read_bulk, read_gene_ids
+from lib.data.counts import check_same_split, read_counts, take
 from lib.files import folder, report, require, user_path
-from lib.pseudobulk import tpm
-from lib.reference import reference_profiles
-from lib.sctape import ScTAPE, scale
 from lib.training import (
     Trainer,
     check_checkpoint,
@@ -33,6 +33,7 @@ from lib.training import (
     load_checkpoint,
     tensor_epoch,
 )
+from tqdm import tqdm
 
 # Network
 DECONVOLVER: Literal["sctape", "bulk_encoder"] = "sctape"  # bulk_encoder (bulk2sc): proportions, and the mean and spread of each type's z

@@ -21,31 +21,22 @@ import pandas as pd
 import scipy.io
 import scipy.sparse as sp
 import torch
-
-from lib import (
-    bulk_encoder,
-    classify,
-    comparison,
-    generators,
-    metrics,
-    noise,
-    options,
-    panels,
-    parallel,
-    plots,
-    proportions,
-    views,
-)
-from lib.batches import CellDataset
-from lib.bulk import read_bulk, read_gene_ids, to_tpm
-from lib.counts import read_split, row_blocks, take, write_blocks, write_counts
-from lib.embedding import embed, load_pymde, mde, principal_components
+from lib import options, parallel
+from lib.baselines import registry as generators
+from lib.bulk import bulk_encoder, proportions
+from lib.bulk.pseudobulk import largest_remainder
+from lib.bulk.tables import read_bulk, read_gene_ids, to_tpm
+from lib.bulk.wanted import read_cell_numbers, read_proportions
+from lib.data import noise
+from lib.data.batches import CellDataset
+from lib.data.counts import read_split, row_blocks, take, write_blocks, write_counts
+from lib.data.embedding import embed, load_pymde, mde, principal_components
+from lib.evaluation import classifier_transfer as classify
+from lib.evaluation import comparison, metrics, panels, plots, views
 from lib.files import ROOT, folder, replacing, report, user_path
-from lib.gmvae import GMVAE, n_blocks
-from lib.profiles import nb_per_type_log_likelihood
-from lib.pseudobulk import largest_remainder
+from lib.models.gmvae import GMVAE, n_blocks
+from lib.models.profiles import nb_per_type_log_likelihood
 from lib.training import check_checkpoint, keep_freed_memory, load_checkpoint
-from lib.wanted import read_cell_numbers, read_proportions
 
 # What to generate
 GENERATOR: Literal["gmvae", "beta_vae", "pca_cvae", "conv_cvae"] = "gmvae"  # of those that stage 3 has trained

@@ -1,1 +1,11 @@
-"""What two or more stages share: the data contract, the models, their likelihoods, metrics and figures."""
+"""The shared code of the six stages, one folder per question.
+
+options, files, parallel, training    how a stage runs: constants, files, processes, epochs and checkpoints
+data/          what goes in: download, file formats, labels, the count files, mini-batches, embeddings
+models/        the GMVAE (fig. 1 of the paper), its likelihoods, and how cells are sampled from it
+baselines/     generators of other systems that can take the GMVAE's place
+bulk/          how a bulk sample is read: tables, pseudo-bulk, regression, scTAPE, bulk encoder
+evaluation/    how good the cells and proportions are: metrics, plots, the report of stage 5
+
+Imports flow one way: data <- models <- baselines, bulk <- evaluation. Nothing imports a stage script.
+"""

@@ -19,8 +19,9 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from lib import parallel, plots
-from lib.counts import check_same_names, check_same_split
+from lib import parallel
+from lib.data.counts import check_same_names, check_same_split
+from lib.evaluation import plots
 from lib.files import replacing, require
 
 SAVE_EVERY_S = 60

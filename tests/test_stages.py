@@ -11,17 +11,17 @@ import pytest
 import scipy.io
 import scipy.sparse as sp
 import torch
-from conftest import ROOT, STAGES, Workplace, simulated_dataset
-
-from lib import sctape
-from lib.batches import CellDataset
-from lib.counts import read_split
-from lib.deconvolution import deconvolve
-from lib.gmvae import GMVAE
-from lib.metrics import mae
-from lib.profiles import nb_per_type_log_likelihood
-from lib.reference import Reference
+from lib.bulk import sctape
+from lib.bulk.reference import Reference
+from lib.bulk.regression import deconvolve
+from lib.data.batches import CellDataset
+from lib.data.counts import read_split
+from lib.evaluation.metrics import mae
+from lib.models.gmvae import GMVAE
+from lib.models.profiles import nb_per_type_log_likelihood
 from lib.training import load_checkpoint
+
+from helpers import ROOT, STAGES, Workplace, simulated_dataset, split_only
 
 FILES = """
 data/counts.h5ad data/train.h5ad data/test.h5ad data/pseudobulk_test_tpm.csv data/pseudobulk_test_counts.csv
@@ -241,15 +241,6 @@ def test_a_table_of_cell_numbers_skips_the_prediction(pipeline, tmp_path):
         (tmp_path / "wanted.csv").write_text(f",{types[0]}\nA,{bad}\n")
         with pytest.raises(ValueError, match="must hold numbers of cells"):
             pipeline.main(STAGES[5], CELL_COUNTS=str(tmp_path / "wanted.csv"), **options)
-
-
-def split_only(tmp_path, adata: ad.AnnData, **constants) -> Workplace:
-    place = Workplace(tmp_path)
-    tmp_path.mkdir(exist_ok=True)
-    adata.write_h5ad(tmp_path / "source.h5ad")
-    place.main(STAGES[0], DATASET=str(tmp_path / "source.h5ad"))
-    place.main(STAGES[1], **dict(MIN_GENES=None, MAX_GENES=None, MAX_COUNTS=None, REMOVE_DOUBLETS=False) | constants)
-    return place
 
 
 def test_split_by_donor_shares_none(tmp_path):

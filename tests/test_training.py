@@ -8,13 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import Workplace, simulated_dataset
-
 from lib import parallel
-from lib.batches import Batch
-from lib.counts import fingerprint, write_counts
+from lib.data.batches import Batch
+from lib.data.counts import fingerprint, write_counts
 from lib.parallel import pick_device
 from lib.training import clip_gradients, load_checkpoint
+
+from helpers import Workplace, simulated_dataset
 
 STAGE = "_3_train_gmvae.py"
 SMALL = {"DROPOUT": 0.1, "EPOCHS": 6, "KL_WARMUP_EPOCHS": 2, "N_LATENT": 4, "HIDDEN": (16, 8), "DEVICE": "cpu"}
@@ -137,7 +137,7 @@ def test_an_epoch_keeps_nothing_of_its_batches(tmp_path, monkeypatch):
             alive.add(batch)
             return batch
 
-    monkeypatch.setattr("lib.batches.Batch", Watched)
+    monkeypatch.setattr("lib.data.batches.Batch", Watched)
     most = []
     real = parallel.mean_over
     monkeypatch.setattr(parallel, "mean_over", lambda parts: (gc.collect(), most.append((len(alive), len(parts))), real(parts))[2])

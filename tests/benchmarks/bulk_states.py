@@ -27,10 +27,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from fidelity import PBMC3K, load, metrics  # noqa: E402
-
-from lib import bulk_encoder, generators  # noqa: E402
-from lib.counts import write_counts  # noqa: E402
-from lib.pseudobulk import tpm  # noqa: E402
+from lib.baselines import registry as generators  # noqa: E402
+from lib.bulk import bulk_encoder  # noqa: E402
+from lib.bulk.pseudobulk import tpm  # noqa: E402
+from lib.data.counts import write_counts  # noqa: E402
 from lib.training import load_checkpoint  # noqa: E402
 
 STIMULATED = (

@@ -36,10 +36,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lib import metrics, pseudobulk, sctape  # noqa: E402
-from lib.counts import digest, draw_of_each_type, log_normalize, write_counts  # noqa: E402
-from lib.deconvolution import deconvolve, to_rna  # noqa: E402
-from lib.reference import nnls_on_markers, reference_profiles  # noqa: E402
+from lib.bulk import pseudobulk, sctape  # noqa: E402
+from lib.bulk.reference import nnls_on_markers, reference_profiles  # noqa: E402
+from lib.bulk.regression import deconvolve, to_rna  # noqa: E402
+from lib.data.counts import digest, draw_of_each_type, log_normalize, write_counts  # noqa: E402
+from lib.evaluation import metrics  # noqa: E402
 
 DATA = ROOT.parent / "shared" / "data"
 SPLIT_SEED = 123

@@ -30,12 +30,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lib import generators as models  # noqa: E402
-from lib import metrics  # noqa: E402
-from lib.batches import CellDataset  # noqa: E402
-from lib.comparison import judged  # noqa: E402
-from lib.counts import digest, draw_of_each_type, write_counts  # noqa: E402
-from lib.profiles import type_margins  # noqa: E402
+from lib.baselines import registry as models  # noqa: E402
+from lib.data.batches import CellDataset  # noqa: E402
+from lib.data.counts import digest, draw_of_each_type, write_counts  # noqa: E402
+from lib.evaluation import metrics  # noqa: E402
+from lib.evaluation.comparison import judged  # noqa: E402
+from lib.models.profiles import type_margins  # noqa: E402
 
 CPU = torch.device("cpu")
 SPLIT_SEED = 123
@@ -56,7 +56,7 @@ VARIANTS = {
 def load(data: str) -> tuple[ad.AnnData, ad.AnnData]:
     """Train and test cells."""
     if data == "pbmc68k_reduced":
-        from lib.datasets import load as load_dataset
+        from lib.data.datasets import load as load_dataset
 
         adata = load_dataset(data, Path(tempfile.mkdtemp()), "", None).adata
     else:

@@ -25,10 +25,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from fidelity import PBMC3K, load, metrics  # noqa: E402
-
-from lib import generators  # noqa: E402
-from lib.comparison import judged  # noqa: E402
-from lib.counts import write_counts  # noqa: E402
+from lib.baselines import registry as generators  # noqa: E402
+from lib.data.counts import write_counts  # noqa: E402
+from lib.evaluation.comparison import judged  # noqa: E402
 from lib.training import load_checkpoint  # noqa: E402
 
 NAMES = tuple(generators.CLASSES)  # our GMVAE first

@@ -22,7 +22,7 @@ import scipy.sparse as sp
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lib.counts import digest, write_blocks  # noqa: E402
+from lib.data.counts import digest, write_blocks  # noqa: E402
 
 N_GENES, N_TYPES = 16_000, 12
 STAGES = ("_1_split_train_test.py", "_2_make_pseudobulk.py", "_3_train_gmvae.py", "_4_train_sctape.py", "_5_generate.py")

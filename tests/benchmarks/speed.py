@@ -28,9 +28,9 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lib.batches import Batch, CellDataset  # noqa: E402
-from lib.counts import draw_of_each_type  # noqa: E402
-from lib.layers import SparseLinear  # noqa: E402
+from lib.data.batches import Batch, CellDataset  # noqa: E402
+from lib.data.counts import draw_of_each_type  # noqa: E402
+from lib.models.layers import SparseLinear  # noqa: E402
 from lib.training import keep_freed_memory  # noqa: E402
 
 stage = importlib.import_module("_3_train_gmvae")

@@ -1,0 +1,116 @@
+"""What single cells say of their types, for the deconvolution: mean counts, their noise, the genes that tell types apart."""
+
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import scipy.optimize
+import scipy.sparse as sp
+import torch
+from anndata.abc import CSRDataset
+
+from lib.data.counts import row_blocks
+
+# Chosen on mixtures of train cells that were held out of the reference, clean and with simulated platforms; never on a bulk.
+MIN_Z = 5.0  # of the genes used: their difference between one type and the others, in standard errors
+MAX_GENES = 3000  # those with the largest z
+N_MARKERS = 50  # of each type, for the baseline
+# Genes whose share differs between platforms more than between cell types: ribosomal, mitochondrial, nuclear non-coding
+TECHNICAL = re.compile(r"^(MT-|MRP[LS]\d|RP[LS](?!6K)|MALAT1$|NEAT1$|XIST$)", re.IGNORECASE)
+
+
+class Reference(NamedTuple):
+    """What the single cells say of their types."""
+
+    gene_names: list[str]
+    cell_types: list[str]
+    mean: np.ndarray  # types x genes: counts per cell
+    variance: np.ndarray  # types x genes: between the cells of a type
+    n_cells: np.ndarray  # of each type
+
+    def of_genes(self, genes: np.ndarray) -> "Reference":
+        """The same for some genes, by their places."""
+        return self._replace(gene_names=[self.gene_names[g] for g in genes], mean=self.mean[:, genes], variance=self.variance[:, genes])
+
+    def per_length(self, gene_length_bp: pd.Series | None) -> "Reference":
+        """Counts per base pair instead of counts, for TPM by gene length; genes without a length are left out. None changes nothing."""
+        if gene_length_bp is None:
+            return self
+        known = self.of_genes(np.flatnonzero(pd.Index(self.gene_names).isin(gene_length_bp.index)))
+        per_bp = 1 / gene_length_bp[known.gene_names].to_numpy(dtype=np.float64)
+        per_bp *= known.mean.sum() / (known.mean * per_bp).sum()  # on the scale of counts
+        return known._replace(mean=known.mean * per_bp, variance=known.variance * per_bp**2)
+
+    def to_checkpoint(self) -> dict[str, Any]:
+        """Tensors and builtins alone."""
+        arrays = {name: torch.from_numpy(np.asarray(getattr(self, name), np.float32)) for name in ("mean", "variance")}
+        return self._asdict() | arrays | {"n_cells": torch.from_numpy(self.n_cells)}
+
+    @staticmethod
+    def from_checkpoint(saved: dict[str, Any]) -> "Reference":
+        return Reference(**saved | {name: saved[name].numpy().astype(np.float64) for name in ("mean", "variance", "n_cells")})
+
+
+def reference_profiles(
+    counts: sp.csr_matrix | CSRDataset, cell_type_idx: np.ndarray, gene_names: list[str], cell_types: list[str]
+) -> Reference:
+    """Mean and variance of each type's counts, read in blocks; cells of type -1 do not count.
+
+    Parameters
+    ----------
+    counts
+        Cells x genes, raw, in memory or on disk.
+    """
+    n_types = len(cell_types)
+    total, squares = np.zeros((2, n_types, counts.shape[1]))
+    for rows, block in row_blocks(counts):
+        idx = cell_type_idx[rows]
+        member = sp.csr_matrix((np.ones(np.sum(idx >= 0)), (idx[idx >= 0], np.flatnonzero(idx >= 0))), shape=(n_types, len(idx)))
+        total += (member @ block).toarray()
+        squares += (member @ block.power(2)).toarray()
+    n_cells = np.bincount(cell_type_idx[cell_type_idx >= 0], minlength=n_types)
+    n = np.maximum(n_cells, 1)[:, None]
+    mean = total / n
+    variance = np.maximum(squares / n - mean**2, 0) * n / np.maximum(n - 1, 1)
+    # a gene that a type's few cells happen not to show is not known to be absent: half of what Poisson noise would be on average
+    return Reference(list(gene_names), list(cell_types), mean, np.maximum(variance, 0.5 * mean.mean(axis=0)), n_cells)
+
+
+def signature_genes(reference: Reference, usable: np.ndarray | None = None) -> np.ndarray:
+    """Places of the genes that tell the types apart beyond the noise of the reference, technical genes left out.
+
+    z of a gene and type: mean counts in the type minus the mean over the other types, in standard errors. A gene counts by its
+    largest |z|. Noise in genes below `MIN_Z` would draw all estimates together (errors in variables).
+    """
+    mean, n_types = reference.mean, len(reference.cell_types)
+    error = reference.variance / np.maximum(reference.n_cells, 1)[:, None]
+    others = (mean.sum(axis=0) - mean) / (n_types - 1)
+    others_error = (error.sum(axis=0) - error) / (n_types - 1) ** 2
+    z = (np.abs(mean - others) / np.sqrt(error + others_error + 1e-12)).max(axis=0)
+    use = np.array([not TECHNICAL.match(name) for name in reference.gene_names])
+    use &= mean.mean(axis=0) > 1e-3
+    if usable is not None:
+        use &= usable
+    z = np.where(use, z, 0)
+    least = min(MIN_Z, np.sort(z)[::-1][: 10 * n_types][-1])  # few cells: the best there are, ten a type
+    chosen = np.flatnonzero((z >= least) & (z > 0))
+    return np.sort(chosen[np.argsort(-z[chosen], kind="stable")[:MAX_GENES]])
+
+
+def marker_genes(reference: Reference) -> np.ndarray:
+    """Places of each type's `N_MARKERS` genes of largest fold change over the mean of the other types, for the baseline."""
+    share = reference.mean / reference.mean.sum(axis=1, keepdims=True) * 1e4
+    others = (share.sum(axis=0) - share) / (len(share) - 1)
+    return np.unique(np.argsort(-np.log2((share + 0.1) / (others + 0.1)), axis=1, kind="stable")[:, :N_MARKERS])
+
+
+def nnls_on_markers(bulk: pd.DataFrame, reference: Reference) -> pd.DataFrame:
+    """The baseline: plain non-negative least squares on markers chosen by the train cells; samples x types, rows sum to 1."""
+    genes = marker_genes(reference)
+    shared = pd.Index(reference.gene_names)[genes].isin(bulk.columns)
+    markers = reference.of_genes(genes[shared])
+    y = bulk[markers.gene_names].to_numpy(dtype=np.float64)
+    y = y / np.maximum(y.sum(axis=1, keepdims=True), 1e-12)
+    x = np.array([scipy.optimize.nnls(markers.mean.T, sample)[0] for sample in y])
+    return pd.DataFrame(x / np.maximum(x.sum(axis=1, keepdims=True), 1e-12), bulk.index, reference.cell_types)

@@ -1,0 +1,52 @@
+"""Tables of what to generate: numbers of cells, or proportions, of each type."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lib.data.tables import separator
+
+
+def read_cell_numbers(path: Path, types: list[str]) -> pd.DataFrame:
+    """Samples x cell types, whole numbers; a row a sample and a column a type, or a row a type and one column.
+
+    Raises
+    ------
+    ValueError
+        For a type that is not among `types`, and for what is no number of cells.
+    """
+    table = pd.read_csv(path, sep=separator(path), index_col=0, dtype=str, keep_default_na=False)
+    table.index, table.columns = table.index.astype(str).str.strip(), table.columns.astype(str).str.strip()
+    table = table.apply(pd.to_numeric, errors="coerce")
+    if table.shape[1] == 1 and table.index.isin(types).any():  # one row a type
+        table = table.T.set_axis(["cells"])
+    unknown = [str(name) for name in table.columns if name not in types]
+    if unknown:
+        raise ValueError(f"{path} asks for cell types that the model does not know: {', '.join(unknown)}; it knows {', '.join(types)}")
+    table = table.reindex(columns=types, fill_value=0)
+    if not ((table >= 0) & (table % 1 == 0)).all(axis=None) or table.to_numpy().sum() == 0:
+        raise ValueError(
+            f"{path} must hold numbers of cells: whole, not negative, not all zero; a row a sample and a column a type, or a row a type and one column"
+        )
+    return table.astype(np.int64)
+
+
+def read_proportions(path: Path, types: list[str]) -> pd.DataFrame:
+    """Samples x cell types, rows scaled to sum to 1; a type that the table lacks has none.
+
+    Raises
+    ------
+    ValueError
+        For a type that is not among `types`, and for rows that are no proportions.
+    """
+    table = pd.read_csv(path, sep=separator(path), index_col=0)
+    unknown = [str(name) for name in table.columns if name not in types]
+    values = table.apply(pd.to_numeric, errors="coerce")
+    if unknown or not (values >= 0).all(axis=None) or not np.allclose(values.sum(axis=1), 1, atol=0.01):
+        raise ValueError(
+            f"{path} must hold proportions, a row a sample, not negative, summing to 1, in columns called like the model's types"
+            f"{f' (unknown: {chr(44).join(unknown)})' if unknown else ''}; the types: {', '.join(types)}"
+        )
+    values = values.reindex(columns=types, fill_value=0.0)
+    return values.div(values.sum(axis=1), axis=0).rename(index=str)

@@ -1,0 +1,220 @@
+"""Mini-batches of cells, cut straight from sparse counts, in memory or on disk; the whole set is never dense."""
+
+import functools
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Iterator
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+import torch.nn.functional as F
+from anndata.abc import CSRDataset
+from scipy.special import gammaln
+
+from lib.data.counts import chosen_blocks
+
+SHUFFLED_CELLS = 256  # neighbours on disk that stay together when cells are shuffled there: one read
+WINDOW_CELLS = 8_192  # cells on disk that are in memory at a time, from random places, and are shuffled among themselves
+GPU_SHARE = 0.5  # of the GPU's free memory that the counts may take; a larger set stays in the computer's
+
+
+@dataclass
+class Batch:
+    """Some cells, as the non-zero entries of their rows."""
+
+    indptr: torch.Tensor  # (n_cells + 1,) where each cell's entries begin
+    genes: torch.Tensor  # (n_entries,) gene of each entry
+    counts: torch.Tensor  # (n_entries,) its count, > 0
+    cells: torch.Tensor  # (n_entries,) cell of each entry
+    library_size: torch.Tensor  # (n_cells,) counts of each cell
+    log_factorials: torch.Tensor  # (n_cells,) sum of log(count!), float64
+    cell_type_idx: torch.Tensor  # (n_cells,) -1 where unknown
+    n_genes: int
+    all_labelled: bool  # of the batch as it was cut
+    n_global: int  # cells of the batch in all processes that train together
+
+    @property
+    def n_cells(self) -> int:
+        return len(self.library_size)
+
+    def log_normalized(self, target: float | torch.Tensor) -> torch.Tensor:
+        """log(1 + count x target / library size), sparse, n_cells x n_genes: what the encoder sees."""
+        values = torch.log1p(self.counts * (target / self.library_size)[self.cells])
+        return _csr(self.indptr, self.genes, values, (self.n_cells, self.n_genes))
+
+    def select(self, chosen: torch.Tensor) -> "Batch":
+        """Some of the cells, by a mask (n_cells,)."""
+        entries = chosen[self.cells]
+        place = chosen.cumsum(0) - 1
+        n_entries = self.indptr.diff()[chosen]
+        return replace(
+            self,
+            indptr=F.pad(n_entries.cumsum(0), (1, 0)),
+            genes=self.genes[entries],
+            counts=self.counts[entries],
+            cells=place[self.cells[entries]],
+            library_size=self.library_size[chosen],
+            log_factorials=self.log_factorials[chosen],
+            cell_type_idx=self.cell_type_idx[chosen],
+        )
+
+    def of_type(self, cell_type_idx: int) -> "Batch":
+        """The same cells, taken for cells of one type."""
+        return replace(self, cell_type_idx=torch.full_like(self.cell_type_idx, cell_type_idx))
+
+    def to(self, device: torch.device) -> "Batch":
+        tensors = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **tensors)
+
+
+def _csr(indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(indptr, indices, values, shape, check_invariants=False)
+
+
+def transposed(x: torch.Tensor) -> torch.Tensor:
+    """The transpose of a sparse CSR matrix, itself in CSR form, as fast products need it."""
+    indptr, indices, values = x.crow_indices(), x.col_indices(), x.values()
+    if x.device.type == "cpu":
+        columns = sp.csr_matrix((values.numpy(), indices.numpy(), indptr.numpy()), shape=x.shape).tocsc()
+        parts = (torch.from_numpy(a) for a in (columns.indptr.astype(np.int64), columns.indices.astype(np.int64), columns.data))
+        return _csr(*parts, x.shape[::-1])
+    by_column = indices.argsort(stable=True)
+    rows = torch.repeat_interleave(indptr.diff(), output_size=len(indices))[by_column]
+    n_entries = torch.zeros(x.shape[1], dtype=torch.int64, device=x.device).index_add_(0, indices, torch.ones_like(indices))
+    return _csr(F.pad(n_entries.cumsum(0), (1, 0)), rows, values[by_column], x.shape[::-1])
+
+
+class Held:
+    """Cells held in memory, their counts compressed, on the computing device where they fit."""
+
+    def __init__(self, counts: sp.csr_matrix, cell_type_idx: np.ndarray, device: torch.device):
+        self.device = device
+        self.n_genes = counts.shape[1]
+        self.indptr = counts.indptr.astype(np.int64)
+        self.genes, self.counts = torch.from_numpy(counts.indices), torch.from_numpy(counts.data)
+        self.library_size = torch.from_numpy(np.asarray(counts.sum(axis=1), dtype=np.float32).ravel())
+        logs = sp.csr_matrix((gammaln(counts.data.astype(np.float64) + 1), counts.indices, counts.indptr), shape=counts.shape)
+        self.log_factorials = torch.from_numpy(np.asarray(logs.sum(axis=1)).ravel())
+        self.cell_type_idx = torch.from_numpy(cell_type_idx)
+        self.is_labelled = cell_type_idx >= 0
+        if device.type == "cuda" and self.genes.nbytes + self.counts.nbytes < GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
+            for name in ("genes", "counts", "library_size", "log_factorials", "cell_type_idx"):
+                setattr(self, name, getattr(self, name).to(device))
+
+    def batch(self, cells: np.ndarray, n_global: int | None = None) -> Batch:
+        """All sizes are known from `indptr`, which stays with the processor: it need not wait for a GPU."""
+        begin, n_entries = self.indptr[cells], self.indptr[cells + 1] - self.indptr[cells]
+        indptr = np.concatenate([[0], n_entries.cumsum()])
+        held_on = self.counts.device
+        first, n_entries, rows = (torch.from_numpy(a).to(held_on, non_blocking=True) for a in (begin - indptr[:-1], n_entries, cells))
+        cell_of_entry = torch.repeat_interleave(n_entries, output_size=int(indptr[-1]))
+        entries = torch.arange(int(indptr[-1]), device=held_on) + first[cell_of_entry]
+        return Batch(
+            indptr=torch.from_numpy(indptr).to(held_on, non_blocking=True),
+            genes=self.genes[entries].long(),
+            counts=self.counts[entries],
+            cells=cell_of_entry,
+            library_size=self.library_size[rows],
+            log_factorials=self.log_factorials[rows],
+            cell_type_idx=self.cell_type_idx[rows],
+            n_genes=self.n_genes,
+            all_labelled=bool(self.is_labelled[cells].all()),
+            n_global=len(cells) if n_global is None else n_global,
+        ).to(self.device)
+
+
+class CellDataset:
+    """Counts and types of cells, from which batches are cut.
+
+    Parameters
+    ----------
+    counts
+        Cells x genes, CSR, raw counts: a matrix in memory, or one on disk (`X` of a backed AnnData), of which a window of
+        `WINDOW_CELLS` at most is read at a time.
+    cell_type_idx
+        Type of each cell, -1 where unknown.
+    device
+        Where the batches are wanted.
+    cells
+        Rows that belong to the data set, ascending; None for all.
+    in_memory
+        Read them all at once, even if they are on disk.
+    """
+
+    def __init__(
+        self, counts: sp.csr_matrix | CSRDataset, cell_type_idx: np.ndarray, device: torch.device,
+        cells: np.ndarray | None = None, in_memory: bool = True,
+    ):  # fmt: skip
+        assert isinstance(counts, CSRDataset) or counts.format == "csr"
+        self.n_genes = counts.shape[1]
+        self.cells = np.arange(counts.shape[0]) if cells is None else cells
+        self.cell_type_idx = np.asarray(cell_type_idx, dtype=np.int64)[self.cells]
+        self.device = device
+        self.counts, self.held = counts, None
+        if in_memory:
+            self.counts = sp.vstack([block for block, _ in self.blocks()], format="csr") if cells is not None or not sp.issparse(counts) else counts
+            self.held = Held(self.counts, self.cell_type_idx, device)
+
+    @functools.cached_property
+    def library_size(self) -> np.ndarray:
+        """Counts of each cell."""
+        return np.concatenate([np.asarray(counts.sum(axis=1)).ravel() for counts, _ in self.blocks()])
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def blocks(self) -> Iterator[tuple[sp.csr_matrix, np.ndarray]]:
+        """All cells in order, some at a time: counts and types."""
+        for counts, places in chosen_blocks(self.counts, np.arange(len(self)) if self.held is not None else self.cells):
+            yield counts, self.cell_type_idx[places]
+
+    def in_order(self, batch_size: int) -> Iterator[Batch]:
+        for counts, cell_type_idx in [(None, None)] if self.held is not None else self.blocks():
+            held = self.held or Held(counts, cell_type_idx, self.device)
+            for start in range(0, len(held.library_size), batch_size):
+                yield held.batch(np.arange(start, min(start + batch_size, len(held.library_size))))
+
+    def shuffled(self, batch_size: int, generator: torch.Generator, rank: int = 0, n_ranks: int = 1, balanced: bool = False) -> Iterator[Batch]:
+        """Every cell once, in an order drawn from `generator`; batches of a window differ by one cell at most.
+
+        Cells on disk are shuffled in two steps: neighbours stay together in blocks, a window of random blocks is read, and
+        the cells in the window are shuffled. Of several processes each gets its part of every batch. `balanced` draws as many
+        cells with replacement instead, each type of the window as often as any other, none of unknown type.
+        """
+        for held in [self.held] if self.held is not None else self._windows(generator):
+            if balanced:
+                types = held.cell_type_idx.to(generator.device)
+                weights = torch.where(types < 0, 0.0, 1 / types[types >= 0].bincount()[types.clamp(min=0)])
+                order = torch.multinomial(weights, len(types), replacement=True, generator=generator).cpu().numpy()
+            else:
+                order = torch.randperm(len(held.library_size), generator=generator, device=generator.device).cpu().numpy()
+            for cells in np.array_split(order, max(1, round(len(order) / batch_size))):
+                yield held.batch(cells[rank::n_ranks], len(cells))
+
+    def _windows(self, generator: torch.Generator) -> Iterator[Held]:
+        """Random blocks of cells, read while the last window is being used."""
+        n_blocks = -(-self.counts.shape[0] // SHUFFLED_CELLS)
+        order = torch.randperm(n_blocks, generator=generator, device=generator.device).cpu().numpy()
+        windows = np.array_split(order, max(1, round(n_blocks * SHUFFLED_CELLS / WINDOW_CELLS)))
+        with ThreadPoolExecutor(1) as reader:
+            coming = reader.submit(self._read, windows[0])
+            for following in [*windows[1:], None]:
+                held = coming.result()
+                if following is not None:
+                    coming = reader.submit(self._read, following)
+                if len(held.library_size):
+                    yield held
+
+    def _read(self, blocks: np.ndarray) -> Held:
+        """This data set's cells among some blocks of the file."""
+        parts, cell_type_idx = [], []
+        for start in np.sort(blocks) * SHUFFLED_CELLS:
+            rows = slice(start, min(start + SHUFFLED_CELLS, self.counts.shape[0]))
+            mine = slice(*np.searchsorted(self.cells, [rows.start, rows.stop]))
+            parts.append(self.counts[rows][self.cells[mine] - start])
+            cell_type_idx.append(self.cell_type_idx[mine])
+        return Held(sp.vstack(parts, format="csr"), np.concatenate(cell_type_idx), self.device)

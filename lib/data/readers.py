@@ -1,0 +1,224 @@
+"""Counts in the formats that people have, read into AnnData: cells x genes, sparse."""
+
+import re
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scanpy as sc
+import scipy.io
+import scipy.sparse as sp
+
+from lib.data.counts import check_orientation, gene_share, sum_duplicate_genes, to_counts
+from lib.data.labels import BARCODE_COLUMNS, align_labels, read_label_table, take_labels
+from lib.data.tables import read_header, separator
+
+CSV_ROWS_AT_ONCE = 500  # a table of 18,000 genes x 10,000 cells is 1.5 GB when dense; read in bands it stays under 0.1 GB
+TABLE_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".txt", ".txt.gz")
+LIST_HEADERS = ("x", "v1", "gene", "genes", "gene_name", "feature", "features", "symbol", "barcode", "barcodes", "cell")
+
+
+def read_dataset(path: Path, orientation: str = "auto", cell_type_key: str | None = None) -> ad.AnnData:
+    """Raw counts from a file or folder, recognised by its name and content.
+
+    Parameters
+    ----------
+    path
+        `.h5ad`, 10x `.h5`, a folder with a MatrixMarket table (10x, or the original's MTX + cluster CSV), an `.mtx(.gz)`
+        file, or a table of counts (csv, tsv, optionally gzipped).
+    orientation
+        Of a table: "genes_in_rows", "cells_in_rows", or "auto" to tell by well-known gene names.
+    cell_type_key
+        Column with the cell types, in `obs` or in the cluster CSV; None takes the one called like it, if there is one.
+
+    Raises
+    ------
+    ValueError
+        For a format that is none of these, and for values that are not counts.
+    """
+    name = path.name.lower()
+    if path.is_dir():
+        adata = read_mtx_folder(path, cell_type_key=cell_type_key)
+    elif name.endswith(".h5ad"):
+        adata = take_labels(read_h5ad(path), cell_type_key)
+    elif name.endswith(".h5"):
+        adata = take_labels(sc.read_10x_h5(path), cell_type_key)
+    elif name.endswith((".mtx", ".mtx.gz")):
+        adata = read_mtx_folder(path.parent, path, cell_type_key)
+    elif name.endswith(TABLE_SUFFIXES):
+        adata = take_labels(read_count_table(path, orientation), cell_type_key)
+    else:
+        raise ValueError(f"{path} has a format that is not known; expected .h5ad, 10x .h5, a 10x or MTX folder, or one of {', '.join(TABLE_SUFFIXES)}")
+    check_orientation(adata, str(path))
+    return tidy(adata, str(path))
+
+
+def tidy(adata: ad.AnnData, what: str) -> ad.AnnData:
+    """Checked CSR counts under unique gene names and unique barcodes; `obs` is kept, all else is left behind."""
+    counts = to_counts(adata.X, what)
+    counts, gene_names = sum_duplicate_genes(counts, pd.Index(adata.var_names.astype(str)))
+    obs = adata.obs.copy()
+    obs.index = obs.index.astype(str)
+    if not obs.index.is_unique:
+        repeated = obs.index[obs.index.duplicated()].unique()
+        print(f"{len(repeated):,} barcodes stand more than once (such as {repeated[0]}): -1, -2, ... was added to the later ones")
+        obs.index = ad.utils.make_index_unique(obs.index)
+    return ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=gene_names))
+
+
+def read_h5ad(path: Path) -> ad.AnnData:
+    """The first of `layers["counts"]`, `raw.X` and `X` that holds counts."""
+    adata = ad.read_h5ad(path)
+    candidates = {"X": (adata.X, adata.var_names)}
+    if adata.raw is not None:
+        candidates = {"raw.X": (adata.raw.X, adata.raw.var_names)} | candidates
+    if "counts" in adata.layers:
+        candidates = {"layers['counts']": (adata.layers["counts"], adata.var_names)} | candidates
+    refused = []
+    for where, (matrix, var_names) in candidates.items():
+        if matrix is None:
+            continue
+        try:
+            counts = to_counts(matrix, f"{where} of {path}")
+        except ValueError as error:
+            refused.append(str(error))
+            continue
+        if where != "X":
+            print(f"counts taken from {where}")
+        return ad.AnnData(counts, obs=adata.obs.copy(), var=pd.DataFrame(index=var_names))
+    raise ValueError("; ".join(refused) or f"{path} holds no matrix; expected raw counts in X, raw.X or layers['counts']")
+
+
+def read_mtx_folder(folder: Path, matrix_file: Path | None = None, cell_type_key: str | None = None) -> ad.AnnData:
+    """A MatrixMarket table with its gene and barcode lists, as Cell Ranger 2 and 3 write them, or MTX + cluster CSV.
+
+    The lists are told apart by their names (genes/features, barcodes/cells, cluster/cell type/label) and must fit the
+    table's two sides; which side holds the genes follows from their lengths.
+    """
+    files = sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
+    if matrix_file is None:
+        matrices = [f for f in files if f.name.lower().endswith((".mtx", ".mtx.gz"))]
+        if len(matrices) != 1:
+            named = ", ".join(f.name for f in matrices)
+            raise ValueError(f"{folder} holds {len(matrices)} .mtx files ({named}), expected one; name the file itself")
+        matrix_file = matrices[0]
+    lists = [f for f in files if ".mtx" not in f.name.lower()]
+    label_files = _called(lists, r"cluster|cell.?type|label|annot|partition")
+    lists = [f for f in lists if f not in label_files]
+
+    matrix = sp.csr_matrix(scipy.io.mmread(matrix_file))
+    genes = _read_list(_called(lists, r"gene|feature"), matrix.shape, f"gene names of {matrix_file}")
+    square_of_cell_ranger = matrix.shape[0] == matrix.shape[1] and _called(lists, r"^(genes|features)\.tsv")  # genes x cells
+    if len(genes) != matrix.shape[1] or square_of_cell_ranger:
+        matrix = matrix.T.tocsr()
+    if len(genes) != matrix.shape[1]:
+        raise ValueError(f"{matrix_file} has the sides {matrix.shape[0]:,} and {matrix.shape[1]:,}, but there are {len(genes):,} genes")
+    symbols = genes.iloc[:, min(1, genes.shape[1] - 1)]  # Cell Ranger: gene ID, symbol, kind of feature
+    adata = ad.AnnData(matrix, var=pd.DataFrame(index=pd.Index(symbols.to_numpy())))
+    _name_and_label_cells(adata, matrix_file, _called(lists, r"barcode|cell"), label_files, cell_type_key)
+    if genes.shape[1] > 2 and (genes[2] == "Gene Expression").any():  # antibodies and the like stand in the same list
+        adata = adata[:, (genes[2] == "Gene Expression").to_numpy()].copy()
+    return adata
+
+
+def _called(files: list[Path], pattern: str) -> list[Path]:
+    return [f for f in files if re.search(pattern, f.name.lower())]
+
+
+def _name_and_label_cells(adata: ad.AnnData, matrix_file: Path, barcode_files: list[Path], label_files: list[Path], key: str | None) -> None:
+    """Barcodes from their list, or else from the label file, or else numbers; then the labels."""
+    if len(label_files) > 1:
+        named = ", ".join(f.name for f in label_files)
+        print(f"{len(label_files)} files look like labels ({named}): none was used; set LABELS_FILE to one of them")
+    labels = read_label_table(label_files[0]) if len(label_files) == 1 else None
+    numbered = pd.Index([f"cell_{i + 1}" for i in range(adata.n_obs)])
+    barcodes = numbered
+    if barcode_files:
+        barcodes = pd.Index(_read_list(barcode_files, (adata.n_obs,), f"barcodes of {matrix_file}")[0].to_numpy())
+    elif labels is not None and len(labels) == adata.n_obs:
+        named = [c for c in labels if c and c.lower() in BARCODE_COLUMNS and labels[c].is_unique]
+        barcodes = pd.Index(labels[named[0]].to_numpy()) if named else numbered
+    adata.obs_names = barcodes
+    if labels is not None:
+        adata.obs = align_labels(labels, label_files[0], barcodes, key, by_order=barcodes is numbered)
+    elif key is not None and not label_files:
+        raise ValueError(f"CELL_TYPE_KEY is {key!r}, but there is no file of cell types beside {matrix_file}; set LABELS_FILE")
+
+
+def _read_list(found: list[Path], sides: tuple[int, ...], what: str) -> pd.DataFrame:
+    """A list of genes or cells that fits one of the table's sides; a header line, as R's write.csv adds, is left out."""
+    if len(found) != 1:
+        raise ValueError(f"the {what} are missing or not unique: found {[f.name for f in found]}, expected one file")
+    table = pd.read_csv(found[0], sep=separator(found[0]), header=None, dtype=str, keep_default_na=False)
+    is_header = table.iloc[0].str.lower().isin(LIST_HEADERS).any()
+    if len(table) - 1 in sides and (is_header or len(table) not in sides):
+        table = table.iloc[1:]
+    if len(table) not in sides:
+        raise ValueError(f"{found[0]} has {len(table):,} lines, expected as many as a side of the table: {' or '.join(f'{n:,}' for n in sides)}")
+    return table
+
+
+def read_count_table(path: Path, orientation: str = "auto") -> ad.AnnData:
+    """A csv or tsv table of counts, read in bands of rows so that it is never dense as a whole."""
+    header = read_header(path)
+    bands, row_names = [], []
+    read = pd.read_csv(
+        path, sep=separator(path), index_col=0, chunksize=CSV_ROWS_AT_ONCE, low_memory=False, keep_default_na=False, na_values=[""]
+    ) if header else []  # fmt: skip
+    for band in read:
+        if band.empty:
+            continue
+        text = [c for c, kind in band.dtypes.items() if not pd.api.types.is_numeric_dtype(kind)]
+        if text:
+            raise ValueError(f"{path} has columns that are not numbers ({', '.join(map(str, text[:3]))}); expected names in the first column and counts in all others")
+        bands.append(sp.csr_matrix(band.to_numpy(dtype=np.float32)))
+        row_names += band.index.astype(str).tolist()
+    if not bands:
+        raise ValueError(f"{path} is empty: it has no rows; expected a table of counts")
+    matrix, rows = sp.vstack(bands, format="csr"), pd.Index(row_names)
+    columns = pd.Index(header[len(header) - matrix.shape[1] :])  # not pandas' names: it renames what stands twice
+    if orientation == "auto":
+        orientation = _guess_orientation(rows, columns, path)
+    if orientation == "genes_in_rows":
+        matrix, rows, columns = matrix.T.tocsr(), columns, rows
+    return ad.AnnData(matrix, obs=pd.DataFrame(index=rows), var=pd.DataFrame(index=columns))
+
+
+def _guess_orientation(rows: pd.Index, columns: pd.Index, path: Path) -> str:
+    in_rows, in_columns = gene_share(rows), gene_share(columns)
+    if in_rows == in_columns:
+        raise ValueError(
+            f"{path}: cannot tell genes from cells: {in_rows:,} well-known gene names in rows, {in_columns:,} in columns "
+            f"(rows: {', '.join(rows[:3])}; columns: {', '.join(columns[:3])}); set ORIENTATION to genes_in_rows or cells_in_rows"
+        )
+    return "genes_in_rows" if in_rows > in_columns else "cells_in_rows"
+
+
+def read_gene_lengths(path: Path) -> pd.Series:
+    """Gene lengths in base pairs, by gene name.
+
+    Either the original's table (Gene start, Gene end, Gene name, Transcript start, Transcript end; the longest
+    `transcript end - start` of each gene: a genomic span, introns included) or a table of two columns, gene and length
+    (exonic lengths). A gene that stands more than once gets its longest.
+
+    Raises
+    ------
+    ValueError
+        If it is neither.
+    """
+    table = pd.read_csv(path, sep=separator(path))
+    if table.shape[1] == 2 and re.fullmatch(r"[0-9.]+", str(table.columns[1])):  # no header
+        table = pd.read_csv(path, sep=separator(path), header=None)
+    if {"Gene name", "Transcript start (bp)", "Transcript end (bp)"} <= set(table.columns):
+        length = table["Transcript end (bp)"] - table["Transcript start (bp)"]
+        name = table["Gene name"]
+    elif table.shape[1] == 2 and pd.api.types.is_numeric_dtype(table.iloc[:, 1]):
+        name, length = table.iloc[:, 0], table.iloc[:, 1]
+    else:
+        raise ValueError(
+            f"{path} is no table of gene lengths: it has the columns {', '.join(map(str, table.columns))}; "
+            "expected gene and length, or the columns of GeneLength.txt"
+        )
+    lengths = pd.Series(length.to_numpy(dtype=float), index=name.astype(str)).groupby(level=0).max()
+    return lengths[lengths > 0].rename("gene_length_bp")

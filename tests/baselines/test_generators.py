@@ -1,0 +1,249 @@
+"""The generators beside the GMVAE: that they learn, and that each is what its source describes."""
+
+import anndata as ad
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from lib.baselines import beta_vae
+from lib.baselines import expression_sampling as drawing
+from lib.baselines import registry as generators
+from lib.baselines.beta_vae import BetaVAE
+from lib.baselines.conv_cvae import ConvCVAE, extra_zeros
+from lib.baselines.pca_cvae import PCACVAE
+from lib.data.batches import CellDataset
+from lib.data.counts import log_normalize
+from lib.models.profiles import Margins
+from lib.training import load_checkpoint
+
+from helpers import STAGES, simulated_cells
+
+CPU = torch.device("cpu")
+NAMES = ("beta_vae", "pca_cvae", "conv_cvae")
+ABOUT = {"stage": "_3_train_gmvae.py", "constants": {}, "gene_names": [f"GENE{i}" for i in range(60)], "cell_types": list("abc"), "split_id": "x"}
+FAST = {
+    "beta_vae": {"epochs": 60, "batch_size": 64, "learning_rate": 2e-3},
+    "pca_cvae": {"epochs": 40, "batch_size": 64},
+    "conv_cvae": {"epochs": 60},
+}
+SMALL = {
+    "beta_vae": {"n_latent": 8, "hidden": (64, 32)},
+    "pca_cvae": {"n_pcs": 20, "n_latent": 8, "hidden": (64, 32), "n_label": 8},
+    "conv_cvae": {},
+}
+
+
+@pytest.fixture(scope="module")
+def data():
+    counts, types = simulated_cells(n_cells=900)
+    part = np.random.default_rng(0).random(900) < 0.8
+    return CellDataset(counts[part], types[part], CPU), (counts[~part], types[~part])
+
+
+def fitted(name: str, data, folder, **settings):
+    train, (test_counts, test_types) = data
+    settings = generators.SETTINGS[name] | FAST[name] | settings
+    return generators.fit(name, train, CellDataset(test_counts, test_types, CPU), ABOUT, settings, SMALL[name], folder, seed=0)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def trained(request, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, *fitted(request.param, data, folder)
+
+
+def cells_of(model, types, seed=0) -> sp.csr_matrix:
+    return sp.vstack(list(model.sample(types, seed)), format="csr")
+
+
+def mean_log(counts, types) -> np.ndarray:
+    """Types x genes: mean log(1 + counts per 10,000)."""
+    values = log_normalize(sp.csr_matrix(counts), 1e4).toarray()
+    return np.stack([values[types == k].mean(axis=0) for k in range(3)])
+
+
+def test_it_learns_what_the_types_are_like(trained, data):
+    """New cells of a type resemble held-out cells of that type, of no other, and far more than the mean of all types does."""
+    _, model, trainer = trained
+    test_counts, test_types = data[1]
+    types = np.repeat(np.arange(3), 200)
+    real, made = mean_log(test_counts, test_types), mean_log(cells_of(model, types), types)
+    distance = np.abs(made[:, None] - real[None]).mean(axis=2)  # made types x real types
+    assert (distance.argmin(axis=1) == np.arange(3)).all()
+    assert np.diag(distance).mean() < 0.5 * np.abs(real - real.mean(axis=0)).mean()
+    losses = [row["held_out_reconstruction_loss"] for row in trainer.history]
+    assert min(losses) < 0.9 * losses[0]
+
+
+def test_cells_are_counts_with_library_sizes_of_their_type(trained, data):
+    _, model, _ = trained
+    train, types = data[0], np.repeat(np.arange(3), 300)
+    cells = cells_of(model, types)
+    assert cells.format == "csr" and cells.shape == (900, 60) and (cells.data > 0).all() and (cells.data == np.rint(cells.data)).all()
+    for k in range(3):
+        made, real = np.asarray(cells[types == k].sum(axis=1)), train.library_size[train.cell_type_idx == k]
+        assert np.median(made) == pytest.approx(np.median(real), rel=0.12)
+
+
+def test_sampling_is_seeded_and_its_blocks_can_be_shared_out(trained):
+    _, model, _ = trained
+    types = np.random.default_rng(0).integers(0, 3, 600)
+    a, b, c = cells_of(model, types), cells_of(model, types), cells_of(model, types, seed=1)
+    assert (a != b).nnz == 0 and (a != c).nnz > 0
+    second = sp.vstack(list(model.sample(types, 0, blocks=range(1, 3))))
+    assert (second != a[256:]).nnz == 0
+
+
+def test_a_checkpoint_brings_back_the_same_cells(trained):
+    name, model, trainer = trained
+    checkpoint = load_checkpoint(trainer.best_path, STAGES[3])  # weights_only
+    again = generators.load(checkpoint, CPU)
+    types = np.arange(3).repeat(50)
+    assert checkpoint["generator"] == name and (cells_of(again, types) != cells_of(model.eval(), types)).nnz == 0
+
+
+def test_resumed_training_equals_uninterrupted(data, tmp_path):
+    whole, _ = fitted("beta_vae", data, tmp_path, epochs=4)
+    half = tmp_path / "half"
+    half.mkdir()
+    fitted("beta_vae", data, half, epochs=2)
+    settings = generators.SETTINGS["beta_vae"] | FAST["beta_vae"] | {"epochs": 4}
+    resumed, trainer = generators.fit("beta_vae", data[0], CellDataset(*data[1], CPU), ABOUT, settings, SMALL["beta_vae"], half, 0, resume=True)
+    assert len(trainer.history) == 4
+    for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+# --- what each source says
+
+
+def test_deepconvcvae_has_the_published_number_of_parameters():
+    model = ConvCVAE(n_genes=144 * 144, n_cell_types=11)
+    assert model.side == 144 and sum(p.numel() for p in model.parameters()) == 1_503_877
+    encoder = [model.label_image, model.encoder, model.z_mean, model.z_log_var]
+    assert sum(p.numel() for part in encoder for p in part.parameters()) == 917_412
+    assert sum(p.numel() for p in model.decoder.parameters()) == 586_465
+
+
+@pytest.mark.parametrize("n_genes, side", [(1, 4), (16, 4), (17, 8), (765, 28), (13_714, 120), (20_736, 144)])
+def test_any_number_of_genes_becomes_a_square(n_genes, side):
+    model = ConvCVAE(n_genes, 2, filters=2)
+    counts = np.zeros((2, n_genes), np.float32)
+    counts[0, 0], counts[1, -1] = 3, 1
+    dataset = CellDataset(sp.csr_matrix(counts), np.array([0, 1]), CPU)
+    model.initialise(dataset)
+    images = model.images(dataset.held.batch(np.arange(2)))
+    assert images.shape == (2, 1, side, side)
+    assert images[0, 0, 0, 0] == 1 and images[1].flatten()[n_genes - 1] == 1 and images.sum() == 2  # zeros elsewhere
+    assert model.decode(torch.zeros(2, 2), torch.tensor([0, 1])).shape == (2, 1, side, side)
+
+
+def test_an_image_too_small_is_refused():
+    with pytest.raises(ValueError, match="an image of 8 x 8 pixels cannot hold 65 genes"):
+        ConvCVAE(65, 2, side=8)
+
+
+def test_the_beta_vae_has_bulk2singles_sizes_and_loss():
+    model = BetaVAE(100, 3)
+    widths = [layer.weight.shape[0] for layer in model.encoder if isinstance(layer, torch.nn.Linear)]
+    assert (model.from_genes.weight.shape[1], *widths, model.n_latent) == (2048, 1024, 512, 2 * 256, 256)
+    assert [layer.weight.shape[0] for layer in model.decoder if isinstance(layer, torch.nn.Linear)] == [512, 1024, 2048, 100]
+    counts, types = simulated_cells(n_cells=20)
+    small = BetaVAE(60, 3, n_latent=2, hidden=(8,))
+    batch, noise = CellDataset(counts, types, CPU).held.batch(np.arange(20)), torch.randn(20, 2)
+    x = torch.from_numpy(log_normalize(counts, 1e4).toarray())
+    hidden = torch.relu(x @ small.from_genes.weight + small.from_genes_bias)
+    mean, log_var = small.encoder(hidden).chunk(2, dim=1)
+    kl = 0.5 * (mean**2 + log_var.exp() - log_var - 1).sum(dim=1)
+    error = ((small.decoder(mean + (log_var / 2).exp() * noise) - x) ** 2).sum(dim=1)
+    assert small(batch, noise)["loss"].item() == pytest.approx((error + 4 * kl).mean().item(), rel=1e-4)
+
+
+def test_top_markers_are_all_that_the_encoder_sees(data):
+    train = data[0]
+    model = BetaVAE(60, 3, n_latent=4, hidden=(16,), top_markers=5)
+    model.initialise(train)
+    seen = model.is_seen.numpy().astype(bool)
+    assert 5 <= seen.sum() <= 15
+    means = np.stack([np.asarray(train.counts[train.cell_type_idx == k].mean(axis=0)).ravel() for k in range(3)])
+    strongest = (means / means.sum(axis=1, keepdims=True) / (means.sum(axis=0) / means.sum())).argmax(axis=1)
+    assert seen[strongest].all()  # each type's strongest marker
+    counts = train.counts[:30].toarray()
+    counts[:, ~seen] = np.random.default_rng(0).permutation(counts[:, ~seen].T).T  # same library sizes
+    a, b = (CellDataset(c, np.zeros(30, int), CPU).held.batch(np.arange(30)).log_normalized(1e4) for c in (train.counts[:30], sp.csr_matrix(counts)))
+    torch.testing.assert_close(model.q_z(a), model.q_z(b))
+    assert not np.allclose(a.to_dense(), b.to_dense())
+    assert beta_vae.marker_genes(train, 3, 60).tolist() == list(range(60))
+
+
+def test_components_in_bands_are_those_of_all_cells_at_once(data, monkeypatch):
+    """Incremental PCA over blocks spans what an exact PCA of all cells spans, and full rank inverts to the genes themselves."""
+    train = data[0]
+    monkeypatch.setattr("lib.baselines.pca_cvae.PCA_CELLS", 100)
+    model = PCACVAE(60, 3, n_pcs=60)
+    model.initialise(train)
+    batch = train.held.batch(np.arange(40))
+    x = batch.log_normalized(1e4).to_dense()
+    torch.testing.assert_close(model.gene_mean + (model.pcs(batch) * model.pc_scale) @ model.components.T, x, atol=2e-3, rtol=1e-3)
+    few = PCACVAE(60, 3, n_pcs=5)
+    few.initialise(train)
+    values = log_normalize(train.counts, 1e4).toarray()
+    exact = np.linalg.svd(values - values.mean(axis=0), full_matrices=False)[2][:3].T
+    overlap = np.linalg.svd(few.components.numpy().T @ exact)[1]
+    assert overlap.min() > 0.98
+
+
+def test_class_balanced_batches_show_every_type_equally_often():
+    counts, _ = simulated_cells(n_cells=1000)
+    types = np.where(np.arange(1000) < 20, 0, np.where(np.arange(1000) < 900, 1, -1))
+    dataset, generator = CellDataset(counts, types, CPU), torch.Generator().manual_seed(0)
+    seen = torch.cat([b.cell_type_idx for b in dataset.shuffled(100, generator, balanced=True)])
+    assert len(seen) == 1000 and (seen >= 0).all()  # as many as an epoch holds, none of unknown type
+    assert (seen == 0).float().mean().item() == pytest.approx(0.5, abs=0.06)
+
+
+def test_one_cycle_rises_then_falls():
+    settings = {"learning_rate": 1e-3, "epochs": 100, "one_cycle": True}
+    rates = np.array([generators.learning_rate(epoch, settings) for epoch in range(100)])
+    peak = rates.argmax()
+    assert 25 <= peak <= 33 and rates[peak] == pytest.approx(1e-3, rel=0.02) and rates[0] < 1e-4 and rates[-1] < 1e-5
+    assert (np.diff(rates[: peak + 1]) > 0).all() and (np.diff(rates[peak:]) < 0).all()
+    weights = [generators.kl_weight(epoch, {"kl_weight": (0.1, 1.0), "kl_warmup_epochs": 9}) for epoch in (0, 9, 50)]
+    assert weights == pytest.approx([0.1, 1.0, 1.0])
+
+
+def test_extra_zeros_are_found_where_they_are():
+    rng = np.random.default_rng(0)
+    profile = np.full(40, 1 / 40)
+    counts = rng.poisson(rng.gamma(2.0, 400 * profile / 2.0, (4000, 40))).astype(np.float32)
+    counts[:, :20][rng.random((4000, 20)) < 0.4] = 0
+    library = counts.sum(axis=1)
+    dataset = CellDataset(sp.csr_matrix(counts), np.zeros(4000, int), CPU)
+    expected_mu = 400 * profile / (library.mean() * profile)  # of the genes' own mean, were nothing left out
+    found = extra_zeros(dataset, Margins((profile * expected_mu)[None], np.full(40, np.log(2.0))))
+    assert found[:20].mean() == pytest.approx(0.4, abs=0.04) and found[20:].mean() < 0.04
+
+
+def test_what_a_decoder_puts_below_zero_is_never_counted():
+    log_expression = torch.tensor([[-1.0, 0.0, np.log(1 + 2500), np.log(1 + 7500)]])
+    np.testing.assert_allclose(drawing.shares(log_expression), [[0, 0, 0.25, 0.75]], rtol=1e-5)
+
+
+# --- behind the scripts
+
+
+@pytest.mark.parametrize("name, options", [("beta_vae", {"TOP_MARKERS": 20}), ("pca_cvae", {}), ("conv_cvae", {})])
+def test_stages_3_and_5_take_it_by_a_constant(pipeline, tmp_path, name, options):
+    models, fig = tmp_path / "models", tmp_path / "fig"
+    pipeline.main(STAGES[3], GENERATOR=name, OTHER_EPOCHS=2, MODELS_DIR=str(models), FIG_DIR=str(fig), DEVICE="cpu", **options)
+    assert (fig / f"{name}_loss.png").stat().st_size > 0
+    output = tmp_path / "cells.h5ad"
+    few = {"MAX_CELLS_JUDGED": 60, "MAX_CELLS_DRAWN": 100, "DEVICE": "cpu"}
+    pipeline.main(STAGES[5], GENERATOR=name, CELL_COUNTS="test", OUTPUT=str(output), MODELS_DIR=str(models), FIG_DIR=str(fig), **few)
+    generated, test = ad.read_h5ad(output), ad.read_h5ad(pipeline.data / "test.h5ad")
+    assert generated.shape == test.shape and generated.uns["generator"] == name and (generated.X.data == np.rint(generated.X.data)).all()
+
+
+def test_a_generator_not_yet_trained_is_named(pipeline, tmp_path):
+    with pytest.raises(FileNotFoundError, match="beta_vae.pt is missing: run _3_train_gmvae.py --generator beta_vae first"):
+        pipeline.main(STAGES[5], GENERATOR="beta_vae", MODELS_DIR=str(tmp_path))

@@ -1,0 +1,73 @@
+"""What single cells say of their types: moments by hand, genes that tell types apart, the baseline."""
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from lib.bulk.reference import (
+    Reference,
+    nnls_on_markers,
+    reference_profiles,
+    signature_genes,
+)
+
+
+def test_moments_are_those_of_numpy_and_unlabelled_cells_do_not_count():
+    counts = np.random.default_rng(0).poisson(3.0, (40, 5)).astype(np.float32)
+    types = np.repeat([0, 1, -1], [20, 15, 5])
+    found = reference_profiles(sp.csr_matrix(counts), types, list("ABCDE"), ["x", "y"])
+    for k in range(2):
+        np.testing.assert_allclose(found.mean[k], counts[types == k].mean(axis=0))
+        np.testing.assert_allclose(found.variance[k], counts[types == k].var(axis=0, ddof=1), rtol=1e-6)
+    np.testing.assert_array_equal(found.n_cells, [20, 15])
+
+
+def test_a_gene_that_few_cells_do_not_show_is_not_known_to_be_absent():
+    counts = sp.csr_matrix(np.array([[4.0, 1.0], [4.0, 1.0], [0.0, 1.0]], dtype=np.float32))
+    found = reference_profiles(counts, np.array([0, 0, 1]), ["A", "B"], ["x", "y"])
+    assert found.mean[1, 0] == 0 and found.variance[1, 0] == 0.5 * 2.0  # half the Poisson noise of the mean over types
+
+
+def test_signature_genes_differ_between_types_and_are_not_technical():
+    mean = np.array([[10.0, 5.0, 10.0, 0.0, 5.0], [1.0, 5.0, 1.0, 3.0, 5.0]])
+    names = ["CD3E", "ACTB", "RPL3", "CD19", "MT-CO1"]
+    reference = Reference(names, ["T", "B"], mean, np.full((2, 5), 1.0), np.array([100, 100]))
+    # z of CD3E: 9 / sqrt(.01 + .01) = 64; of ACTB: 0
+    assert [names[g] for g in signature_genes(reference)] == ["CD3E", "CD19"]
+    noisy = reference._replace(variance=np.full((2, 5), 400.0))  # CD3E: 9 / sqrt(8) = 3.2, too little, but the best there is
+    assert [names[g] for g in signature_genes(noisy)] == ["CD3E", "CD19"]
+    assert [names[g] for g in signature_genes(reference, np.array([False, True, True, True, True]))] == ["CD19"]
+
+
+def test_ribosomal_kinases_are_no_ribosomal_proteins():
+    mean = np.array([[9.0, 9.0, 1.0], [1.0, 1.0, 9.0]])
+    reference = Reference(["RPS6KA1", "Rps6", "X"], ["a", "b"], mean, np.ones((2, 3)), np.array([50, 50]))
+    assert list(signature_genes(reference)) == [0, 2]
+
+
+def test_it_survives_a_checkpoint(tmp_path):
+    reference = Reference(["A", "B"], ["x", "y"], np.array([[1.5, 0.0], [2.0, 3.25]]), np.ones((2, 2)), np.array([3, 4]))
+    torch.save({"reference": reference.to_checkpoint()}, tmp_path / "c.pt")
+    back = Reference.from_checkpoint(torch.load(tmp_path / "c.pt", weights_only=True)["reference"])
+    assert back.gene_names == reference.gene_names and back.cell_types == reference.cell_types
+    for name in ("mean", "variance", "n_cells"):
+        np.testing.assert_allclose(getattr(back, name), getattr(reference, name))
+
+
+def test_per_length_divides_by_it_and_keeps_the_scale():
+    reference = Reference(["A", "B", "C"], ["x", "y"], np.array([[4.0, 2.0, 1.0], [2.0, 2.0, 1.0]]), np.ones((2, 3)), np.array([3, 4]))
+    assert reference.per_length(None) is reference
+    found = reference.per_length(pd.Series({"A": 2000.0, "B": 1000.0}))
+    assert found.gene_names == ["A", "B"]
+    np.testing.assert_allclose(found.mean / found.mean[0, 0], [[1, 1], [0.5, 1]])
+    np.testing.assert_allclose(found.mean.sum(), 10)
+
+
+def test_the_baseline_finds_exact_mixtures():
+    rng = np.random.default_rng(0)
+    mean = rng.lognormal(0, 1.5, (3, 200))
+    names = [f"G{i}" for i in range(200)]
+    reference = Reference(names, ["a", "b", "c"], mean, mean, np.array([50, 50, 50]))
+    true = rng.dirichlet(np.ones(3), 5)
+    bulk = pd.DataFrame(true @ mean * 7, columns=names)
+    np.testing.assert_allclose(nnls_on_markers(bulk, reference), true, atol=1e-6)

@@ -1,0 +1,102 @@
+"""Batches hold what the matrix holds."""
+
+import functools
+
+import anndata as ad
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from lib.data.batches import CellDataset, transposed
+from lib.data.counts import read_counts, row_blocks, write_counts
+
+from helpers import simulated_cells
+
+
+def test_a_batch_is_the_rows_of_the_matrix():
+    counts, types = simulated_cells()
+    batch = CellDataset(counts, types, torch.device("cpu")).held.batch(np.array([5, 2, 9]))
+    dense = torch.zeros(3, counts.shape[1])
+    dense[batch.cells, batch.genes] = batch.counts
+    np.testing.assert_array_equal(dense, counts[[5, 2, 9]].toarray())
+    np.testing.assert_array_equal(batch.library_size, counts[[5, 2, 9]].toarray().sum(axis=1))
+    np.testing.assert_array_equal(batch.cell_type_idx, types[[5, 2, 9]])
+    expected = np.log1p(dense.numpy() / dense.numpy().sum(axis=1, keepdims=True) * 1000)
+    np.testing.assert_allclose(batch.log_normalized(1000.0).to_dense(), expected, rtol=1e-5)
+
+
+def test_selected_cells_are_those_cells():
+    counts, types = simulated_cells()
+    dataset = CellDataset(counts, types, torch.device("cpu"))
+    chosen = torch.tensor([False, True, True, False, True])
+    selected, expected = dataset.held.batch(np.arange(5)).select(chosen), dataset.held.batch(np.array([1, 2, 4]))
+    for name, value in vars(expected).items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(getattr(selected, name), value), name
+
+
+def test_an_epoch_holds_every_cell_once_in_a_seeded_order():
+    counts, types = simulated_cells(n_cells=103)
+    dataset = CellDataset(counts, np.arange(103), torch.device("cpu"))
+    orders = []
+    for seed in (0, 0, 1):
+        batches = list(dataset.shuffled(20, torch.Generator().manual_seed(seed)))
+        assert max(b.n_cells for b in batches) - min(b.n_cells for b in batches) <= 1
+        orders.append(torch.cat([b.cell_type_idx for b in batches]).tolist())
+    assert sorted(orders[0]) == list(range(103))
+    assert orders[0] == orders[1] != orders[2]
+
+
+@pytest.fixture
+def on_disk(tmp_path, monkeypatch):
+    """Cells in a file of many blocks and windows, the same in memory, and which of them belong to the data set."""
+    monkeypatch.setattr("lib.data.batches.SHUFFLED_CELLS", 16)
+    monkeypatch.setattr("lib.data.batches.WINDOW_CELLS", 64)
+    monkeypatch.setattr("lib.data.counts.row_blocks", functools.partial(row_blocks, size=50))
+    counts, _ = simulated_cells(n_cells=403)
+    adata = ad.AnnData(counts, uns={"dataset": "simulated"})
+    write_counts(adata, tmp_path / "cells.h5ad")
+    mine = np.flatnonzero(np.arange(403) % 4 > 0)
+    ids = np.arange(403)  # as types, so that a batch tells which cells it holds
+    cpu = torch.device("cpu")
+    backed = read_counts(tmp_path / "cells.h5ad", "-").X
+    return CellDataset(backed, ids, cpu, mine, in_memory=False), CellDataset(counts, ids, cpu, mine), mine
+
+
+def test_cells_on_disk_are_the_cells_in_memory(on_disk):
+    disk, memory, mine = on_disk
+    assert disk.held is None and memory.held is not None
+    np.testing.assert_array_equal(disk.library_size, memory.library_size)
+    for dataset in (disk, memory):
+        batches = list(dataset.in_order(7))
+        np.testing.assert_array_equal(torch.cat([b.cell_type_idx for b in batches]), mine)
+        whole = sp.vstack([counts for counts, _ in dataset.blocks()])
+        np.testing.assert_array_equal(whole.toarray(), memory.counts.toarray())
+
+
+def test_an_epoch_from_disk_holds_every_cell_once_and_mixes_far_cells(on_disk):
+    disk, memory, mine = on_disk
+    batches = list(disk.shuffled(12, torch.Generator().manual_seed(0)))
+    ids = torch.cat([b.cell_type_idx for b in batches]).numpy()
+    assert sorted(ids) == list(mine)
+    spread = [np.ptp(b.cell_type_idx.numpy()) for b in batches]
+    assert np.mean(spread) > 150  # cells of a batch come from all over the file, not from one stretch of 64
+    of_memory = memory.held.batch(np.searchsorted(mine, batches[0].cell_type_idx.numpy()))
+    assert torch.equal(batches[0].counts, of_memory.counts) and torch.equal(batches[0].genes, of_memory.genes)
+    again = torch.cat([b.cell_type_idx for b in disk.shuffled(12, torch.Generator().manual_seed(0))]).numpy()
+    np.testing.assert_array_equal(ids, again)
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_processes_share_every_batch(on_disk, where):
+    whole = list(on_disk[where].shuffled(12, torch.Generator().manual_seed(3)))
+    shares = [list(on_disk[where].shuffled(12, torch.Generator().manual_seed(3), rank, 3)) for rank in range(3)]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert sorted(torch.cat([p.cell_type_idx for p in parts]).tolist()) == sorted(batch.cell_type_idx.tolist())
+        assert all(p.n_global == batch.n_cells for p in parts) and max(p.n_cells for p in parts) - min(p.n_cells for p in parts) <= 1
+
+
+def test_the_transpose_in_csr_form():
+    counts, types = simulated_cells()
+    x = CellDataset(counts, types, torch.device("cpu")).held.batch(np.arange(20)).log_normalized(1000.0)
+    assert torch.equal(transposed(x).to_dense(), x.to_dense().T)

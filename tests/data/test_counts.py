@@ -1,0 +1,113 @@
+"""The data contract refuses what is not counts and what does not belong together."""
+
+import anndata as ad
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from lib.data.counts import (
+    check_same_names,
+    check_same_split,
+    fingerprint,
+    log_normalize,
+    n_entries,
+    read_counts,
+    row_blocks,
+    sum_duplicate_genes,
+    take,
+    to_counts,
+    write_blocks,
+)
+
+from helpers import simulated_dataset
+
+
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        ([[0.0, 1.5], [2.0, 0.0]], "looks log-normalised"),
+        ([[0.0, 150.5], [2.0, 0.0]], "looks normalised"),
+        ([[0.0, -1.0], [2.0, 0.0]], "negative"),
+        ([[0.0, np.nan], [2.0, 0.0]], "NaN"),
+        ([[0.0, 0.0], [0.0, 0.0]], "zeros only"),
+        (np.empty((0, 4)), "is empty: got 0 cells x 4 genes"),
+    ],
+)
+def test_what_is_not_counts_is_refused(matrix, message):
+    with pytest.raises(ValueError, match=message):
+        to_counts(sp.csr_matrix(matrix) if message == "NaN" else np.array(matrix), "the matrix")
+
+
+def test_counts_come_out_as_clean_csr():
+    dirty = sp.csr_matrix((np.array([0, 3, 2], dtype=np.int64), ([0, 1, 1], [0, 2, 1])), shape=(2, 3))
+    clean = to_counts(dirty, "the matrix")
+    assert clean.format == "csr" and clean.dtype == np.float32 and clean.nnz == 2 and clean.has_sorted_indices
+    np.testing.assert_array_equal(clean.toarray(), [[0, 0, 0], [0, 2, 3]])
+
+
+def test_duplicate_genes_are_summed_and_said(capsys):
+    import pandas as pd
+
+    summed, names = sum_duplicate_genes(sp.csr_matrix([[1.0, 2.0, 3.0]]), pd.Index(["A", "B", "A"]))
+    np.testing.assert_array_equal(summed.toarray(), [[4, 2]])
+    assert list(names) == ["A", "B"]
+    assert "1 gene names stand more than once (such as A)" in capsys.readouterr().out
+
+
+def test_the_fingerprint_changes_with_anything_that_matters():
+    adata = simulated_dataset(n_cells=30)
+    prints = {fingerprint(adata)}
+    other = adata.copy(); other.X[0, other.X[0].indices[0]] += 1  # noqa: E702
+    prints.add(fingerprint(other))
+    prints.add(fingerprint(ad.AnnData(adata.X, obs=adata.obs.set_axis([f"x{i}" for i in range(30)]), var=adata.var)))
+    other = adata.copy(); other.obs["cell_type"] = other.obs["cell_type"].cat.rename_categories({"type 0": "other"})  # noqa: E702
+    prints.add(fingerprint(other))
+    prints.add(fingerprint(ad.AnnData(adata.X, obs=adata.obs, var=adata.var.set_axis([f"x{i}" for i in range(adata.n_vars)]))))
+    assert len(prints) == 5 and fingerprint(adata.copy()) in prints
+
+
+def test_both_sides_are_named():
+    with pytest.raises(ValueError, match=r"model.pt has 2 genes, data.h5ad has 2, and they differ \(only there: C; missing there: B\); run it"):
+        check_same_names(["A", "C"], "model.pt", ["A", "B"], "data.h5ad", "genes", "it")
+    with pytest.raises(ValueError, match="another order"):
+        check_same_names(["B", "A"], "model.pt", ["A", "B"], "data.h5ad", "genes", "it")
+    with pytest.raises(ValueError, match="model.pt does not belong to data.h5ad: it comes from split a, expected split b"):
+        check_same_split("a", "model.pt", "b", "data.h5ad", "_3_train_gmvae.py")
+
+
+def test_log_normalize_by_hand():
+    np.testing.assert_allclose(log_normalize(sp.csr_matrix([[1.0, 3.0], [0.0, 0.0]]), 100).toarray(), [[np.log(26), np.log(76)], [0, 0]], rtol=1e-6)
+
+
+def test_counts_written_in_blocks_are_read_back_in_blocks(tmp_path):
+    whole = simulated_dataset(n_cells=101)
+    whole.uns["dataset"] = "simulated"
+    cells = ad.AnnData(obs=whole.obs.assign(filled_later=0.0), var=whole.var, uns=whole.uns)
+
+    def blocks():
+        for rows, block in row_blocks(whole.X, size=40):
+            cells.obs.iloc[rows, -1] = np.asarray(block.sum(axis=1)).ravel()
+            yield block
+
+    write_blocks(cells, blocks(), tmp_path / "cells.h5ad")
+    on_disk = read_counts(tmp_path / "cells.h5ad", "-")
+    assert on_disk.isbacked and n_entries(on_disk.X) == n_entries(whole.X) == whole.X.nnz
+    np.testing.assert_array_equal(ad.read_h5ad(tmp_path / "cells.h5ad").X.toarray(), whole.X.toarray())
+    np.testing.assert_array_equal(on_disk.obs["filled_later"], np.asarray(whole.X.sum(axis=1)).ravel())
+    some = take(on_disk, np.array([3, 50, 100]))
+    np.testing.assert_array_equal(some.X.toarray(), whole.X[[3, 50, 100]].toarray())
+    assert list(some.obs_names) == list(whole.obs_names[[3, 50, 100]])
+
+
+def test_a_block_that_fails_leaves_the_old_file(tmp_path):
+    whole = simulated_dataset(n_cells=20)
+    whole.uns["dataset"] = "simulated"
+    path = tmp_path / "cells.h5ad"
+    write_blocks(whole, [whole.X], path)
+
+    def broken():
+        yield whole.X[:5]
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="the old file, if any, is untouched"):
+        write_blocks(whole, broken(), path)
+    assert ad.read_h5ad(path).n_obs == 20 and [p.name for p in tmp_path.iterdir()] == ["cells.h5ad"]

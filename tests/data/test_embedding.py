@@ -1,0 +1,80 @@
+"""Embeddings of few and of many cells; scanpy finds neighbours in another way above 8,192 cells, with other libraries."""
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from lib.data.counts import read_counts, write_counts
+from lib.data.embedding import (
+    embed,
+    labels_of_neighbours,
+    lazy,
+    load_pymde,
+    mde,
+    principal_components,
+)
+
+from helpers import simulated_dataset
+
+
+@pytest.mark.parametrize("n_cells", [60, 8300])
+def test_cells_of_one_type_lie_together(n_cells):
+    adata = simulated_dataset(n_cells=n_cells, n_genes=80)
+    embedding = embed(principal_components(adata, n_top_genes=60, n_pcs=10), n_neighbors=10, seed=0)
+    assert embedding.obsm["X_umap"].shape == (n_cells, 2) and np.isfinite(embedding.obsm["X_umap"]).all()
+    rows, columns = embedding.obsp["connectivities"].nonzero()
+    types = adata.obs["cell_type"].to_numpy()
+    assert (types[rows] == types[columns]).mean() > 0.8
+    assert adata.X.max() == np.rint(adata.X.max())  # the input stays counts
+
+
+def test_too_few_cells_are_refused():
+    with pytest.raises(ValueError, match="9 cells are too few for an embedding"):
+        principal_components(simulated_dataset(n_cells=9), 60, 10)
+
+
+def test_components_of_cells_on_disk_are_those_in_memory(tmp_path):
+    adata = simulated_dataset(n_cells=5000, n_genes=80)  # three blocks on disk
+    adata.uns["dataset"] = "simulated"
+    write_counts(adata, tmp_path / "cells.h5ad")
+    rows = np.flatnonzero(np.arange(5000) % 3 > 0)
+    from_disk = principal_components(lazy(read_counts(tmp_path / "cells.h5ad", "-"), rows), 60, 5)
+    in_memory = principal_components(adata[rows].copy(), 60, 5)
+    for a, b in zip(from_disk.T, in_memory.T):
+        assert abs(np.corrcoef(a, b)[0, 1]) > 0.999  # a component's sign is free
+
+
+def test_labels_spread_to_the_nearest_cells():
+    pcs = np.array([[0.0], [0.1], [0.2], [5.0], [5.1], [5.2], [0.05], [5.05]])
+    labels = labels_of_neighbours(pcs, np.arange(6), np.array(list("aaabbb")), 3)
+    assert "".join(labels) == "aaabbbab"
+
+
+def test_mde_hands_the_components_to_pymde(monkeypatch):
+    """pymde itself needs a torchvision that fits torch; here stands something with its interface."""
+    asked = {}
+
+    def preserve_neighbors(data, embedding_dim, n_neighbors):
+        asked.update(shape=tuple(data.shape), n_neighbors=n_neighbors)
+        return SimpleNamespace(embed=lambda: data[:, :embedding_dim])
+
+    monkeypatch.setitem(sys.modules, "pymde", SimpleNamespace(seed=lambda seed: asked.update(seed=seed), preserve_neighbors=preserve_neighbors))
+    pcs = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
+    np.testing.assert_array_equal(mde(pcs, 15, 7), pcs[:, :2])
+    assert asked == {"shape": (12, 5), "n_neighbors": 11, "seed": 7}
+
+
+def test_mde_of_pymde_keeps_groups_together():
+    pytest.importorskip("torchvision", reason="pymde imports it", exc_type=(ImportError, RuntimeError))
+    pytest.importorskip("pymde")
+    groups = np.repeat([0.0, 20.0], 60)
+    places = mde((np.random.default_rng(0).normal(size=(120, 5)) + groups[:, None]).astype(np.float32), 10, 0)
+    gap = np.linalg.norm(places[:60].mean(axis=0) - places[60:].mean(axis=0))
+    assert places.shape == (120, 2) and gap > 2 * places[:60].std()
+
+
+def test_without_pymde_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pymde", None)
+    with pytest.raises(ImportError, match="MDE needs pymde and a torchvision that fits torch .* pip install pymde, or set MDE to False"):
+        load_pymde()

@@ -1,0 +1,101 @@
+"""What stage 5 shows and takes beside its defaults: four stages, tables of proportions, replicates, numbers, several generators."""
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+from lib.bulk.pseudobulk import largest_remainder
+from lib.data.counts import log_normalize
+from lib.evaluation import panels, views
+
+from helpers import STAGES, simulated_cells, simulated_dataset, trained_gmvae
+
+FEW = {"MAX_CELLS_JUDGED": 60, "MAX_CELLS_DRAWN": 120, "DEVICE": "cpu"}
+
+
+def test_reconstructed_cells_follow_their_own_input():
+    """Not only the type: within a type, a cell's reconstruction correlates with the programme of its own input."""
+    counts, types = simulated_cells(n_cells=600)
+    model = trained_gmvae(counts, types, epochs=80)
+    cells = simulated_dataset(n_cells=600)
+    z, made = views.latent_and_reconstructed(model, cells, seed=0)
+    assert z.shape == (600, 4) and made.shape == cells.shape and list(made.obs_names) == list(cells.obs_names)
+    values, ours = (log_normalize(a.X, 1e4).toarray() for a in (cells, made))
+    own = []
+    for k in range(3):
+        x, y = values[types == k], ours[types == k]
+        programme = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)[2][0]
+        own.append(np.corrcoef((x - x.mean(axis=0)) @ programme, (y - y.mean(axis=0)) @ programme)[0, 1])
+    assert min(own) > 0.4
+    np.testing.assert_allclose(np.asarray(made.X.sum(axis=1)).ravel().mean(), cells.X.sum() / 600, rtol=0.05)
+
+
+def test_mean_expression_by_hand():
+    adata = ad.AnnData(np.array([[1.0, 1.0], [0.0, 4.0], [3.0, 0.0]], np.float32))
+    adata.X = sp.csr_matrix(adata.X)
+    adata.obs["cell_type"] = pd.Categorical(["a", "a", "b"], categories=["a", "b", "c"])
+    table = panels.mean_expression(adata, np.array([True, True]))
+    np.testing.assert_allclose(table.loc["a"], [np.log1p(5000) / 2, (np.log1p(5000) + np.log1p(10000)) / 2], rtol=1e-5)
+    np.testing.assert_allclose(table.loc["b"], [np.log1p(10000), 0], rtol=1e-5)
+    assert table.loc["c"].isna().all()
+
+
+def test_proportions_kept_from_before_are_used_again_and_all_stages_are_drawn(pipeline, tmp_path):
+    kept = pd.read_csv(pipeline.data / "predicted_proportions.csv", index_col=0)
+    two = pd.concat([kept, kept.iloc[:, ::-1].set_axis(kept.columns, axis=1).rename(index=lambda _: "turned")])
+    two.drop(columns=two.columns[(two == 0).all()]).to_csv(tmp_path / "kept.csv")
+    options = FEW | {"OUTPUT": str(tmp_path / "cells.h5ad"), "FIG_DIR": str(tmp_path), "PROPORTIONS_FILE": str(tmp_path / "kept.csv")}
+    pipeline.main(STAGES[5], N_CELLS=80, FOUR_STAGES=True, **options)
+    generated = ad.read_h5ad(tmp_path / "cells.h5ad")
+    made = pd.crosstab(generated.obs["sample"], generated.obs["cell_type"], dropna=False).loc[two.index, kept.columns]
+    np.testing.assert_array_equal(made, largest_remainder(two.div(two.sum(axis=1), axis=0).to_numpy(), 80))
+    for name in ("four_stages", "composition", "type_correlation"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    for edit, message in ((lambda t: t * 2, "must hold proportions"), (lambda t: t.rename(columns={t.columns[0]: "Unicorn"}), "unknown: Unicorn")):
+        edit(two).to_csv(tmp_path / "kept.csv")
+        with pytest.raises(ValueError, match=message):
+            pipeline.main(STAGES[5], **options)
+    with pytest.raises(ValueError, match="CELL_COUNTS and PROPORTIONS_FILE are both set"):
+        pipeline.main(STAGES[5], CELL_COUNTS="test", **options)
+
+
+def test_so_many_cells_of_each_type_without_noise(pipeline, tmp_path, capsys):
+    options = FEW | {"OUTPUT": str(tmp_path / "cells.h5ad"), "FIG_DIR": str(tmp_path)}
+    pipeline.main(STAGES[5], CELL_COUNTS="12", NOISE_CLUSTER_CELLS=2, **options)
+    generated = ad.read_h5ad(tmp_path / "cells.h5ad")
+    out = capsys.readouterr().out
+    dropped = int(out.split("noise filter: ")[1].split(" of ")[0])
+    assert generated.n_obs == 12 * 10 - dropped and (generated.obs["cell_type"].value_counts() <= 12).all()
+
+
+def test_replicates_are_one_sample(pipeline, tmp_path):
+    import _5_generate as stage
+
+    tpm = pd.read_csv(pipeline.data / "pseudobulk_test_tpm.csv", index_col=0).iloc[:3].rename_axis(None)
+    tpm.to_csv(tmp_path / "bulk.csv")
+    pd.DataFrame({"sample": ["own_1", "own_3"], "group": "together"}).to_csv(tmp_path / "groups.csv", index=False)
+    stage.BULK_FILE, stage.BULK_UNITS, stage.REPLICATES = str(tmp_path / "bulk.csv"), "tpm", str(tmp_path / "groups.csv")
+    test = ad.read_h5ad(pipeline.data / "test.h5ad")
+    bulk = stage.bulk_samples(test, {"gene_length_bp": None})
+    stage.BULK_FILE = stage.REPLICATES = None
+    np.testing.assert_allclose(bulk.loc["together"], tpm.iloc[[0, 2]].mean(), rtol=1e-3, atol=0.01)
+    with pytest.raises(ValueError, match=r"XGBOOST_CELLS is \(5, 5\); expected three numbers"):
+        pipeline.main(STAGES[5], XGBOOST_CELLS=(5, 5))
+
+
+def test_several_generators_are_compared(pipeline, tmp_path):
+    models = tmp_path / "models"
+    models.mkdir()
+    for name in ("gmvae.pt", "sctape.pt"):
+        (models / name).write_bytes((pipeline.models / name).read_bytes())
+    pipeline.main(STAGES[3], GENERATOR="conv_cvae", OTHER_EPOCHS=1, MODELS_DIR=str(models), FIG_DIR=str(tmp_path), DEVICE="cpu")
+    pipeline.main(
+        STAGES[5], CELL_COUNTS="test", OUTPUT=str(tmp_path / "cells.h5ad"), MODELS_DIR=str(models), FIG_DIR=str(tmp_path), DEVICE="cpu", MAX_CELLS_DRAWN=120
+    )
+    table = pd.read_csv(tmp_path / "comparison.csv", index_col=0)
+    assert list(table.columns) == ["gmvae", "conv_cvae", "real train cells"] and not table.isna().any(axis=None)
+    assert table.loc["forest AUC", "gmvae"] < table.loc["forest AUC", "conv_cvae"]  # one epoch
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000
+    torch.load(models / "conv_cvae.pt", weights_only=True)

@@ -1,0 +1,103 @@
+"""What several test files share: a folder to run the stages in, simulated cells, a small trained model."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from lib.data.batches import CellDataset
+from lib.models.axes import within_type_axes
+from lib.models.gmvae import GMVAE
+from lib.models.profiles import type_margins
+
+CPU = torch.device("cpu")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+STAGES = (
+    "_0_download_data.py", "_1_split_train_test.py", "_2_make_pseudobulk.py",
+    "_3_train_gmvae.py", "_4_train_sctape.py", "_5_generate.py",
+)  # fmt: skip
+
+
+class Workplace:
+    """The folders of one pipeline run, and the stages run in them."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.data, self.models, self.fig = path / "data", path / "models", path / "fig"
+
+    def run(self, stage: str, *options: str, check: bool = True) -> subprocess.CompletedProcess:
+        """A stage as a user runs it, from another folder."""
+        folders = ["--data-dir", str(self.data)]
+        if stage[1] in "345":
+            folders += ["--models-dir", str(self.models)]
+        if stage[1] in "1345":
+            folders += ["--fig-dir", str(self.fig)]
+        self.path.mkdir(exist_ok=True)
+        done = subprocess.run([sys.executable, str(ROOT / stage), *folders, *options], cwd=self.path, capture_output=True, text=True)
+        if check and done.returncode:
+            raise AssertionError(f"{stage} failed:\n{done.stdout}\n{done.stderr}")
+        return done
+
+    def main(self, stage: str, **constants) -> None:
+        """A stage run inside this process with some constants set, which is faster."""
+        script = importlib.reload(importlib.import_module(stage.removesuffix(".py")))
+        folders = {"DATA_DIR": str(self.data), "MODELS_DIR": str(self.models), "FIG_DIR": str(self.fig)}
+        for name, value in ({k: v for k, v in folders.items() if hasattr(script, k)} | constants).items():
+            assert hasattr(script, name), f"{stage} has no constant {name}"
+            setattr(script, name, value)
+        script.main()
+
+
+def simulated_cells(n_cells: int = 300, n_genes: int = 60, n_types: int = 3, seed: int = 0) -> tuple[sp.csr_matrix, np.ndarray]:
+    """Counts of a mixture of negative binomials with one latent programme inside each type, and the cells' types."""
+    rng = np.random.default_rng(seed)
+    cell_type_idx = np.sort(rng.integers(0, n_types, n_cells))
+    profiles = rng.lognormal(0, 1.5, (n_types, n_genes))
+    programme = rng.normal(0, 1, n_cells)[:, None] * rng.normal(0, 0.8, n_genes)
+    mu = profiles[cell_type_idx] * np.exp(programme)
+    mu *= rng.lognormal(np.log(400), 0.4, n_cells)[:, None] / mu.sum(axis=1, keepdims=True)
+    counts = rng.poisson(rng.gamma(5.0, mu / 5.0)).astype(np.float32)
+    counts[counts.sum(axis=1) == 0, 0] = 1
+    return sp.csr_matrix(counts), cell_type_idx
+
+
+def simulated_dataset(**arguments) -> ad.AnnData:
+    counts, cell_type_idx = simulated_cells(**arguments)
+    genes = [f"GENE{i}" for i in range(counts.shape[1])]
+    obs = pd.DataFrame({"cell_type": pd.Categorical([f"type {k}" for k in cell_type_idx])}, index=[f"cell_{i}" for i in range(len(cell_type_idx))])
+    return ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=genes))
+
+
+def split_only(tmp_path, adata: ad.AnnData, **constants) -> Workplace:
+    place = Workplace(tmp_path)
+    tmp_path.mkdir(exist_ok=True)
+    adata.write_h5ad(tmp_path / "source.h5ad")
+    place.main(STAGES[0], DATASET=str(tmp_path / "source.h5ad"))
+    place.main(STAGES[1], **dict(MIN_GENES=None, MAX_GENES=None, MAX_COUNTS=None, REMOVE_DOUBLETS=False) | constants)
+    return place
+
+
+def trained_gmvae(counts, cell_type_idx, epochs: int = 150, seed: int = 0, on_axes: bool = False, **arguments) -> GMVAE:
+    """on_axes: start, as stage 3 does, on the axes of the cells, as many as there are; otherwise four dimensions, at random."""
+    torch.manual_seed(seed)
+    dataset, generator = CellDataset(counts, cell_type_idx, CPU), torch.Generator().manual_seed(seed)
+    margins = type_margins(dataset, 3)
+    axes = within_type_axes(dataset, margins, 8, seed) if on_axes else None
+    model = GMVAE(counts.shape[1], 3, n_latent=len(axes.variance) if on_axes else 4, hidden=(32, 16), **({"likelihood": "nb"} | arguments))
+    model.initialise(dataset, margins, axes)
+    dispersion = [p for n, p in model.named_parameters() if n.startswith(("log_theta", "log_loading"))]
+    others = [p for n, p in model.named_parameters() if not n.startswith(("log_theta", "log_loading"))]
+    optimizer = torch.optim.Adam([{"params": dispersion, "lr": 2e-2}, {"params": others}], lr=3e-3)
+    for epoch in range(epochs):
+        for batch in dataset.shuffled(64, generator):
+            optimizer.zero_grad()
+            model(batch, torch.randn(batch.n_cells, model.n_latent, generator=generator), min(1.0, epoch / 50))["loss"].backward()
+            optimizer.step()
+    return model.eval()

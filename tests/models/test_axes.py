@@ -1,0 +1,90 @@
+"""The axes within the types: how many there are, which genes they move, how the cells lie on them."""
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from lib.data.batches import CellDataset
+from lib.models.axes import _shrunken, within_type_axes
+from lib.models.profiles import type_margins
+
+N_CELLS, N_GENES = 1500, 400
+
+
+def cells(n_programmes: int, seed: int = 0):
+    """Two types that differ in 40 genes; programmes of 30 genes each move within both. Also the true z and loadings."""
+    rng = np.random.default_rng(seed)
+    types = rng.integers(0, 2, N_CELLS)
+    z = rng.normal(size=(N_CELLS, n_programmes))
+    loadings = np.zeros((N_GENES, n_programmes))
+    for j in range(n_programmes):
+        loadings[rng.choice(N_GENES, 30, replace=False), j] = rng.choice([-0.7, 0.7], 30)
+    log_mean = rng.normal(0, 1, N_GENES) + types[:, None] * np.where(np.arange(N_GENES) < 40, 2.0, 0.0) + z @ loadings.T
+    mu = 800 * np.exp(log_mean) / np.exp(log_mean).sum(axis=1, keepdims=True)
+    return sp.csr_matrix(rng.poisson(mu).astype(np.float32)), types, z, loadings
+
+
+def found(counts, types, max_axes: int = 8):
+    dataset = CellDataset(counts, types, torch.device("cpu"))
+    return within_type_axes(dataset, type_margins(dataset, types.max() + 1), max_axes, 0)
+
+
+def scores(axes, counts, types):
+    library_size = np.asarray(counts.sum(axis=1)).ravel()
+    logs = np.log1p(counts.toarray() / library_size[:, None] * np.median(library_size))
+    return logs @ axes.projection + axes.offset[types]
+
+
+def test_as_many_axes_as_there_are_programmes_and_not_the_types():
+    counts, types, z, loadings = cells(3)
+    axes = found(counts, types)
+    assert 3 <= axes.loadings.shape[1] <= 4
+    seen = scores(axes, counts, types)
+    assert np.linalg.svd(np.linalg.qr(z - z.mean(axis=0))[0].T @ np.linalg.qr(seen - seen.mean(axis=0))[0])[1].min() > 0.9
+    assert np.abs(np.corrcoef(seen.T, types)[-1, :-1]).max() < 0.1
+
+
+def test_loadings_and_scores_have_the_scale_of_z():
+    """z is found up to a rotation, which the products do not see."""
+    counts, types, z, loadings = cells(3)
+    axes = found(counts, types)
+    true, ours = loadings @ loadings.T, axes.loadings @ axes.loadings.T
+    assert np.corrcoef(true.ravel(), ours.ravel())[0, 1] > 0.9
+    assert np.sum(ours * true) / np.sum(true * true) == pytest.approx(1, abs=0.25)
+    seen = scores(axes, counts, types)
+    np.testing.assert_allclose((seen.var(axis=0) + axes.variance)[:3], 1, atol=0.25)
+
+
+def test_noise_has_no_axes():
+    """One is kept, for z must have a size, and moves no gene."""
+    counts, types, *_ = cells(0)
+    axes = found(counts, types)
+    assert axes.loadings.shape == (N_GENES, 1) and np.sqrt((axes.loadings**2).mean()) < 0.05
+
+
+def test_a_rare_gene_in_a_far_cell_gets_no_loading():
+    counts, types, z, _ = cells(2)
+    dense = counts.toarray()
+    dense[:, -1] = 0
+    dense[np.argmax(z[:, 0]), -1] = 1
+    axes = found(sp.csr_matrix(dense), types)
+    assert np.abs(axes.loadings[-1]).max() < 0.2
+
+
+def test_cells_without_a_label_are_left_out():
+    counts, types, *_ = cells(2)
+    both = sp.vstack([counts, sp.csr_matrix(np.full((50, N_GENES), 9, dtype=np.float32))], format="csr")
+    axes = found(both, np.append(types, np.full(50, -1)))
+    assert axes.loadings.shape[1] == 2
+
+
+def test_shrinkage_is_that_of_a_known_prior():
+    """Half of the values are 0, half normal: a sure value stays, an unsure one goes to the prior's mean."""
+    rng = np.random.default_rng(0)
+    true = np.where(rng.random(4000) < 0.5, 0, rng.normal(0, 0.4, 4000))
+    error = np.full(4000, 0.2)
+    error[:2000] = 0.02
+    estimate = true + error * rng.normal(size=4000)
+    shrunk = _shrunken(estimate[:, None], error[:, None])[:, 0]
+    assert np.mean((shrunk[2000:] - true[2000:]) ** 2) < 0.75 * np.mean((estimate[2000:] - true[2000:]) ** 2)
+    np.testing.assert_allclose(shrunk[:2000][np.abs(true[:2000]) > 0.3], estimate[:2000][np.abs(true[:2000]) > 0.3], rtol=0.05)

@@ -1,0 +1,245 @@
+"""The GMVAE: its bound, its likelihood, its training on all kinds of labels, its cells."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import scipy.stats
+import torch
+from lib.data.batches import CellDataset
+from lib.models.gmvae import GENERATED_AT_ONCE, GMVAE
+from lib.models.likelihoods import Likelihood, draw_positive_nb, nb_log_prob
+from lib.models.profiles import nb_per_type_log_likelihood
+
+from helpers import simulated_cells, trained_gmvae
+
+CPU = torch.device("cpu")
+
+
+def noise_of(batch, generator=None, n_latent: int = 4) -> torch.Tensor:
+    return torch.randn(batch.n_cells, n_latent, generator=generator)
+
+
+def all_cells(counts, types):
+    return CellDataset(counts, np.asarray(types), CPU).held.batch(np.arange(len(types)))
+
+
+@pytest.fixture(scope="module")
+def data():
+    counts, types = simulated_cells(n_cells=900)
+    part = np.random.default_rng(0).random(900) < 0.8
+    return (counts[part], types[part]), (counts[~part], types[~part])
+
+
+@pytest.fixture(scope="module")
+def model(data):
+    return trained_gmvae(*data[0])
+
+
+def test_it_beats_a_model_without_latent_variables_on_cells_it_has_not_seen(data, model):
+    train, test = (CellDataset(*part, CPU) for part in data)
+    assert model.log_likelihood(test, n_samples=50).mean() > nb_per_type_log_likelihood(train, test).mean() + 8
+
+
+@pytest.mark.parametrize("arguments", [{"dispersion": "gene"}, {"decoder": "mlp"}, {"likelihood": "zinb", "decoder": "mlp", "dispersion": "gene-cell"}])
+def test_every_variant_learns(data, arguments):
+    test = CellDataset(*data[1], CPU)
+    untrained, learned = (trained_gmvae(*data[0], epochs=n, **arguments).log_likelihood(test, 20).mean() for n in (0, 25))
+    assert learned > untrained + 5
+
+
+def test_the_bound_rises_with_importance_samples_to_the_likelihood(data, model):
+    test = CellDataset(*data[1], CPU)
+    with torch.no_grad():
+        terms = [model.elbo_terms(model.see(b), b, noise_of(b)) for b in test.in_order(64)]
+    elbo = -torch.cat([t["reconstruction_loss"] + t["kl_z"] for t in terms]).mean().item()
+    one, few, many = (model.log_likelihood(test, n).mean() for n in (1, 10, 100))
+    assert abs(one - elbo) < 1.0  # one sample is the ELBO, up to the draw
+    assert one < few < many
+
+
+def test_the_likelihood_is_exact_where_z_does_nothing(data, model):
+    """With a decoder that ignores z, p(x|y,l) is one negative binomial, and every importance weight must cancel to it."""
+    blind = GMVAE(**model.arguments)
+    blind.load_state_dict(model.state_dict())
+    torch.nn.init.zeros_(blind.p_x_z_log_mean.weight)
+    # p(z|y) = N(0, 1), q(z|x,y) = N(0.3, e^0.4): different, so the weights must cancel, and q covers p
+    heads = (blind.p_z_y_mean[-1], 0.0), (blind.p_z_y_log_var[-1], 0.0), (blind.q_z_xy_mean.rest[-1], 0.3), (blind.q_z_xy_log_var.rest[-1], 0.4)
+    for head, bias in heads:
+        torch.nn.init.zeros_(head.weight), torch.nn.init.constant_(head.bias, bias)
+    test, batch = CellDataset(*data[1], CPU), all_cells(*data[1])
+    logits = (blind.p_x_z_log_mean.bias * blind.log_loading_ratio.exp() + blind.log_profiles)[batch.cell_type_idx]
+    log_theta = (blind.log_theta + blind.log_theta_ratio)[batch.cell_type_idx]
+    exact = nb_log_prob(batch, logits, batch.library_size.log(), log_theta).detach().numpy()
+    assert blind.eval().log_likelihood(test, n_samples=2000).mean() == pytest.approx(exact.mean(), abs=0.1)
+
+
+def test_cells_without_labels_sum_over_all_types(data):
+    """An unlabelled cell's loss is the labelled bounds weighted by q(y|x), plus KL(q(y|x) || p(y)): here term by term."""
+    (counts, types), _ = data
+    model = trained_gmvae(counts, types, epochs=2)
+    unknown, noise = all_cells(counts[:5], np.full(5, -1)), torch.randn(5, 4)
+    q = torch.softmax(model.q_y(model.see(unknown), unknown), dim=1).detach()
+    expected = (q * (q.log() - model.type_frequency.log())).sum(dim=1).double()
+    for k in range(3):
+        of_type_k = all_cells(counts[:5], np.full(5, k))
+        terms = model.elbo_terms(model.see(of_type_k), of_type_k, noise)
+        expected = expected + q[:, k] * (terms["reconstruction_loss"] + terms["library_loss"] + terms["kl_z"]).detach()
+    assert model(unknown, noise)["loss"].item() == pytest.approx((expected.mean() + model.leaning_penalty()).item(), rel=1e-5)
+
+
+def test_mixed_batches_equal_their_parts(data):
+    (counts, types), _ = data
+    model = trained_gmvae(counts, types, epochs=1)
+    decoded = []
+    model.p_x_z.register_forward_hook(lambda _, z, __: decoded.append(len(z[0])))
+    labels, noise = np.where(np.arange(8) < 4, types[:8], -1), torch.randn(8, 4)
+    whole = model(all_cells(counts[:8], labels), noise)["loss"].item()
+    parts = [model(all_cells(counts[part], labels[part]), noise[part])["loss"].item() for part in (slice(4), slice(4, 8))]
+    assert whole == pytest.approx(np.mean(parts), rel=1e-5)
+    assert sum(decoded) == 2 * (4 + 4 * 3)  # a labelled cell is decoded once, whoever shares its batch
+
+
+def test_unlabelled_cells_help_and_get_their_types_back(data):
+    (counts, types), (test_counts, test_types) = data
+    few = np.where(np.random.default_rng(0).random(len(types)) < 0.1, types, -1)
+    model = trained_gmvae(counts, few, epochs=25)
+    with torch.no_grad():
+        test = all_cells(test_counts, test_types)
+        guess = model.q_y(model.see(test), test).argmax(dim=1).numpy()
+    assert (guess == test_types).mean() > 0.9
+
+
+def test_generated_cells_have_the_margins_of_their_type(data, model):
+    (counts, types), _ = data
+    wanted = np.repeat([0, 1, 2], 400)
+    cells = sp.vstack(list(model.sample(wanted, seed=0)), format="csr")
+    assert cells.dtype == np.float32 and (cells.data == np.rint(cells.data)).all() and (cells.data > 0).all()
+    for k in range(3):
+        real, made = counts[types == k].toarray(), cells[wanted == k].toarray()
+        share = [x.sum(axis=0) / x.sum() for x in (real, made)]
+        assert np.corrcoef(*np.log(np.array(share) + 1e-3))[0, 1] > 0.97
+        assert np.median(made.sum(axis=1)) == pytest.approx(np.median(real.sum(axis=1)), rel=0.2)
+        assert np.log(made.sum(axis=1) + 1).std() == pytest.approx(np.log(real.sum(axis=1) + 1).std(), rel=0.35)
+        assert (made == 0).mean() == pytest.approx((real == 0).mean(), abs=0.04)
+
+
+def test_generation_is_seeded_and_in_the_order_asked_for(model):
+    wanted = np.arange(3 * GENERATED_AT_ONCE) % 3
+    a, b, c = (sp.vstack(list(model.sample(wanted, seed)), format="csr") for seed in (1, 1, 2))
+    np.testing.assert_array_equal(a.toarray(), b.toarray())
+    assert (a != c).nnz > 0
+    part = sp.vstack(list(model.sample(wanted, 1, blocks=range(1, 3))))
+    np.testing.assert_array_equal(part.toarray(), a[GENERATED_AT_ONCE:].toarray())  # whoever makes a block, it is the same
+    assert list(model.sample(np.array([], dtype=int), 1)) == []
+
+
+def test_after_the_fit_cells_have_the_means_of_their_type_even_if_training_stopped_early(data):
+    (counts, types), _ = data
+    model = trained_gmvae(counts, types, epochs=3, decoder="mlp")
+
+    def error() -> float:
+        made = sp.vstack(list(model.sample(np.repeat([0, 1, 2], 1000), seed=0)), format="csr")
+        shares = [[x.sum(axis=0) / x.sum() for x in (counts[types == k], made[1000 * k : 1000 * (k + 1)])] for k in range(3)]
+        return np.mean([np.abs(np.asarray(real) - np.asarray(drawn)).sum() for real, drawn in shares])
+
+    before = error()
+    model.fit_prior(CellDataset(counts, types, CPU), None, seed=0)
+    assert error() < 0.1 < 0.5 * before
+    _, log_library = model.draw_z(torch.from_numpy(types), 1.0, torch.Generator().manual_seed(1))
+    assert log_library.std().item() == pytest.approx(np.log(np.asarray(counts.sum(axis=1))).std(), rel=0.1)
+
+
+def test_noise_factor_narrows_the_cells(model):
+    def spread(factor):
+        z_driven = sp.vstack(list(model.sample(np.zeros(600, dtype=int), 0, factor))).toarray()
+        shares = np.log1p(z_driven / np.maximum(z_driven.sum(axis=1, keepdims=True), 1) * 400)
+        return shares.var(axis=0).sum()
+
+    assert spread(0.0) < spread(1.0) < spread(2.0)
+
+
+@pytest.mark.parametrize("zi_logits", [None, 0.0])
+def test_the_sampler_draws_from_the_likelihood(zi_logits):
+    n, mu, theta = 40_000, 3.0, 2.0
+    one_gene = torch.zeros((n, 1))  # all of the library is its mean
+    draws = Likelihood(one_gene, torch.full((n,), math.log(mu)), torch.tensor([math.log(theta)]), None if zi_logits is None else torch.full((n, 1), zi_logits))
+    x = draws.sample(torch.Generator().manual_seed(0)).toarray()
+    keep = 1.0 if zi_logits is None else 0.5
+    variance = mu + mu**2 / theta
+    assert x.mean() == pytest.approx(keep * mu, rel=0.03)
+    assert x.var() == pytest.approx(keep * variance + keep * (1 - keep) * mu**2, rel=0.06)
+    assert (x == 0).mean() == pytest.approx(1 - keep + keep * (theta / (theta + mu)) ** theta, abs=0.01)
+
+
+@pytest.mark.parametrize("mu, theta", [(0.05, 0.02), (0.3, 5.0), (4.0, 0.1), (4.0, 30.0), (300.0, 2.0), (50.0, 0.02), (0.01, 1e6)])
+def test_positive_counts_follow_the_truncated_distribution(mu, theta):
+    """Both ways of drawing, against scipy's negative binomial without its zeros."""
+    n, generator = 60_000, torch.Generator().manual_seed(1)
+    ratio, shape = (torch.full((n,), value, dtype=torch.float64) for value in (mu / theta, theta))
+    x = draw_positive_nb(ratio, shape, torch.rand(n, generator=generator, dtype=torch.float64), generator).numpy()
+    assert x.min() >= 1
+    nb = scipy.stats.nbinom(theta, theta / (theta + mu))
+    edges = np.unique([nb.isf(nb.sf(0) * tail) for tail in (0.99, 0.9, 0.75, 0.5, 0.25, 0.1, 0.02)])
+    expected = nb.sf(edges) / nb.sf(0)
+    observed = (x[:, None] > edges).mean(axis=0)
+    np.testing.assert_allclose(observed, expected, atol=4 * 0.5 / np.sqrt(n))
+
+
+def test_half_precision_keeps_the_likelihood_in_float32(data):
+    (counts, types), _ = data
+    model = trained_gmvae(counts, types, epochs=3)
+    batch, noise = all_cells(counts[:64], types[:64]), torch.randn(64, 4)
+    plain = model(batch, noise)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = model(batch, noise)
+    half["loss"].backward()
+    assert all(value.dtype in (torch.float32, torch.float64) for value in half.values())
+    for name in ("reconstruction_loss", "kl_z", "library_loss"):
+        assert half[name].item() == pytest.approx(plain[name].item(), rel=0.01, abs=0.05), name
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_dispersion_is_that_of_each_type(data):
+    """A gene that is steady in one type and erratic in another gets a theta for each."""
+    rng = np.random.default_rng(0)
+    types = rng.integers(0, 3, 900)
+    mu, theta = np.full((900, 30), 8.0), np.where(types == 0, 0.5, 50.0)[:, None]
+    counts = sp.csr_matrix(np.column_stack([rng.poisson(rng.gamma(theta, mu / theta)), rng.poisson(20, (900, 30))]).astype(np.float32))
+    model = trained_gmvae(counts, types, epochs=40)
+    learned = (model.log_theta + model.log_theta_ratio).detach()[:, :30].mean(dim=1)
+    assert learned[0] < learned[1] - 1 and learned[0] < learned[2] - 1
+    made = [sp.vstack(list(model.sample(np.full(1000, k), 0))).toarray()[:, :30] for k in (0, 1)]
+    fano = [(x.var(axis=0) / x.mean(axis=0)).mean() for x in made]
+    assert fano[0] > 2.5 * fano[1]
+
+
+def test_a_gene_follows_a_programme_only_in_the_types_where_it_does():
+    """Thirty genes move together in two types of three; in the third, half of them stand still."""
+    rng = np.random.default_rng(0)
+    types = rng.integers(0, 3, 900)
+    follows = np.ones((900, 30))
+    follows[types == 0, 15:] = 0
+    mu = 8 * np.exp(0.7 * rng.normal(size=(900, 1)) * follows)
+    counts = sp.csr_matrix(np.column_stack([rng.poisson(mu), rng.poisson(20, (900, 60))]).astype(np.float32))
+    model = trained_gmvae(counts, types, epochs=40, on_axes=True)
+    ratio = model.log_loading_ratio.detach()[:, 15:30].mean(dim=1)
+    assert ratio[0] < ratio[1] - 0.3 and ratio[0] < ratio[2] - 0.3
+    made = [sp.vstack(list(model.sample(np.full(1000, k), 0))).toarray()[:, 15:30] for k in (0, 1)]
+    fano = [(x.var(axis=0) / x.mean(axis=0)).mean() for x in made]
+    assert fano[0] < 0.5 * fano[1]
+
+
+def test_z_spreads_as_held_out_cells_do(data):
+    """An encoder that knows its train cells puts them too far apart; the fit of the prior brings new cells together again."""
+    (counts, types), held_out = data
+    model = trained_gmvae(counts, types, epochs=60)
+    model.fit_prior(CellDataset(counts, types, CPU), None, seed=0)
+    train_like = model.prior["quantiles"].clone()
+    model.fit_prior(CellDataset(counts, types, CPU), CellDataset(*held_out, CPU), seed=0)
+    assert not torch.equal(train_like, model.prior["quantiles"])
+    made = sp.vstack(list(model.sample(np.resize(held_out[1], 3000), 1)), format="csr")
+    with torch.no_grad():
+        seen = [model._seen_variance(CellDataset(x, y, CPU)) for x, y in (held_out, (made, np.resize(held_out[1], 3000)))]
+    np.testing.assert_allclose(seen[1], seen[0], rtol=0.15)
