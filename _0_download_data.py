@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import pandas as pd
+
 from lib import options
 from lib.data import datasets, labels, readers
 from lib.data.counts import fingerprint, write_counts

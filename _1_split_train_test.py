@@ -15,21 +15,22 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scanpy as sc
+from sklearn.model_selection import StratifiedGroupKFold
+
 from lib import options
 from lib.data.counts import (
-    chosen_blocks,
     digest,
-    draw_of_each_type,
     read_counts,
     row_blocks,
-    take,
+    select_cells,
+    select_per_type,
+    selected_blocks,
     write_blocks,
 )
 from lib.data.embedding import embed, labels_of_neighbours, lazy, principal_components
 from lib.data.markers import cluster_types, read_markers
 from lib.evaluation import plots
 from lib.files import folder, report, user_path
-from sklearn.model_selection import StratifiedGroupKFold
 
 # Quality control (the original's thresholds; none switches one off)
 MIN_GENES: int | None = 200  # genes detected in a cell, at least
@@ -117,7 +118,7 @@ def main() -> None:
     for part, name in ((obs[~is_test], "train.h5ad"), (obs[is_test], "test.h5ad")):
         cells = ad.AnnData(obs=part.drop(columns=["row", "umap_1", "umap_2"]), var=adata.var[in_train].copy(), uns=uns)
         rows_of_part = part["row"].to_numpy()
-        write_blocks(cells, (block[:, in_train] for block, _ in chosen_blocks(adata.X, rows_of_part)), data / name)
+        write_blocks(cells, (block[:, in_train] for block, _ in selected_blocks(adata.X, rows_of_part)), data / name)
     report("stage 1", [data / "train.h5ad", data / "test.h5ad", fig / "umap_reference.png"], "python _2_make_pseudobulk.py")
 
 
@@ -168,7 +169,7 @@ def without_doublets(adata: ad.AnnData, rows: np.ndarray) -> np.ndarray:
     parts = np.array_split(shuffled, -(-len(rows) // MAX_CELLS_SCRUBLET))
     doublet = np.zeros(len(rows), dtype=bool)
     for part in map(np.sort, parts):
-        cells = ad.AnnData(take(adata, rows[part]).X)
+        cells = ad.AnnData(select_cells(adata, rows[part]).X)
         n_comps = min(30, cells.n_obs // 2, cells.n_vars - 1)
         sc.pp.scrublet(cells, n_prin_comps=n_comps, random_state=SEED, verbose=False)
         if "predicted_doublet" in cells.obs:
@@ -182,12 +183,12 @@ def without_doublets(adata: ad.AnnData, rows: np.ndarray) -> np.ndarray:
 
 def cells_with_gene(adata: ad.AnnData, rows: pd.Series) -> np.ndarray:
     """In how many of these cells each gene is seen."""
-    return sum(np.bincount(block.indices, minlength=adata.n_vars) for block, _ in chosen_blocks(adata.X, rows.to_numpy()))
+    return sum(np.bincount(block.indices, minlength=adata.n_vars) for block, _ in selected_blocks(adata.X, rows.to_numpy()))
 
 
 def genes_in_cell(adata: ad.AnnData, rows: pd.Series, genes: np.ndarray) -> np.ndarray:
     """How many of these genes are seen in each of these cells."""
-    return np.concatenate([np.diff(block[:, genes].indptr) for block, _ in chosen_blocks(adata.X, rows.to_numpy())])
+    return np.concatenate([np.diff(block[:, genes].indptr) for block, _ in selected_blocks(adata.X, rows.to_numpy())])
 
 
 def types_by_markers(adata: ad.AnnData, rows: np.ndarray, clusters: np.ndarray) -> np.ndarray:
@@ -243,7 +244,7 @@ def split(obs: pd.DataFrame) -> np.ndarray:
     """Which cells are test cells: drawn within each type, or whole groups of SPLIT_BY with types spread as evenly as can be."""
     codes = obs["cell_type"].cat.codes.to_numpy()
     if SPLIT_BY is None:
-        return draw_of_each_type(codes, TEST_FRACTION, np.random.default_rng(SEED))
+        return select_per_type(codes, TEST_FRACTION, np.random.default_rng(SEED))
     is_test = np.zeros(len(obs), dtype=bool)
     groups = obs[SPLIT_BY].astype(str).to_numpy()
     n_folds = max(2, round(1 / TEST_FRACTION))

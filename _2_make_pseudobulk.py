@@ -14,11 +14,12 @@ import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+from tqdm import tqdm
+
 from lib import options
 from lib.bulk import pseudobulk
-from lib.data.counts import draw_of_each_type, n_entries, read_split
+from lib.data.counts import n_entries, read_split, select_per_type
 from lib.files import folder, replacing, report
-from tqdm import tqdm
 
 # Mixtures of train cells, to train the deconvolution
 N_TRAIN_SAMPLES = 15_000  # original code
@@ -104,8 +105,8 @@ def test_mixing_matrix(cell_type) -> sp.csr_matrix:
     composition = np.bincount(codes, minlength=n_types) / len(codes)
     present = composition > 0
     proportions = np.zeros((N_TEST_DIRICHLET, n_types))
-    proportions[:, present] = pseudobulk.draw_proportions(N_TEST_DIRICHLET, composition[present], shares(near=0.0), rng)
-    drawn = pseudobulk.draw_cells(pseudobulk.largest_remainder(proportions, CELLS_PER_SAMPLE), codes, rng)
+    proportions[:, present] = pseudobulk.sample_proportions(N_TEST_DIRICHLET, composition[present], shares(near=0.0), rng)
+    drawn = pseudobulk.sample_cells(pseudobulk.largest_remainder(proportions, CELLS_PER_SAMPLE), codes, rng)
     return sp.vstack([sp.csr_matrix(own), drawn], format="csr")
 
 
@@ -131,7 +132,7 @@ def write_train_samples(train: ad.AnnData, gene_length_bp: pd.Series | None, pat
     codes = train.obs["cell_type"].cat.codes.to_numpy()
     fit_codes, validation_codes = part_cells(codes, len(cell_types), rng)
     composition = np.bincount(codes[codes >= 0], minlength=len(cell_types)) / np.sum(codes >= 0)
-    proportions = pseudobulk.draw_proportions(N_TRAIN_SAMPLES, composition, shares(NEAR_SHARE), rng)
+    proportions = pseudobulk.sample_proportions(N_TRAIN_SAMPLES, composition, shares(NEAR_SHARE), rng)
     cells_per_type = pseudobulk.largest_remainder(proportions, CELLS_PER_SAMPLE)
     n_validation = round(VALIDATION_FRACTION * N_TRAIN_SAMPLES)
     n_fit = N_TRAIN_SAMPLES - n_validation
@@ -162,7 +163,7 @@ def write_train_samples(train: ad.AnnData, gene_length_bp: pd.Series | None, pat
 
 def part_cells(codes: np.ndarray, n_types: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Type of each cell in the fit mixtures and in the validation mixtures; -1 for a cell of the other kind."""
-    held_out = draw_of_each_type(codes, VALIDATION_FRACTION, rng)
+    held_out = select_per_type(codes, VALIDATION_FRACTION, rng)
     n_cells = np.bincount(codes[codes >= 0], minlength=n_types)
     validation = np.where(held_out, codes, -1)
     fit = np.where(held_out & (n_cells[codes] > 1), -1, codes)  # a type's only cell is in both, or the type could not be learned

@@ -15,14 +15,15 @@ import anndata as ad
 import numpy as np
 import torch
 from anndata.abc import CSRDataset
+
 from lib import options, parallel
 from lib.baselines import registry as generators
 from lib.data.batches import CellDataset
-from lib.data.counts import draw_of_each_type, n_entries, read_counts
+from lib.data.counts import n_entries, read_counts, select_per_type
 from lib.files import folder, report
 from lib.models.axes import within_type_axes
 from lib.models.gmvae import GMVAE
-from lib.models.profiles import nb_per_type_log_likelihood, type_margins
+from lib.models.profiles import gene_marginals, nb_per_type_log_likelihood
 from lib.training import Trainer, clip_gradients, keep_freed_memory
 
 # Generator
@@ -75,7 +76,7 @@ def main() -> None:
     cell_type = adata.obs["cell_type"].cat
     train, held_out = hold_out(adata.X, cell_type.codes.to_numpy(dtype=np.int64), device)
     print(
-        f"{len(train):,} cells to train on{'' if train.held else ', read from disk'}, {len(held_out):,} held out; "
+        f"{len(train):,} cells to train on{'' if train.in_memory_cells else ', read from disk'}, {len(held_out):,} held out; "
         f"{adata.n_vars:,} genes, {len(cell_type.categories)} cell types; on {device}{f', {parallel.N_RANKS} processes' * (parallel.N_RANKS > 1)}"
     )
     if GENERATOR != "gmvae":
@@ -109,13 +110,13 @@ def as_in_the_paper() -> dict[str, object]:
 
 
 def make_model(train: CellDataset, n_cell_types: int) -> GMVAE:
-    margins, axes, n_latent = type_margins(train, n_cell_types), None, N_LATENT
+    marginals, axes, n_latent = gene_marginals(train, n_cell_types), None, N_LATENT
     if DECODER == "linear":
-        axes = within_type_axes(train, margins, N_LATENT, SEED)
+        axes = within_type_axes(train, marginals, N_LATENT, SEED)
         n_latent = len(axes.variance)
         print(f"{n_latent} axes within the cell types that cells left out confirm")
     model = GMVAE(train.n_genes, n_cell_types, n_latent, HIDDEN, LIKELIHOOD, DECODER, DISPERSION, DROPOUT)
-    model.initialise(train, margins, axes)
+    model.initialise(train, marginals, axes)
     return model
 
 
@@ -146,7 +147,7 @@ def hold_out(counts: CSRDataset, cell_type_idx: np.ndarray, device: torch.device
     """Part the train cells, type by type, into cells to train on and cells to stop by; a type keeps at least one of each."""
     n_cells = np.bincount(cell_type_idx[cell_type_idx >= 0])
     fraction = min(VALIDATION_FRACTION, MAX_VALIDATION_CELLS / n_cells.sum())
-    is_held_out = draw_of_each_type(cell_type_idx, fraction, np.random.default_rng(SEED)) & (n_cells[cell_type_idx] > 1)
+    is_held_out = select_per_type(cell_type_idx, fraction, np.random.default_rng(SEED)) & (n_cells[cell_type_idx] > 1)
     if not parallel.N_RANKS <= min(BATCH_SIZE, is_held_out.sum()):
         raise ValueError(
             f"{parallel.N_RANKS} processes cannot share BATCH_SIZE = {BATCH_SIZE} cells and {is_held_out.sum()} held-out cells; start fewer"
@@ -176,7 +177,7 @@ def train_epoch(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train:
     for batch in train.shuffled(BATCH_SIZE, generator, parallel.RANK, parallel.N_RANKS):
         optimizer.zero_grad()
         with torch.autocast(train.device.type, dtype=torch.bfloat16, enabled=train.device.type == "cuda"):
-            losses = model(batch, generators.noise_of(batch, model, generator), kl_weight)
+            losses = model(batch, generators.sample_epsilon(batch, model, generator), kl_weight)
         share = batch.n_cells / batch.n_global * parallel.N_RANKS  # gradients are averaged over processes, cells should be
         (losses["loss"] * share).backward()
         clip_gradients(model, MAX_GRADIENT_NORM)
@@ -189,12 +190,12 @@ def validate(model: GMVAE, held_out: CellDataset) -> dict[str, float]:
     """Loss of held-out cells, at full KL weight; training stops by the negative bound alone, without the classifier's part."""
     generator = torch.Generator(held_out.device).manual_seed(SEED)  # the same noise every epoch: epochs compare
     batches = held_out.shuffled(2 * BATCH_SIZE, generator, parallel.RANK, parallel.N_RANKS)
-    means = parallel.mean_over([(batch.n_cells, model(batch, generators.noise_of(batch, model, generator))) for batch in batches])
+    means = parallel.mean_over([(batch.n_cells, model(batch, generators.sample_epsilon(batch, model, generator))) for batch in batches])
     return means | {"stopping_criterion": -means["elbo"]}
 
 
 def compare_with_nb(model: GMVAE, train: CellDataset, held_out: CellDataset) -> None:
-    """Held-out log-likelihood beside that of a model without latent variables."""
+    """InMemoryCells-out log-likelihood beside that of a model without latent variables."""
     ours = model.log_likelihood(held_out).mean()
     baseline = nb_per_type_log_likelihood(train, held_out).mean()
     print(f"held-out log-likelihood, nats per cell: GMVAE {ours:.1f}; one negative binomial per gene and type {baseline:.1f}")

@@ -15,6 +15,8 @@ from typing import Literal
 import anndata as ad
 import numpy as np
 import torch
+from tqdm import tqdm
+
 from lib import options, parallel
 from lib.baselines import registry as generators
 from lib.bulk import bulk_encoder_fit
@@ -24,7 +26,7 @@ from lib.bulk.pseudobulk import tpm
 from lib.bulk.reference import reference_profiles
 from lib.bulk.sctape import ScTAPE, scale
 from lib.bulk.tables import read_bulk, read_gene_ids
-from lib.data.counts import check_same_split, read_counts, take
+from lib.data.counts import check_same_split, read_counts, select_cells
 from lib.files import folder, report, require, user_path
 from lib.training import (
     Trainer,
@@ -33,7 +35,6 @@ from lib.training import (
     load_checkpoint,
     tensor_epoch,
 )
-from tqdm import tqdm
 
 # Network
 DECONVOLVER: Literal["sctape", "bulk_encoder"] = "sctape"  # bulk_encoder (bulk2sc): proportions, and the mean and spread of each type's z
@@ -126,7 +127,7 @@ def train_bulk_encoder(data: Path, models: Path, fig: Path, device: torch.device
     checkpoint = load_checkpoint(models / "gmvae.pt", "_3_train_gmvae.py")
     check_checkpoint(checkpoint, models / "gmvae.pt", "_3_train_gmvae.py", list(adata.var_names), cell_types, adata.uns["split_id"], data / "train.h5ad")
     gmvae = generators.load(checkpoint, device)
-    cells = take(adata, np.flatnonzero(adata.obs["cell_type"].notna()))
+    cells = select_cells(adata, np.flatnonzero(adata.obs["cell_type"].notna()))
     samples = ad.read_h5ad(require(data / "pseudobulk_train.h5ad", "_2_make_pseudobulk.py"), backed="r")  # for the lengths alone: a bulk is scaled as these are
     check_same_split(samples.uns["split_id"], data / "pseudobulk_train.h5ad", adata.uns["split_id"], data / "train.h5ad", "_2_make_pseudobulk.py")
     lengths = samples.var.get("gene_length_bp")

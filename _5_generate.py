@@ -21,6 +21,7 @@ import pandas as pd
 import scipy.io
 import scipy.sparse as sp
 import torch
+
 from lib import options, parallel
 from lib.baselines import registry as generators
 from lib.bulk import bulk_encoder, proportions
@@ -29,7 +30,7 @@ from lib.bulk.tables import read_bulk, read_gene_ids, to_tpm
 from lib.bulk.wanted import read_cell_numbers, read_proportions
 from lib.data import noise
 from lib.data.batches import CellDataset
-from lib.data.counts import read_split, row_blocks, take, write_blocks, write_counts
+from lib.data.counts import read_split, row_blocks, select_cells, write_blocks, write_counts
 from lib.data.embedding import embed, load_pymde, mde, principal_components
 from lib.evaluation import classifier_transfer as classify
 from lib.evaluation import comparison, metrics, panels, plots, views
@@ -290,7 +291,7 @@ def compare(model: torch.nn.Module, train: ad.AnnData, test: ad.AnnData, generat
     """Likelihood of the test cells, and the figures that hold generated cells against them."""
     rng = np.random.default_rng(SEED)
     drawn_generated, drawn_test, drawn_train = (
-        take(cells, np.sort(rng.permutation(cells.n_obs)[:MAX_CELLS_DRAWN])) for cells in (generated, test, train)
+        select_cells(cells, np.sort(rng.permutation(cells.n_obs)[:MAX_CELLS_DRAWN])) for cells in (generated, test, train)
     )
     if isinstance(model, GMVAE):  # the other generators have no likelihood of counts
         ours, baseline = (part.mean() for part in likelihoods(model, train, drawn_test))
@@ -325,13 +326,13 @@ def judge_cells(model: torch.nn.Module, train: ad.AnnData, test: ad.AnnData, fig
     pooled figures, columns `generated` and `real`.
     """
     rng = np.random.default_rng([SEED, 5])
-    real = take(test, np.sort(rng.permutation(test.n_obs)[:MAX_CELLS_JUDGED]))
-    floor_rows = metrics.draw_like(train, real.obs["cell_type"], rng)
+    real = select_cells(test, np.sort(rng.permutation(test.n_obs)[:MAX_CELLS_JUDGED]))
+    floor_rows = metrics.select_like(train, real.obs["cell_type"], rng)
     other_rows = np.sort(rng.permutation(np.setdiff1d(np.arange(train.n_obs), floor_rows))[: real.n_obs])
-    floor, others = take(train, floor_rows), take(train, other_rows)
+    floor, others = select_cells(train, floor_rows), select_cells(train, other_rows)
     counts = sp.vstack(list(model.sample(real.obs["cell_type"].cat.codes.to_numpy(), SEED + 1)), format="csr")
     made = ad.AnnData(counts, obs=real.obs[["cell_type"]].copy(), var=real.var[[]].copy())
-    genes = metrics.variable_genes(take(train, np.sort(rng.permutation(train.n_obs)[:MAX_CELLS_DRAWN])), metrics.N_CORRELATED_GENES)
+    genes = metrics.variable_genes(select_cells(train, np.sort(rng.permutation(train.n_obs)[:MAX_CELLS_DRAWN])), metrics.N_CORRELATED_GENES)
     table = metrics.fidelity_table(real, made, floor, others, genes, SEED)
     with replacing(fig / "metrics.csv") as temporary:
         table.to_csv(temporary, index=False, float_format="%.5f")
@@ -345,12 +346,12 @@ def judge_cells(model: torch.nn.Module, train: ad.AnnData, test: ad.AnnData, fig
 def judge_by_xgboost(model: torch.nn.Module, train: ad.AnnData, test: ad.AnnData, fig: Path) -> Path:
     """Precision, recall and F1 of classifiers that learn the types from real or from synthetic cells."""
     classes = None if CLASS_FILE is None else classify.read_classes(user_path(CLASS_FILE), list(test.obs["cell_type"].cat.categories))
-    known = take(train, np.flatnonzero(train.obs["cell_type"].notna()))
+    known = select_cells(train, np.flatnonzero(train.obs["cell_type"].notna()))
 
     def sample(types: np.ndarray, seed: int) -> sp.csr_matrix:
         return sp.vstack(list(model.sample(types, seed)), format="csr")
 
-    table = classify.protocol(known, take(test, np.arange(test.n_obs)), sample, SEED + 2, classes, *XGBOOST_CELLS)
+    table = classify.protocol(known, select_cells(test, np.arange(test.n_obs)), sample, SEED + 2, classes, *XGBOOST_CELLS)
     with replacing(fig / "xgboost.csv") as temporary:
         table.to_csv(temporary, index=False, float_format="%.5f")
     print("XGBoost, trained and tested on real (train, test) and synthetic cells:\n" + table.to_string(index=False, float_format="{:.3f}".format))

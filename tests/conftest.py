@@ -1,10 +1,10 @@
 """Fixtures that several test files share."""
 
-import lib.data.download
 import pytest
-
 from helpers import STAGES, Workplace
 from server import Site
+
+import lib.data.download
 
 
 @pytest.fixture(scope="session")

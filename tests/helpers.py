@@ -10,10 +10,11 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
+
 from lib.data.batches import CellDataset
 from lib.models.axes import within_type_axes
 from lib.models.gmvae import GMVAE
-from lib.models.profiles import type_margins
+from lib.models.profiles import gene_marginals
 
 CPU = torch.device("cpu")
 
@@ -88,10 +89,10 @@ def trained_gmvae(counts, cell_type_idx, epochs: int = 150, seed: int = 0, on_ax
     """on_axes: start, as stage 3 does, on the axes of the cells, as many as there are; otherwise four dimensions, at random."""
     torch.manual_seed(seed)
     dataset, generator = CellDataset(counts, cell_type_idx, CPU), torch.Generator().manual_seed(seed)
-    margins = type_margins(dataset, 3)
-    axes = within_type_axes(dataset, margins, 8, seed) if on_axes else None
+    marginals = gene_marginals(dataset, 3)
+    axes = within_type_axes(dataset, marginals, 8, seed) if on_axes else None
     model = GMVAE(counts.shape[1], 3, n_latent=len(axes.variance) if on_axes else 4, hidden=(32, 16), **({"likelihood": "nb"} | arguments))
-    model.initialise(dataset, margins, axes)
+    model.initialise(dataset, marginals, axes)
     dispersion = [p for n, p in model.named_parameters() if n.startswith(("log_theta", "log_loading"))]
     others = [p for n, p in model.named_parameters() if not n.startswith(("log_theta", "log_loading"))]
     optimizer = torch.optim.Adam([{"params": dispersion, "lr": 2e-2}, {"params": others}], lr=3e-3)

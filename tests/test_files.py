@@ -6,11 +6,11 @@ import signal
 import subprocess
 import sys
 
-import lib.files
 import pytest
-from lib.files import folder, replacing, require, user_path
-
 from helpers import ROOT
+
+import lib.files
+from lib.files import folder, replacing, require, user_path
 
 
 @pytest.fixture

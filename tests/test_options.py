@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from lib.options import constants, from_command_line
-
 from helpers import ROOT, STAGES
+
+from lib.options import constants, from_command_line
 
 SCRIPT = '''
 """Stage 9: a script of every kind of constant."""

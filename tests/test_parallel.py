@@ -7,9 +7,9 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from lib.data.counts import write_counts
-
 from helpers import ROOT, STAGES, Workplace, simulated_dataset
+
+from lib.data.counts import write_counts
 
 SMALL = "--hidden 16 8 --n-latent 4 --batch-size 64 --epochs 4 --learning-rate 0.01 --device cpu".split()
 

@@ -11,6 +11,8 @@ import pytest
 import scipy.io
 import scipy.sparse as sp
 import torch
+from helpers import ROOT, STAGES, Workplace, simulated_dataset, split_only
+
 from lib.bulk import sctape
 from lib.bulk.reference import Reference
 from lib.bulk.regression import deconvolve
@@ -20,8 +22,6 @@ from lib.evaluation.metrics import mae
 from lib.models.gmvae import GMVAE
 from lib.models.profiles import nb_per_type_log_likelihood
 from lib.training import load_checkpoint
-
-from helpers import ROOT, STAGES, Workplace, simulated_dataset, split_only
 
 FILES = """
 data/counts.h5ad data/train.h5ad data/test.h5ad data/pseudobulk_test_tpm.csv data/pseudobulk_test_counts.csv

@@ -8,13 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import Workplace, simulated_dataset
+
 from lib import parallel
 from lib.data.batches import Batch
 from lib.data.counts import fingerprint, write_counts
 from lib.parallel import pick_device
 from lib.training import clip_gradients, load_checkpoint
-
-from helpers import Workplace, simulated_dataset
 
 STAGE = "_3_train_gmvae.py"
 SMALL = {"DROPOUT": 0.1, "EPOCHS": 6, "KL_WARMUP_EPOCHS": 2, "N_LATENT": 4, "HIDDEN": (16, 8), "DEVICE": "cpu"}

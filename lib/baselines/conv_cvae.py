@@ -23,7 +23,7 @@ from lib.baselines import expression_sampling as drawing
 from lib.data.batches import Batch, CellDataset
 from lib.data.counts import log_normalize
 from lib.models.likelihoods import gaussian_kl
-from lib.models.profiles import Margins, type_margins
+from lib.models.profiles import GeneMarginals, gene_marginals
 
 SETTINGS = {"epochs": 50, "batch_size": 32, "learning_rate": 1e-3, "weight_decay": 0.0, "patience": 50, "optimizer": "rmsprop"}
 FILTERS = 16
@@ -96,9 +96,9 @@ class ConvCVAE(nn.Module):
     def fit_prior(self, dataset: CellDataset, seed: int) -> None:
         """z of new cells is standard normal; library sizes are those of train cells; dispersion and extra zeros of each gene by moments."""
         self.prior = drawing.train_cells(dataset, self.n_cell_types, np.random.default_rng(seed))
-        margins = type_margins(dataset, self.n_cell_types)
-        self.prior["log_theta"] = torch.from_numpy(margins.log_theta).float()
-        self.prior["zi_logits"] = torch.logit(torch.from_numpy(extra_zeros(dataset, margins)).float(), eps=1e-6)
+        marginals = gene_marginals(dataset, self.n_cell_types)
+        self.prior["log_theta"] = torch.from_numpy(marginals.log_theta).float()
+        self.prior["zi_logits"] = torch.logit(torch.from_numpy(extra_zeros(dataset, marginals)).float(), eps=1e-6)
         self.prior["gene_ratio"] = drawing.gene_ratio(self, dataset, self.n_cell_types, seed)
 
     def draw(self, cell_type_idx: torch.Tensor, noise_factor: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,9 +113,9 @@ class ConvCVAE(nn.Module):
         return drawing.sample(self, cell_type_idx, seed, noise_factor, blocks)
 
 
-def extra_zeros(dataset: CellDataset, margins: Margins) -> np.ndarray:
+def extra_zeros(dataset: CellDataset, marginals: GeneMarginals) -> np.ndarray:
     """Share of zeros of each gene beyond those of NB(library size x profile of the type, theta), (n_genes,), at most 0.95."""
-    profiles, theta = margins.profiles, np.exp(margins.log_theta)
+    profiles, theta = marginals.profiles, np.exp(marginals.log_theta)
     observed, expected, n_cells = 0.0, 0.0, 0
     for counts, cell_type_idx in dataset.blocks():
         for rows in np.array_split(np.flatnonzero(cell_type_idx >= 0), -(-len(cell_type_idx) // 256)):

@@ -106,7 +106,7 @@ def train_epoch(
         group["lr"] = learning_rate(epoch, settings)
     parts = []
     for batch in train.shuffled(settings["batch_size"], generator, parallel.RANK, parallel.N_RANKS, settings.get("balanced", False)):
-        batch, noise = labelled(batch, noise_of(batch, model, generator))
+        batch, noise = labelled(batch, sample_epsilon(batch, model, generator))
         optimizer.zero_grad()
         losses = model(batch, noise, kl_weight(epoch, settings))
         (losses["loss"] * (batch.n_cells / batch.n_global * parallel.N_RANKS)).backward()  # see stage 3
@@ -119,11 +119,11 @@ def validate(model: nn.Module, held_out: CellDataset, batch_size: int, seed: int
     """Loss of held-out cells at full KL weight, with the same noise every epoch; training stops by it."""
     generator = torch.Generator(held_out.device).manual_seed(seed)
     batches = held_out.shuffled(2 * batch_size, generator, parallel.RANK, parallel.N_RANKS)
-    means = parallel.mean_over([(batch.n_cells, model(batch, noise_of(batch, model, generator))) for batch in batches])
+    means = parallel.mean_over([(batch.n_cells, model(batch, sample_epsilon(batch, model, generator))) for batch in batches])
     return means | {"stopping_criterion": means["loss"]}
 
 
-def noise_of(batch: Batch, model: nn.Module, generator: torch.Generator) -> torch.Tensor:
+def sample_epsilon(batch: Batch, model: nn.Module, generator: torch.Generator) -> torch.Tensor:
     """Drawn for the whole batch, whoever has which of its cells: any number of processes trains the same model."""
     n_latent = getattr(model, "module", model).n_latent
     return torch.randn(batch.n_global, n_latent, generator=generator, device=generator.device)[parallel.RANK :: parallel.N_RANKS]

@@ -15,16 +15,16 @@ import torch
 from lib import parallel
 from lib.bulk import states
 from lib.bulk.bulk_encoder import BulkEncoder
-from lib.bulk.pseudobulk import draw_proportions, largest_remainder
+from lib.bulk.pseudobulk import largest_remainder, sample_proportions
 from lib.bulk.sctape import scale
 from lib.data.batches import CellDataset
-from lib.data.counts import draw_of_each_type
+from lib.data.counts import select_per_type
 from lib.evaluation.metrics import variable_genes
 from lib.models.gmvae import GMVAE
 from lib.training import Trainer, tensor_epoch
 
 MAX_POOL = 500  # cells of each type to mix from
-SHARES = {"sparse": 0.1, "rare": 0.2, "near": 0.4}  # of the mixtures' compositions, see `draw_proportions`
+SHARES = {"sparse": 0.1, "rare": 0.2, "near": 0.4}  # of the mixtures' compositions, see `sample_proportions`
 
 Data = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # profiles, proportions, means, log-scales
 
@@ -58,7 +58,7 @@ def make_mixtures(
     genes = np.flatnonzero(usable)
     genes = genes[variable_genes(cells[:, genes], n_genes)]
     rng = np.random.default_rng([seed, 4])
-    is_held_out = draw_of_each_type(codes, validation_fraction, rng) & (np.bincount(codes, minlength=n_types)[codes] > 1)
+    is_held_out = select_per_type(codes, validation_fraction, rng) & (np.bincount(codes, minlength=n_types)[codes] > 1)
     dataset = CellDataset(cells.X, codes, gmvae.log_theta.device)
     mean, variance = states.encode(gmvae, dataset)
     axes = states.find_axes(mean[~is_held_out], variance[~is_held_out], codes[~is_held_out], n_types)
@@ -69,7 +69,7 @@ def make_mixtures(
         rows = np.sort(np.concatenate([rng.permutation(np.flatnonzero(of_part & (codes == k)))[:MAX_POOL] for k in range(n_types)]))
         present = np.bincount(codes[rows], minlength=n_types) > 0
         proportions = np.zeros((max(1, round(share * n_samples)), n_types))
-        proportions[:, present] = draw_proportions(len(proportions), composition[present] / composition[present].sum(), SHARES, rng)
+        proportions[:, present] = sample_proportions(len(proportions), composition[present] / composition[present].sum(), SHARES, rng)
         cells_per_type = largest_remainder(proportions, cells_per_sample)
         mixing, means, log_scales = states.mixtures(cells_per_type, codes[rows], place[rows], noise, rng)
         if made:

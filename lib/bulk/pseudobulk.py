@@ -39,7 +39,7 @@ def largest_remainder(proportions: np.ndarray, totals: np.ndarray | int) -> np.n
     return counts + (rank < missing[:, None])
 
 
-def draw_proportions(n_samples: int, composition: np.ndarray, shares: dict[str, float], rng: np.random.Generator) -> np.ndarray:
+def sample_proportions(n_samples: int, composition: np.ndarray, shares: dict[str, float], rng: np.random.Generator) -> np.ndarray:
     """Compositions to mix, drawn in four ways so that no one pattern is learned.
 
     Parameters
@@ -66,7 +66,7 @@ def draw_proportions(n_samples: int, composition: np.ndarray, shares: dict[str, 
     return rng.permutation(proportions / proportions.sum(axis=1, keepdims=True))
 
 
-def draw_cells(
+def sample_cells(
     cells_per_type: np.ndarray, cell_type_idx: np.ndarray, rng: np.random.Generator, min_distinct: int | None = None
 ) -> sp.csr_matrix:
     """A mixing matrix: cells of each type drawn with replacement.
@@ -139,7 +139,7 @@ def simulate(
     streams = [np.random.default_rng(stream) for stream in np.random.SeedSequence(seed).spawn(len(starts))]
     blocks = [(cells_per_type[start : start + BLOCK], stream) for start, stream in zip(starts, streams)]
     for first in range(0, len(blocks), BLOCKS_AT_ONCE):
-        drawn = [draw_cells(cells, cell_type_idx, rng, min_distinct) for cells, rng in blocks[first : first + BLOCKS_AT_ONCE]]
+        drawn = [sample_cells(cells, cell_type_idx, rng, min_distinct) for cells, rng in blocks[first : first + BLOCKS_AT_ONCE]]
         yield mix(sp.vstack(drawn, format="csr"), counts)
 
 

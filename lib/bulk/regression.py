@@ -92,11 +92,11 @@ def deconvolve(
     expression = cell_type_expression(values, fit.amounts, shared.mean * factors[:, None]) if how["per_sample"] else None
     deviation = spread(used, chosen, n_members, seed, **how) if n_members else np.full(fit.proportions.shape, np.nan)
     tables = (pd.DataFrame(table, bulk.index, shared.cell_types) for table in (fit.proportions, deviation))
-    samples = judged_samples(values, shared, fit.amounts, genes).set_index(bulk.index)
+    samples = sample_quality(values, shared, fit.amounts, genes).set_index(bulk.index)
     return Estimate(*tables, samples, pd.DataFrame(signature, shared.cell_types, shared.gene_names), expression)
 
 
-def judged_samples(values: np.ndarray, shared: Reference, amounts: np.ndarray, genes: np.ndarray) -> pd.DataFrame:
+def sample_quality(values: np.ndarray, shared: Reference, amounts: np.ndarray, genes: np.ndarray) -> pd.DataFrame:
     """How much each sample looks like the reference mixed in its proportions, and which genes that leaves unexplained."""
     r = reconstruction_r(values[:, genes], shared.of_genes(genes), amounts)
     fitted = amounts @ shared.mean

@@ -23,7 +23,7 @@ Axes = dict[str, torch.Tensor]
 @torch.no_grad()
 def encode(model: GMVAE, dataset: CellDataset) -> tuple[np.ndarray, np.ndarray]:
     """q(z|x,y) of every cell of known type: means and variances, each (n_cells, n_latent)."""
-    parts = [torch.stack(model.q_z(model.see(batch), batch)).cpu() for batch in dataset.in_order(512)]
+    parts = [torch.stack(model.q_z(model.encode_genes(batch), batch)).cpu() for batch in dataset.in_order(512)]
     mean, log_var = torch.cat(parts, dim=1).numpy()
     return mean, np.exp(log_var)
 

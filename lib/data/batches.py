@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from anndata.abc import CSRDataset
 from scipy.special import gammaln
 
-from lib.data.counts import chosen_blocks
+from lib.data.counts import selected_blocks
 
 SHUFFLED_CELLS = 256  # neighbours on disk that stay together when cells are shuffled there: one read
 WINDOW_CELLS = 8_192  # cells on disk that are in memory at a time, from random places, and are shuffled among themselves
@@ -88,7 +88,7 @@ def transposed(x: torch.Tensor) -> torch.Tensor:
     return _csr(F.pad(n_entries.cumsum(0), (1, 0)), rows, values[by_column], x.shape[::-1])
 
 
-class Held:
+class InMemoryCells:
     """Cells held in memory, their counts compressed, on the computing device where they fit."""
 
     def __init__(self, counts: sp.csr_matrix, cell_type_idx: np.ndarray, device: torch.device):
@@ -154,10 +154,10 @@ class CellDataset:
         self.cells = np.arange(counts.shape[0]) if cells is None else cells
         self.cell_type_idx = np.asarray(cell_type_idx, dtype=np.int64)[self.cells]
         self.device = device
-        self.counts, self.held = counts, None
+        self.counts, self.in_memory_cells = counts, None
         if in_memory:
             self.counts = sp.vstack([block for block, _ in self.blocks()], format="csr") if cells is not None or not sp.issparse(counts) else counts
-            self.held = Held(self.counts, self.cell_type_idx, device)
+            self.in_memory_cells = InMemoryCells(self.counts, self.cell_type_idx, device)
 
     @functools.cached_property
     def library_size(self) -> np.ndarray:
@@ -169,12 +169,12 @@ class CellDataset:
 
     def blocks(self) -> Iterator[tuple[sp.csr_matrix, np.ndarray]]:
         """All cells in order, some at a time: counts and types."""
-        for counts, places in chosen_blocks(self.counts, np.arange(len(self)) if self.held is not None else self.cells):
+        for counts, places in selected_blocks(self.counts, np.arange(len(self)) if self.in_memory_cells is not None else self.cells):
             yield counts, self.cell_type_idx[places]
 
     def in_order(self, batch_size: int) -> Iterator[Batch]:
-        for counts, cell_type_idx in [(None, None)] if self.held is not None else self.blocks():
-            held = self.held or Held(counts, cell_type_idx, self.device)
+        for counts, cell_type_idx in [(None, None)] if self.in_memory_cells is not None else self.blocks():
+            held = self.in_memory_cells or InMemoryCells(counts, cell_type_idx, self.device)
             for start in range(0, len(held.library_size), batch_size):
                 yield held.batch(np.arange(start, min(start + batch_size, len(held.library_size))))
 
@@ -185,7 +185,7 @@ class CellDataset:
         the cells in the window are shuffled. Of several processes each gets its part of every batch. `balanced` draws as many
         cells with replacement instead, each type of the window as often as any other, none of unknown type.
         """
-        for held in [self.held] if self.held is not None else self._windows(generator):
+        for held in [self.in_memory_cells] if self.in_memory_cells is not None else self._windows(generator):
             if balanced:
                 types = held.cell_type_idx.to(generator.device)
                 weights = torch.where(types < 0, 0.0, 1 / types[types >= 0].bincount()[types.clamp(min=0)])
@@ -195,7 +195,7 @@ class CellDataset:
             for cells in np.array_split(order, max(1, round(len(order) / batch_size))):
                 yield held.batch(cells[rank::n_ranks], len(cells))
 
-    def _windows(self, generator: torch.Generator) -> Iterator[Held]:
+    def _windows(self, generator: torch.Generator) -> Iterator[InMemoryCells]:
         """Random blocks of cells, read while the last window is being used."""
         n_blocks = -(-self.counts.shape[0] // SHUFFLED_CELLS)
         order = torch.randperm(n_blocks, generator=generator, device=generator.device).cpu().numpy()
@@ -209,7 +209,7 @@ class CellDataset:
                 if len(held.library_size):
                     yield held
 
-    def _read(self, blocks: np.ndarray) -> Held:
+    def _read(self, blocks: np.ndarray) -> InMemoryCells:
         """This data set's cells among some blocks of the file."""
         parts, cell_type_idx = [], []
         for start in np.sort(blocks) * SHUFFLED_CELLS:
@@ -217,4 +217,4 @@ class CellDataset:
             mine = slice(*np.searchsorted(self.cells, [rows.start, rows.stop]))
             parts.append(self.counts[rows][self.cells[mine] - start])
             cell_type_idx.append(self.cell_type_idx[mine])
-        return Held(sp.vstack(parts, format="csr"), np.concatenate(cell_type_idx), self.device)
+        return InMemoryCells(sp.vstack(parts, format="csr"), np.concatenate(cell_type_idx), self.device)

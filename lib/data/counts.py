@@ -156,9 +156,9 @@ def n_entries(counts: sp.csr_matrix | CSRDataset) -> int:
     return counts.nnz if sp.issparse(counts) else counts.group["data"].shape[0]
 
 
-def take(adata: ad.AnnData, rows: np.ndarray) -> ad.AnnData:
+def select_cells(adata: ad.AnnData, rows: np.ndarray) -> ad.AnnData:
     """Some cells of a count file, in memory. rows: ascending."""
-    counts = sp.vstack([block for block, _ in chosen_blocks(adata.X, rows)], format="csr")
+    counts = sp.vstack([block for block, _ in selected_blocks(adata.X, rows)], format="csr")
     return ad.AnnData(counts, obs=adata.obs.iloc[rows].copy(), var=adata.var.copy(), uns=dict(adata.uns))
 
 
@@ -221,14 +221,14 @@ def row_blocks(counts: sp.csr_matrix | CSRDataset, size: int = BLOCK_CELLS) -> I
         yield rows, counts[rows]
 
 
-def chosen_blocks(counts: sp.csr_matrix | CSRDataset, rows: np.ndarray) -> Iterator[tuple[sp.csr_matrix, slice]]:
+def selected_blocks(counts: sp.csr_matrix | CSRDataset, rows: np.ndarray) -> Iterator[tuple[sp.csr_matrix, slice]]:
     """Some rows (ascending), those of a block at a time, and their places among all that are chosen."""
     for block_rows, block in row_blocks(counts):
         places = slice(*np.searchsorted(rows, [block_rows.start, block_rows.stop]))
         yield block[rows[places] - block_rows.start], places
 
 
-def draw_of_each_type(cell_type_idx: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
+def select_per_type(cell_type_idx: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
     """Mask of cells drawn at random: this fraction of each type, at least one cell; none of unknown type (-1)."""
     drawn = np.zeros(len(cell_type_idx), dtype=bool)
     for k in range(cell_type_idx.max() + 1):

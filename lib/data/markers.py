@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from lib.data.counts import chosen_blocks, log_normalize
+from lib.data.counts import log_normalize, selected_blocks
 from lib.data.tables import separator
 
 COLUMNS = (("cellName", "geneSymbolmore1", "geneSymbolmore2"), ("cell_type", "positive", "negative"))  # scType's, and plain ones
@@ -77,7 +77,7 @@ def cluster_types(adata, rows: np.ndarray, clusters: np.ndarray, markers: dict[s
         raise ValueError(
             f"the data have no positive marker of {', '.join(without)}; expected one at least: leave these types out of MARKERS_FILE, or check the gene names (such as {', '.join(adata.var_names[:3])})"
         )
-    values = sp.vstack([log_normalize(block, 1e4)[:, genes] for block, _ in chosen_blocks(adata.X, rows)]).toarray()
+    values = sp.vstack([log_normalize(block, 1e4)[:, genes] for block, _ in selected_blocks(adata.X, rows)]).toarray()
     scores = pd.DataFrame(cell_scores(values, list(names[genes]), markers), columns=list(markers))
     mean = scores.groupby(clusters).mean()
     best = mean.idxmax(axis=1).where(mean.max(axis=1) >= LEAST_SCORE, None).astype(object)

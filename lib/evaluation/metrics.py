@@ -24,7 +24,7 @@ from lib.data.counts import log_normalize
 from lib.data.embedding import principal_components
 
 N_TOP_GENES, N_PCS = 2000, 50  # of the joint principal components
-N_JUDGED_GENES = 3000  # that the linear judge sees: the most variable ones of the real cells
+N_LINEAR_GENES = 3000  # that the linear judge sees: the most variable ones of the real cells
 N_CORRELATED_GENES = 500  # the most variable ones of the train cells
 N_MARKERS = 50  # of each type
 MIN_CELLS_PER_TYPE = 20  # in both sets, for a figure of one type
@@ -67,7 +67,7 @@ def linear_auc(real: ad.AnnData, other: ad.AnnData, seed: int) -> float:
 
     It sees single genes, which principal components average away.
     """
-    genes = variable_genes(real, N_JUDGED_GENES)
+    genes = variable_genes(real, N_LINEAR_GENES)
     both = sp.vstack([real.X, other.X], format="csr")
     totals = np.log1p(np.column_stack([np.asarray(both.sum(axis=1)).ravel(), np.diff(both.indptr)]))
     features = np.hstack([np.log1p(both[:, genes].toarray()), totals])
@@ -217,7 +217,7 @@ def fidelity(real: ad.AnnData, other: ad.AnnData, genes: np.ndarray, seed: int, 
     return pd.Series(found)
 
 
-def draw_like(cells: ad.AnnData, wanted: pd.Series, rng: np.random.Generator) -> np.ndarray:
+def select_like(cells: ad.AnnData, wanted: pd.Series, rng: np.random.Generator) -> np.ndarray:
     """Rows of cells of the same types and numbers as `wanted`, drawn without replacement; of a type with fewer cells, all."""
     rows = []
     for name, n_cells in wanted.value_counts(sort=False).items():

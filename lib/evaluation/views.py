@@ -18,7 +18,7 @@ def latent_and_reconstructed(model: GMVAE, cells: ad.AnnData, seed: int) -> tupl
     generator = torch.Generator(device).manual_seed(seed)
     z, counts = [], []
     for batch in CellDataset(cells.X, cells.obs["cell_type"].cat.codes, device).in_order(256):
-        mean, log_var = model.q_z(model.see(batch), batch)
+        mean, log_var = model.q_z(model.encode_genes(batch), batch)
         z.append(mean + (0.5 * log_var).exp() * torch.randn(mean.shape, generator=generator, device=device))
         counts.append(model.p_x(z[-1], batch.library_size, batch.cell_type_idx).sample(generator))
     made = ad.AnnData(sp.vstack(counts, format="csr"), obs=cells.obs[["cell_type"]].copy(), var=cells.var[[]].copy())

@@ -14,7 +14,7 @@ import scipy.sparse as sp
 from scipy.linalg import eigh
 
 from lib.data.batches import CellDataset
-from lib.models.profiles import Margins
+from lib.models.profiles import GeneMarginals
 
 MAX_CELLS = 10_000  # looked at, drawn at random
 N_GENES = 1500  # that vary most beyond chance, to find the axes by; loadings are estimated for all
@@ -35,25 +35,25 @@ class Axes:
     variance: np.ndarray  # (n_axes,) posterior variance of z given a cell
 
 
-def within_type_axes(dataset: CellDataset, margins: Margins, max_axes: int, seed: int) -> Axes:
+def within_type_axes(dataset: CellDataset, marginals: GeneMarginals, max_axes: int, seed: int) -> Axes:
     """
     Parameters
     ----------
     dataset
         Train cells; those without a label are left out.
-    margins
+    marginals
         Of the same cells.
     max_axes
         As many axes as cells left out confirm are found, but no more than this; where they confirm none, one that moves no gene.
     """
-    n_cell_types = len(margins.profiles)
+    n_cell_types = len(marginals.profiles)
     rng = np.random.default_rng(seed)
-    counts, types = _draw_cells(dataset, rng)
+    counts, types = _select_cells(dataset, rng)
     library_size = np.asarray(counts.sum(axis=1)).ravel()
     target = np.median(dataset.library_size)
     logs = counts.copy()
     logs.data = np.log1p(logs.data * np.repeat(target / library_size, np.diff(counts.indptr)))
-    genes = np.sort(np.argsort(-_excess_variance(margins, target, types))[:N_GENES])
+    genes = np.sort(np.argsort(-_excess_variance(marginals, target, types))[:N_GENES])
     logs = logs[:, genes].toarray()
     mean = np.stack([logs[types == k].mean(axis=0) if (types == k).any() else logs.mean(axis=0) for k in range(n_cell_types)])
     logs -= mean[types]
@@ -64,7 +64,7 @@ def within_type_axes(dataset: CellDataset, margins: Margins, max_axes: int, seed
         nothing = np.zeros((dataset.n_genes, 1))
         return Axes(nothing, nothing, np.zeros((n_cell_types, 1)), np.ones(1))
 
-    loadings = _loadings(counts, types, library_size, margins, scores)
+    loadings = _loadings(counts, types, library_size, marginals, scores)
     n_cells, n_axes = scores.shape
     standard_error = np.broadcast_to(np.sqrt((scores**2).mean(axis=0) / n_cells), (len(genes), n_axes))
     seen = _shrunken(deviations.T @ scores / n_cells, standard_error)  # loadings of the standardised logs, each with noise of variance 1
@@ -74,7 +74,7 @@ def within_type_axes(dataset: CellDataset, margins: Margins, max_axes: int, seed
     return Axes(loadings, projection, -(mean @ projection[genes]), np.diag(variance))
 
 
-def _draw_cells(dataset: CellDataset, rng: np.random.Generator) -> tuple[sp.csr_matrix, np.ndarray]:
+def _select_cells(dataset: CellDataset, rng: np.random.Generator) -> tuple[sp.csr_matrix, np.ndarray]:
     labelled = np.flatnonzero(dataset.cell_type_idx >= 0)
     is_drawn = np.zeros(len(dataset), dtype=bool)
     is_drawn[rng.permutation(labelled)[:MAX_CELLS]] = True
@@ -85,11 +85,11 @@ def _draw_cells(dataset: CellDataset, rng: np.random.Generator) -> tuple[sp.csr_
     return sp.vstack(parts, format="csr").astype(np.float64), dataset.cell_type_idx[is_drawn]
 
 
-def _excess_variance(margins: Margins, target: float, types: np.ndarray) -> np.ndarray:
+def _excess_variance(marginals: GeneMarginals, target: float, types: np.ndarray) -> np.ndarray:
     """Variance of each gene's counts within types over its mean, beyond Poisson; 0 where fewer than one cell in fifty has a count."""
-    share = np.bincount(types, minlength=len(margins.profiles)) / len(types)
-    mean, square = target * (share @ margins.profiles), target**2 * (share @ margins.profiles**2)
-    return np.where(mean > 0.02, square / mean / np.exp(margins.log_theta), 0)
+    share = np.bincount(types, minlength=len(marginals.profiles)) / len(types)
+    mean, square = target * (share @ marginals.profiles), target**2 * (share @ marginals.profiles**2)
+    return np.where(mean > 0.02, square / mean / np.exp(marginals.log_theta), 0)
 
 
 def _cross_fitted_scores(deviations: np.ndarray, max_axes: int, rng: np.random.Generator) -> np.ndarray:
@@ -121,14 +121,14 @@ def _leading(covariance: np.ndarray, n_axes: int) -> np.ndarray:
     return eigh(covariance, subset_by_index=[n - n_axes, n - 1])[1][:, ::-1]
 
 
-def _loadings(counts: sp.csr_matrix, types: np.ndarray, library_size: np.ndarray, margins: Margins, scores: np.ndarray) -> np.ndarray:
+def _loadings(counts: sp.csr_matrix, types: np.ndarray, library_size: np.ndarray, marginals: GeneMarginals, scores: np.ndarray) -> np.ndarray:
     """Slope of each gene's log mean on the scores, shrunk: genes x axes.
 
     E[x s] = mu x slope, where s has mean 0 and its part that is not noise variance 1. The slope's error is the larger of what
     the model expects and what the cells show (the sandwich): a rare gene counted once, in a cell far out, has an error as
     large as its slope.
     """
-    profiles, theta = margins.profiles, np.exp(margins.log_theta)
+    profiles, theta = marginals.profiles, np.exp(marginals.log_theta)
     n_cell_types = len(profiles)
     of_type = [types == k for k in range(n_cell_types)]
     total = sum(library_size[cells].sum() * profiles[k] for k, cells in enumerate(of_type))[:, None] + 1e-12

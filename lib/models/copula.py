@@ -13,7 +13,7 @@ from scipy.stats import norm, rankdata
 
 MAX_POINTS = 10_000  # seen of each type
 MAX_SCORE, N_LEVELS = 3.5, 141  # the distributions are kept at normal scores from -3.5 to 3.5
-LEANING = 10  # cells: a type's distribution leans on that of all types, which counts as much as so many cells
+PRIOR_CELLS = 10  # cells: a type's distribution leans on that of all types, which counts as much as so many cells
 
 Prior = dict[str, torch.Tensor]
 
@@ -47,7 +47,7 @@ def fit_prior(points: np.ndarray, cell_type_idx: np.ndarray, n_cell_types: int, 
         mine = deviations[cell_type_idx == k]
         n = len(mine)
         own = np.quantile(mine, levels, axis=0, method="hazen") if n else 0
-        quantiles.append((n * own + LEANING * pooled_quantiles) / (n + LEANING))
+        quantiles.append((n * own + PRIOR_CELLS * pooled_quantiles) / (n + PRIOR_CELLS))
         scores = _normal_scores(mine) if n else np.zeros((0, n_dims))
         choleskys.append(np.linalg.cholesky(_correlation(scores.T @ scores + n_dims * pooled_correlation)))
     arrays = {"mean": mean, "quantiles": mean[:, None] + np.stack(quantiles), "cholesky": np.stack(choleskys)}

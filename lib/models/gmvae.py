@@ -8,7 +8,7 @@ The generative model of one cell, y its type, l its library size, x its counts:
     x | z, y, l      ~ NB or ZINB(mu = l softmax(a(y) f(z) + log profile(y)), theta(y))   p(x|z,y)
 
 f is linear by default, so that z holds what makes cells of one type differ, along axes that start where the data's own lie
-(`lib.axes`); a(y), near 1, says how far a gene follows them in each type. In the paper f is a network, profile and theta(y) know
+(`lib.models.axes`); a(y), near 1, says how far a gene follows them in each type. In the paper f is a network, profile and theta(y) know
 no type, there is no a(y), and z must hold the type too. q(y|x) and
 q(z|x,y) are the encoders. A labelled cell is trained on its own type's bound, exactly; a cell without a label on
 the sum over all types weighted by q(y|x) (Kingma et al. 2014, "Semi-supervised learning with deep generative models", eqs.
@@ -29,7 +29,7 @@ from lib.models.axes import Axes
 from lib.models.copula import Prior, fit_prior, respread, sample_prior, within_type_variance
 from lib.models.layers import SparseLinear, Tower, mlp, sparse_linear
 from lib.models.likelihoods import Likelihood, gaussian_kl, gaussian_log_prob
-from lib.models.profiles import Margins, counts_per_type, shrunken_ratio
+from lib.models.profiles import GeneMarginals, counts_per_type, shrunken_ratio
 
 LOG_THETA_RANGE = (math.log(1e-3), math.log(1e6))
 LOG_THETA_SD = 1.5  # of the genes' log theta about its mean, a priori
@@ -95,19 +95,19 @@ class GMVAE(nn.Module):
         self.register_buffer("type_frequency", torch.full((n_cell_types,), 1 / n_cell_types))
 
     @torch.no_grad()
-    def initialise(self, dataset: CellDataset, margins: Margins, axes: Axes | None = None) -> None:
-        """Start where the data are: margins, library sizes and, for a linear decoder, axes of the training cells."""
+    def initialise(self, dataset: CellDataset, marginals: GeneMarginals, axes: Axes | None = None) -> None:
+        """Start where the data are: marginals, library sizes and, for a linear decoder, axes of the training cells."""
         cell_type_idx, library_size = dataset.cell_type_idx, dataset.library_size
         self.library_median.fill_(float(np.median(library_size)))
         self.n_cells.fill_(len(library_size))
         n_per_type = np.bincount(cell_type_idx[cell_type_idx >= 0], minlength=self.n_cell_types)
         self.type_frequency.copy_(torch.from_numpy((n_per_type + 1) / (n_per_type + 1).sum()))
-        mean_profile = self.type_frequency.cpu().double().numpy() @ margins.profiles
-        self.log_profiles.copy_(torch.from_numpy(np.log(margins.profiles if self.q_axes is not None else mean_profile)))
+        mean_profile = self.type_frequency.cpu().double().numpy() @ marginals.profiles
+        self.log_profiles.copy_(torch.from_numpy(np.log(marginals.profiles if self.q_axes is not None else mean_profile)))
         nn.init.zeros_(self.p_x_z_log_mean.bias)
         self.p_x_z_log_mean.weight.mul_(0.1)
-        self.log_theta.copy_(torch.from_numpy(margins.log_theta))
-        self.log_theta_mean.fill_(float(mean_profile @ margins.log_theta))
+        self.log_theta.copy_(torch.from_numpy(marginals.log_theta))
+        self.log_theta_mean.fill_(float(mean_profile @ marginals.log_theta))
         for head, bias in ((self.p_x_z_log_theta, 0.0), (self.p_x_z_zi_logits, -4.0)):
             if head is not None:
                 nn.init.zeros_(head.weight), nn.init.constant_(head.bias, bias)
@@ -162,7 +162,7 @@ class GMVAE(nn.Module):
 
     def _seen_variance(self, dataset: CellDataset) -> np.ndarray:
         """Variance within the types of the means of q(z|x,y) of labelled cells: (n_latent,)."""
-        means, types = zip(*((self.q_z(self.see(b), b)[0].cpu(), b.cell_type_idx.cpu()) for b in self._labelled(dataset)))
+        means, types = zip(*((self.q_z(self.encode_genes(b), b)[0].cpu(), b.cell_type_idx.cpu()) for b in self._labelled(dataset)))
         return within_type_variance(torch.cat(means).double().numpy(), torch.cat(types).numpy())
 
     @staticmethod
@@ -174,7 +174,7 @@ class GMVAE(nn.Module):
         """z, drawn from q(z|x,y), and log library size of each labelled cell, and its type."""
         points, types = [], []
         for batch in self._labelled(dataset):
-            mean, log_var = self.q_z(self.see(batch), batch)
+            mean, log_var = self.q_z(self.encode_genes(batch), batch)
             z = mean + (0.5 * log_var).exp() * torch.randn(mean.shape, generator=generator, device=mean.device)
             points.append(torch.cat([z, self.log_library(batch.library_size)], dim=1).cpu())
             types.append(batch.cell_type_idx.cpu())
@@ -185,11 +185,11 @@ class GMVAE(nn.Module):
         total = 0.0
         for _ in range(n_cells // GENERATED_AT_ONCE):
             y = torch.full((GENERATED_AT_ONCE,), cell_type_idx, device=generator.device)
-            z, log_library = self.draw_z(y, 1.0, generator)
+            z, log_library = self.sample_z(y, 1.0, generator)
             total = total + (log_library.exp()[:, None] * F.softmax(self.p_x(z, log_library.exp(), y).logits, dim=1)).sum(dim=0).double()
         return (total / total.sum()).cpu().numpy()
 
-    def draw_z(self, cell_type_idx: torch.Tensor, noise_factor: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def sample_z(self, cell_type_idx: torch.Tensor, noise_factor: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """z (n_cells, n_latent) and log library size (n_cells,), relative to the median, of new cells: fitted, or p(z|y) p(l|z)."""
         mean, log_var = self.p_z(cell_type_idx)
         if self.prior is not None:
@@ -207,22 +207,22 @@ class GMVAE(nn.Module):
     def one_hot(self, cell_type_idx: torch.Tensor) -> torch.Tensor:
         return F.one_hot(cell_type_idx, self.n_cell_types).float()
 
-    def see(self, batch: Batch) -> torch.Tensor:
+    def encode_genes(self, batch: Batch) -> torch.Tensor:
         """All that q(y|x) and q(z|x,y) take of x: inputs of the three towers and, of a linear decoder, place on the axes."""
         layers = [self.q_genes] if self.q_axes is None else [self.q_genes, self.q_axes]
         return sparse_linear(batch.log_normalized(self.library_median), *layers)
 
     def _parts(self, seen: torch.Tensor) -> list[torch.Tensor]:
-        """What `see` returned, for each tower, and the place on the axes (or None)."""
+        """What `encode_genes` returned, for each tower, and the place on the axes (or None)."""
         width = self.q_genes.weight.shape[1] // 3
         return [*seen[:, : 3 * width].split(width, dim=1), seen[:, 3 * width :] if self.q_axes is not None else None]
 
     def q_y(self, seen: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """q(y|x) as logits, (n_cells, n_cell_types). seen: from `see`."""
+        """q(y|x) as logits, (n_cells, n_cell_types). encoded: from `encode_genes`."""
         return self.q_y_x(self._parts(seen)[0], self.log_library(batch.library_size))
 
     def q_z(self, seen: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """q(z|x,y): mean and log-variance, each (n_cells, n_latent). seen: from `see`."""
+        """q(z|x,y): mean and log-variance, each (n_cells, n_latent). encoded: from `encode_genes`."""
         extra = torch.cat([self.one_hot(batch.cell_type_idx), self.log_library(batch.library_size)], dim=1)
         _, for_mean, for_log_var, on_axes = self._parts(seen)
         mean = self.q_z_xy_mean(for_mean, extra).float()
@@ -251,7 +251,7 @@ class GMVAE(nn.Module):
         zi_logits = None if self.p_x_z_zi_logits is None else self.p_x_z_zi_logits(h).float()
         return Likelihood(logits, library_size.log(), log_theta.clamp(*LOG_THETA_RANGE), zi_logits)
 
-    def leaning_penalty(self) -> torch.Tensor:
+    def shrinkage_penalty(self) -> torch.Tensor:
         """-log of the normal priors of log theta and log a(y), in nats per train cell, up to a constant: rare genes and types lean on the others."""
         penalty = ((self.log_theta - self.log_theta_mean) / LOG_THETA_SD).square().sum()
         if self.log_theta_ratio is not None:
@@ -287,7 +287,7 @@ class GMVAE(nn.Module):
         the label and q(y|x)). Cells of unknown type: the same bound for every type, weighted by q(y|x), and
         kl_weight x KL(q(y|x) || p(y)).
         """
-        seen = self.see(batch)
+        seen = self.encode_genes(batch)
         if not batch.all_labelled:
             unknown = batch.cell_type_idx < 0
             parts = [self._unlabelled_terms(seen[unknown], batch.select(unknown), noise[unknown], kl_weight)]
@@ -296,7 +296,7 @@ class GMVAE(nn.Module):
             terms = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         else:
             terms = self._labelled_terms(seen, batch, noise, kl_weight)
-        loss = terms.pop("loss").mean() + self.leaning_penalty()
+        loss = terms.pop("loss").mean() + self.shrinkage_penalty()
         elbo = -(terms["reconstruction_loss"] + terms["library_loss"] + terms["kl_z"])
         return {"loss": loss, "elbo": elbo.mean().detach()} | {name: value.mean().detach() for name, value in terms.items()}
 
@@ -328,7 +328,7 @@ class GMVAE(nn.Module):
         generator = torch.Generator(dataset.device).manual_seed(seed)
         log_likelihood = []
         for batch in dataset.in_order(batch_size):
-            q_mean, q_log_var = self.q_z(self.see(batch), batch)
+            q_mean, q_log_var = self.q_z(self.encode_genes(batch), batch)
             p_mean, p_log_var = self.p_z(batch.cell_type_idx)
             weights = []
             for _ in range(n_samples):
@@ -367,7 +367,7 @@ class GMVAE(nn.Module):
         device = self.log_theta.device
         for rows, generator in streams(len(cell_type_idx), seed, blocks, device):
             y = torch.from_numpy(np.asarray(cell_type_idx[rows], dtype=np.int64)).to(device)
-            z, log_library = self.draw_z(y, noise_factor, generator)
+            z, log_library = self.sample_z(y, noise_factor, generator)
             if shift is not None:
                 group = torch.from_numpy(groups[rows].astype(np.int64)).to(device)
                 matrix, offset, log_ratio = (None if part is None else part.to(device) for part in shift)

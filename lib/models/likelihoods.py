@@ -196,12 +196,12 @@ class Likelihood:
         cells, genes = (u < seen).nonzero(as_tuple=True)
         quantile = (u[cells, genes].double() + 2**-25) / seen[cells, genes]  # given that x > 0, uniform again
         theta = (theta[genes] if theta.dim() == 1 else theta[cells, genes]).double()
-        counts = draw_positive_nb(ratio[cells, genes].double(), theta, quantile.clamp(max=1.0), generator)
+        counts = sample_positive_nb(ratio[cells, genes].double(), theta, quantile.clamp(max=1.0), generator)
         indptr = F.pad(cells.bincount(minlength=len(seen)).cumsum(0), (1, 0)).cpu().numpy()
         return sp.csr_matrix((counts.float().cpu().numpy(), genes.int().cpu().numpy(), indptr), shape=tuple(seen.shape))
 
 
-def draw_positive_nb(ratio: torch.Tensor, theta: torch.Tensor, quantile: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def sample_positive_nb(ratio: torch.Tensor, theta: torch.Tensor, quantile: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """One count > 0 of each negative binomial, given that it is not 0.
 
     Where zeros are the minority, x is a Poisson draw whose rate is a gamma draw, repeated until it is not 0. Elsewhere the

@@ -13,17 +13,17 @@ from lib.models.likelihoods import nb_log_prob
 PROFILE_VARIATION = np.array([0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000])  # squared, of a gene over types
 
 
-class Margins(NamedTuple):
+class GeneMarginals(NamedTuple):
     """What single genes do in each type."""
 
     profiles: np.ndarray  # (n_cell_types, n_genes) mean fractions of the counts, rows sum to 1, no zeros
     log_theta: np.ndarray  # (n_genes,) log inverse dispersion within the types
 
 
-def type_margins(dataset: CellDataset, n_cell_types: int) -> Margins:
+def gene_marginals(dataset: CellDataset, n_cell_types: int) -> GeneMarginals:
     """Mean and dispersion of every gene in the labelled cells of a data set."""
     profiles = type_profiles(dataset, n_cell_types)
-    return Margins(profiles, log_theta_by_moments(dataset, profiles))
+    return GeneMarginals(profiles, log_theta_by_moments(dataset, profiles))
 
 
 def type_profiles(dataset: CellDataset, n_cell_types: int) -> np.ndarray:
@@ -125,9 +125,9 @@ def nb_per_type_log_likelihood(train: CellDataset, test: CellDataset, batch_size
     The baseline of the GMVAE, with the same empirical-Bayes profiles and the same start of theta.
     """
     n_cell_types = int(max(train.cell_type_idx.max(), test.cell_type_idx.max())) + 1
-    margins = type_margins(train, n_cell_types)
-    log_theta = torch.from_numpy(margins.log_theta).float().to(train.device)
-    log_profiles = torch.from_numpy(np.log(margins.profiles)).float().to(train.device)
+    marginals = gene_marginals(train, n_cell_types)
+    log_theta = torch.from_numpy(marginals.log_theta).float().to(train.device)
+    log_profiles = torch.from_numpy(np.log(marginals.profiles)).float().to(train.device)
     per_batch = [
         nb_log_prob(batch, log_profiles[batch.cell_type_idx], batch.library_size.log(), log_theta)
         for batch in test.in_order(batch_size)

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from helpers import STAGES, simulated_cells
+
 from lib.baselines import beta_vae
 from lib.baselines import expression_sampling as drawing
 from lib.baselines import registry as generators
@@ -13,10 +15,8 @@ from lib.baselines.conv_cvae import ConvCVAE, extra_zeros
 from lib.baselines.pca_cvae import PCACVAE
 from lib.data.batches import CellDataset
 from lib.data.counts import log_normalize
-from lib.models.profiles import Margins
+from lib.models.profiles import GeneMarginals
 from lib.training import load_checkpoint
-
-from helpers import STAGES, simulated_cells
 
 CPU = torch.device("cpu")
 NAMES = ("beta_vae", "pca_cvae", "conv_cvae")
@@ -132,7 +132,7 @@ def test_any_number_of_genes_becomes_a_square(n_genes, side):
     counts[0, 0], counts[1, -1] = 3, 1
     dataset = CellDataset(sp.csr_matrix(counts), np.array([0, 1]), CPU)
     model.initialise(dataset)
-    images = model.images(dataset.held.batch(np.arange(2)))
+    images = model.images(dataset.in_memory_cells.batch(np.arange(2)))
     assert images.shape == (2, 1, side, side)
     assert images[0, 0, 0, 0] == 1 and images[1].flatten()[n_genes - 1] == 1 and images.sum() == 2  # zeros elsewhere
     assert model.decode(torch.zeros(2, 2), torch.tensor([0, 1])).shape == (2, 1, side, side)
@@ -150,7 +150,7 @@ def test_the_beta_vae_has_bulk2singles_sizes_and_loss():
     assert [layer.weight.shape[0] for layer in model.decoder if isinstance(layer, torch.nn.Linear)] == [512, 1024, 2048, 100]
     counts, types = simulated_cells(n_cells=20)
     small = BetaVAE(60, 3, n_latent=2, hidden=(8,))
-    batch, noise = CellDataset(counts, types, CPU).held.batch(np.arange(20)), torch.randn(20, 2)
+    batch, noise = CellDataset(counts, types, CPU).in_memory_cells.batch(np.arange(20)), torch.randn(20, 2)
     x = torch.from_numpy(log_normalize(counts, 1e4).toarray())
     hidden = torch.relu(x @ small.from_genes.weight + small.from_genes_bias)
     mean, log_var = small.encoder(hidden).chunk(2, dim=1)
@@ -170,7 +170,7 @@ def test_top_markers_are_all_that_the_encoder_sees(data):
     assert seen[strongest].all()  # each type's strongest marker
     counts = train.counts[:30].toarray()
     counts[:, ~seen] = np.random.default_rng(0).permutation(counts[:, ~seen].T).T  # same library sizes
-    a, b = (CellDataset(c, np.zeros(30, int), CPU).held.batch(np.arange(30)).log_normalized(1e4) for c in (train.counts[:30], sp.csr_matrix(counts)))
+    a, b = (CellDataset(c, np.zeros(30, int), CPU).in_memory_cells.batch(np.arange(30)).log_normalized(1e4) for c in (train.counts[:30], sp.csr_matrix(counts)))
     torch.testing.assert_close(model.q_z(a), model.q_z(b))
     assert not np.allclose(a.to_dense(), b.to_dense())
     assert beta_vae.marker_genes(train, 3, 60).tolist() == list(range(60))
@@ -182,7 +182,7 @@ def test_components_in_bands_are_those_of_all_cells_at_once(data, monkeypatch):
     monkeypatch.setattr("lib.baselines.pca_cvae.PCA_CELLS", 100)
     model = PCACVAE(60, 3, n_pcs=60)
     model.initialise(train)
-    batch = train.held.batch(np.arange(40))
+    batch = train.in_memory_cells.batch(np.arange(40))
     x = batch.log_normalized(1e4).to_dense()
     torch.testing.assert_close(model.gene_mean + (model.pcs(batch) * model.pc_scale) @ model.components.T, x, atol=2e-3, rtol=1e-3)
     few = PCACVAE(60, 3, n_pcs=5)
@@ -220,7 +220,7 @@ def test_extra_zeros_are_found_where_they_are():
     library = counts.sum(axis=1)
     dataset = CellDataset(sp.csr_matrix(counts), np.zeros(4000, int), CPU)
     expected_mu = 400 * profile / (library.mean() * profile)  # of the genes' own mean, were nothing left out
-    found = extra_zeros(dataset, Margins((profile * expected_mu)[None], np.full(40, np.log(2.0))))
+    found = extra_zeros(dataset, GeneMarginals((profile * expected_mu)[None], np.full(40, np.log(2.0))))
     assert found[:20].mean() == pytest.approx(0.4, abs=0.04) and found[20:].mean() < 0.04
 
 

@@ -27,6 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from fidelity import PBMC3K, load, metrics  # noqa: E402
+
 from lib.baselines import registry as generators  # noqa: E402
 from lib.bulk import bulk_encoder  # noqa: E402
 from lib.bulk.pseudobulk import tpm  # noqa: E402
@@ -127,9 +128,9 @@ def main() -> None:
             }
             sets = {name: with_counts(test, counts) for name, counts in made.items()}
             rng = np.random.default_rng(seed)
-            sets["real train cells, all"] = reference[metrics.draw_like(reference, test.obs["cell_type"], rng)].copy()
+            sets["real train cells, all"] = reference[metrics.select_like(reference, test.obs["cell_type"], rng)].copy()
             alike = with_counts(train, answer(train, np.full(train.n_obs, all_answer), seed + 3000))
-            sets["real train cells in the bulk's state"] = alike[metrics.draw_like(alike, test.obs["cell_type"], rng)].copy()
+            sets["real train cells in the bulk's state"] = alike[metrics.select_like(alike, test.obs["cell_type"], rng)].copy()
             error = np.abs(proportions[0] - np.bincount(types) / len(types)).mean()
             print(f"seed {seed}, bulk of {bulk_name}: MAE of the proportions {error:.4f}", flush=True)
             rows += [pd.Series(distances(real, cells, genes, seed), name=(bulk_name, name, seed)) for name, cells in sets.items()]

@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 from lib.bulk import pseudobulk, sctape  # noqa: E402
 from lib.bulk.reference import nnls_on_markers, reference_profiles  # noqa: E402
 from lib.bulk.regression import deconvolve, to_rna  # noqa: E402
-from lib.data.counts import digest, draw_of_each_type, log_normalize, write_counts  # noqa: E402
+from lib.data.counts import digest, log_normalize, select_per_type, write_counts  # noqa: E402
 from lib.evaluation import metrics  # noqa: E402
 
 DATA = ROOT.parent / "shared" / "data"
@@ -63,7 +63,7 @@ def split_pbmc3k() -> tuple[ad.AnnData, ad.AnnData]:
     adata = ad.read_h5ad(DATA / "pbmc3k.h5ad")
     counts = sp.csr_matrix(adata.X, dtype=np.float32)
     cell_type = pd.Categorical(adata.obs["cell_type"].astype(str))
-    is_test = draw_of_each_type(cell_type.codes.astype(np.int64), 0.25, np.random.default_rng(SPLIT_SEED))
+    is_test = select_per_type(cell_type.codes.astype(np.int64), 0.25, np.random.default_rng(SPLIT_SEED))
     genes = counts[~is_test].getnnz(axis=0) >= 3
     return tuple(as_cells(counts[rows][:, genes], cell_type[rows], adata.var_names[genes], "pbmc3k") for rows in (~is_test, is_test))
 
@@ -80,8 +80,8 @@ def mixtures(seed: int, distorted: bool) -> Case:
     codes = test.obs["cell_type"].cat.codes.to_numpy()
     types = list(test.obs["cell_type"].cat.categories)
     composition = np.bincount(codes) / len(codes)
-    cells = pseudobulk.largest_remainder(pseudobulk.draw_proportions(N_MIXTURES, composition, SHARES, rng), CELLS_PER_MIXTURE)
-    mixing = pseudobulk.draw_cells(cells, codes, rng)
+    cells = pseudobulk.largest_remainder(pseudobulk.sample_proportions(N_MIXTURES, composition, SHARES, rng), CELLS_PER_MIXTURE)
+    mixing = pseudobulk.sample_cells(cells, codes, rng)
     values = pseudobulk.mix(mixing, test.X).astype(np.float64)
     library = np.asarray(test.X.sum(axis=1)).ravel()
     rna = np.stack([mixing[:, codes == k] @ library[codes == k] for k in range(len(types))], axis=1)

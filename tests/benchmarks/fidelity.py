@@ -6,7 +6,7 @@ run     python tests/benchmarks/fidelity.py            (needs tests/benchmarks/r
 
 The data are parted once, 75/25 within the author's types, seed 123; genes seen in three train cells. Each generator is
 trained with each seed on the train cells alone, ours by the real stage 3 with its default constants, and makes as many cells
-of each type as there are test cells. All are judged by `lib.metrics.fidelity`, the same code and the same test cells; the
+of each type as there are test cells. All are judged by `lib.evaluation.metrics.fidelity`, the same code and the same test cells; the
 floor are train cells, drawn anew with each seed. Printed: mean and, after +-, half the range over the seeds.
 
 The ablation never sees the test cells: a quarter of the train cells, other ones with each seed, takes their place.
@@ -32,10 +32,10 @@ sys.path.insert(0, str(ROOT))
 
 from lib.baselines import registry as models  # noqa: E402
 from lib.data.batches import CellDataset  # noqa: E402
-from lib.data.counts import digest, draw_of_each_type, write_counts  # noqa: E402
+from lib.data.counts import digest, select_per_type, write_counts  # noqa: E402
 from lib.evaluation import metrics  # noqa: E402
 from lib.evaluation.comparison import judged  # noqa: E402
-from lib.models.profiles import type_margins  # noqa: E402
+from lib.models.profiles import gene_marginals  # noqa: E402
 
 CPU = torch.device("cpu")
 SPLIT_SEED = 123
@@ -63,7 +63,7 @@ def load(data: str) -> tuple[ad.AnnData, ad.AnnData]:
         adata = ad.read_h5ad(data)
     counts = sp.csr_matrix(adata.X, dtype=np.float32)
     cell_type = pd.Categorical(adata.obs["cell_type"].astype(str))
-    is_test = draw_of_each_type(cell_type.codes.astype(np.int64), 0.25, np.random.default_rng(SPLIT_SEED))
+    is_test = select_per_type(cell_type.codes.astype(np.int64), 0.25, np.random.default_rng(SPLIT_SEED))
     whole = ad.AnnData(counts, obs=pd.DataFrame({"cell_type": cell_type}, index=adata.obs_names), var=pd.DataFrame(index=adata.var_names))
     whole.uns["dataset"] = str(data)
     train, test = part(whole, is_test)
@@ -102,10 +102,10 @@ def independent_nb(train: ad.AnnData, types: np.ndarray, seed: int) -> sp.csr_ma
     rng = np.random.default_rng(seed)
     idx = train.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64)
     dataset = CellDataset(train.X, idx, CPU)
-    margins = type_margins(dataset, idx.max() + 1)
-    theta = np.exp(margins.log_theta)
+    marginals = gene_marginals(dataset, idx.max() + 1)
+    theta = np.exp(marginals.log_theta)
     library = np.array([rng.choice(dataset.library_size[idx == k]) for k in types])
-    mu = library[:, None] * margins.profiles[types]
+    mu = library[:, None] * marginals.profiles[types]
     return sp.csr_matrix(rng.poisson(rng.gamma(theta, mu / theta)).astype(np.float32))
 
 
@@ -146,10 +146,10 @@ def main() -> None:
     rows = []
     for seed in range(arguments.seeds):
         if arguments.ablation:
-            train, test = part(all_train, draw_of_each_type(all_train.obs["cell_type"].cat.codes.to_numpy().astype(np.int64), 0.25, np.random.default_rng(seed)))
+            train, test = part(all_train, select_per_type(all_train.obs["cell_type"].cat.codes.to_numpy().astype(np.int64), 0.25, np.random.default_rng(seed)))
         types = test.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64)
         genes = metrics.variable_genes(train, metrics.N_CORRELATED_GENES)
-        floor_rows = metrics.draw_like(train, test.obs["cell_type"], np.random.default_rng(seed))
+        floor_rows = metrics.select_like(train, test.obs["cell_type"], np.random.default_rng(seed))
         floor = train[floor_rows].copy()
         for name in names:
             started = time.perf_counter()

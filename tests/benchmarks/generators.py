@@ -3,7 +3,7 @@
 run     python tests/benchmarks/generators.py                               (pbmc3k, hours on a CPU: the beta-VAE has 61 million parameters)
         python tests/benchmarks/generators.py --data pbmc68k_reduced --seeds 3      (half an hour)
 
-The split, the judge (`lib.metrics.fidelity`) and the floor are those of fidelity.py. Each generator is trained by the real
+The split, the judge (`lib.evaluation.metrics.fidelity`) and the floor are those of fidelity.py. Each generator is trained by the real
 stage 3 on the train cells alone, with its own default settings, and makes as many cells of each type as there are test cells.
 Printed: mean and, after +-, half the range over the seeds; seconds of training and cells made per second, in processor time
 (with OMP_NUM_THREADS=1: of one core, however busy the machine is).
@@ -25,6 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from fidelity import PBMC3K, load, metrics  # noqa: E402
+
 from lib.baselines import registry as generators  # noqa: E402
 from lib.data.counts import write_counts  # noqa: E402
 from lib.evaluation.comparison import judged  # noqa: E402
@@ -66,7 +67,7 @@ def main() -> None:
     genes = metrics.variable_genes(train, metrics.N_CORRELATED_GENES)
     rows = []
     for seed in range(arguments.seeds):
-        floor = train[metrics.draw_like(train, test.obs["cell_type"], np.random.default_rng(seed))].copy()
+        floor = train[metrics.select_like(train, test.obs["cell_type"], np.random.default_rng(seed))].copy()
         rows.append(metrics.fidelity(test, floor, genes, seed).rename(("real train cells", seed)))
         for name in arguments.only:
             counts, costs = made_by(name, train, types, seed, arguments.epochs)

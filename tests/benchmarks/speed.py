@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from lib.data.batches import Batch, CellDataset  # noqa: E402
-from lib.data.counts import draw_of_each_type  # noqa: E402
+from lib.data.counts import select_per_type  # noqa: E402
 from lib.models.layers import SparseLinear  # noqa: E402
 from lib.training import keep_freed_memory  # noqa: E402
 
@@ -234,7 +234,7 @@ def time_to_likelihood(counts: sp.csr_matrix, types: np.ndarray, n_cell_types: i
     p(x) >= p(x, y). Seconds are those of training alone. scVI stops by its own early stopping, on those cells; its clock stops
     at its best epoch.
     """
-    held_out = draw_of_each_type(types, 0.1, np.random.default_rng(0))
+    held_out = select_per_type(types, 0.1, np.random.default_rng(0))
     order = np.r_[np.flatnonzero(~held_out), np.flatnonzero(held_out)]
     scvi = Scvi(counts[order], likelihood)
     seconds = scvi.train(

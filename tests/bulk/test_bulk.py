@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+
 from lib.bulk.tables import (
     gene_names,
     pooled_replicates,

@@ -6,13 +6,13 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
+from helpers import STAGES, trained_gmvae
+
 from lib.bulk import bulk_encoder, bulk_encoder_fit, states
 from lib.bulk.bulk_encoder import BulkEncoder
 from lib.data.batches import CellDataset
 from lib.data.counts import log_normalize
 from lib.training import Trainer
-
-from helpers import STAGES, trained_gmvae
 
 CPU = torch.device("cpu")
 N_TYPES, N_GENES = 3, 60

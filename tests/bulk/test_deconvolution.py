@@ -6,6 +6,8 @@ import pandas as pd
 import pytest
 import scipy.optimize
 import scipy.sparse as sp
+from helpers import ROOT
+
 from lib.bulk.reference import reference_profiles
 from lib.bulk.regression import (
     PLATFORM_SD,
@@ -20,8 +22,6 @@ from lib.bulk.regression import (
     to_rna,
 )
 from lib.evaluation.metrics import mae
-
-from helpers import ROOT
 
 N_TYPES, N_GENES = 4, 400
 

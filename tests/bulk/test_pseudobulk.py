@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import scipy.sparse as sp
+
 from lib.bulk import pseudobulk
 from lib.bulk.pseudobulk import (
-    draw_cells,
-    draw_proportions,
     largest_remainder,
+    sample_cells,
+    sample_proportions,
     simulate,
     tpm,
 )
@@ -25,11 +26,11 @@ def test_largest_remainder_keeps_totals_exactly():
 
 def test_proportions_have_absent_and_rare_types_and_vary():
     composition = np.array([0.6, 0.3, 0.1])
-    drawn = draw_proportions(4000, composition, {"sparse": 0.25, "rare": 0.25, "near": 0.25}, np.random.default_rng(0))
+    drawn = sample_proportions(4000, composition, {"sparse": 0.25, "rare": 0.25, "near": 0.25}, np.random.default_rng(0))
     np.testing.assert_allclose(drawn.sum(axis=1), 1)
     assert 0.08 < (drawn == 0).mean() < 0.17  # a quarter of the samples lacks half of its types, at most two of three
     assert ((drawn > 0) & (drawn < 0.03)).mean() > 0.05
-    near = draw_proportions(4000, composition, {"sparse": 0, "rare": 0, "near": 1}, np.random.default_rng(0))
+    near = sample_proportions(4000, composition, {"sparse": 0, "rare": 0, "near": 1}, np.random.default_rng(0))
     np.testing.assert_allclose(near.mean(axis=0), composition, atol=0.01)
 
 
@@ -38,7 +39,7 @@ def test_drawn_cells_are_of_the_types_asked_for(min_distinct):
     rng = np.random.default_rng(0)
     types = np.repeat([0, 1, 2, -1], [50, 30, 2, 20])
     wanted = np.array([[10, 0, 5], [1, 200, 0]])
-    mixing = draw_cells(wanted, types, rng, min_distinct)
+    mixing = sample_cells(wanted, types, rng, min_distinct)
     for k in range(3):
         np.testing.assert_array_equal(mixing.toarray()[:, types == k].sum(axis=1), wanted[:, k])
     assert mixing[:, types == -1].nnz == 0
@@ -47,15 +48,15 @@ def test_drawn_cells_are_of_the_types_asked_for(min_distinct):
 def test_min_distinct_draws_from_a_handful_and_otherwise_from_all():
     types = np.zeros(1000, dtype=int)
     wanted = np.full((200, 1), 500)
-    handful = np.diff(draw_cells(wanted, types, np.random.default_rng(0), 3).indptr)
-    everyone = np.diff(draw_cells(wanted, types, np.random.default_rng(0)).indptr)
+    handful = np.diff(sample_cells(wanted, types, np.random.default_rng(0), 3).indptr)
+    everyone = np.diff(sample_cells(wanted, types, np.random.default_rng(0)).indptr)
     assert 1 < handful.min() < 10 and handful.max() > 200
     assert everyone.min() > 350
 
 
 def test_a_type_without_cells_is_refused():
     with pytest.raises(ValueError, match="cell type number 1 has no cells"):
-        draw_cells(np.array([[1, 1]]), np.array([0, 0]), np.random.default_rng(0))
+        sample_cells(np.array([[1, 1]]), np.array([0, 0]), np.random.default_rng(0))
 
 
 def test_simulation_is_the_sum_of_its_cells_whatever_the_threads(monkeypatch):
@@ -70,7 +71,7 @@ def test_simulation_is_the_sum_of_its_cells_whatever_the_threads(monkeypatch):
     np.testing.assert_array_equal(one, four)
     assert one.shape == (600, 30) and not np.array_equal(one[:250], one[250:500])
     stream = np.random.SeedSequence(3).spawn(3)[0]
-    by_hand = draw_cells(wanted[:250], types, np.random.default_rng(stream)).toarray() @ counts.toarray()
+    by_hand = sample_cells(wanted[:250], types, np.random.default_rng(stream)).toarray() @ counts.toarray()
     np.testing.assert_array_equal(one[:250], by_hand)
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
+
 from lib.bulk.reference import (
     Reference,
     nnls_on_markers,

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+
 from lib.bulk.sctape import ScTAPE, complete, predict, scale
 
 

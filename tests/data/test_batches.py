@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from helpers import simulated_cells
+
 from lib.data.batches import CellDataset, transposed
 from lib.data.counts import read_counts, row_blocks, write_counts
-
-from helpers import simulated_cells
 
 
 def test_a_batch_is_the_rows_of_the_matrix():
     counts, types = simulated_cells()
-    batch = CellDataset(counts, types, torch.device("cpu")).held.batch(np.array([5, 2, 9]))
+    batch = CellDataset(counts, types, torch.device("cpu")).in_memory_cells.batch(np.array([5, 2, 9]))
     dense = torch.zeros(3, counts.shape[1])
     dense[batch.cells, batch.genes] = batch.counts
     np.testing.assert_array_equal(dense, counts[[5, 2, 9]].toarray())
@@ -29,7 +29,7 @@ def test_selected_cells_are_those_cells():
     counts, types = simulated_cells()
     dataset = CellDataset(counts, types, torch.device("cpu"))
     chosen = torch.tensor([False, True, True, False, True])
-    selected, expected = dataset.held.batch(np.arange(5)).select(chosen), dataset.held.batch(np.array([1, 2, 4]))
+    selected, expected = dataset.in_memory_cells.batch(np.arange(5)).select(chosen), dataset.in_memory_cells.batch(np.array([1, 2, 4]))
     for name, value in vars(expected).items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(getattr(selected, name), value), name
@@ -65,7 +65,7 @@ def on_disk(tmp_path, monkeypatch):
 
 def test_cells_on_disk_are_the_cells_in_memory(on_disk):
     disk, memory, mine = on_disk
-    assert disk.held is None and memory.held is not None
+    assert disk.in_memory_cells is None and memory.in_memory_cells is not None
     np.testing.assert_array_equal(disk.library_size, memory.library_size)
     for dataset in (disk, memory):
         batches = list(dataset.in_order(7))
@@ -81,7 +81,7 @@ def test_an_epoch_from_disk_holds_every_cell_once_and_mixes_far_cells(on_disk):
     assert sorted(ids) == list(mine)
     spread = [np.ptp(b.cell_type_idx.numpy()) for b in batches]
     assert np.mean(spread) > 150  # cells of a batch come from all over the file, not from one stretch of 64
-    of_memory = memory.held.batch(np.searchsorted(mine, batches[0].cell_type_idx.numpy()))
+    of_memory = memory.in_memory_cells.batch(np.searchsorted(mine, batches[0].cell_type_idx.numpy()))
     assert torch.equal(batches[0].counts, of_memory.counts) and torch.equal(batches[0].genes, of_memory.genes)
     again = torch.cat([b.cell_type_idx for b in disk.shuffled(12, torch.Generator().manual_seed(0))]).numpy()
     np.testing.assert_array_equal(ids, again)
@@ -98,5 +98,5 @@ def test_processes_share_every_batch(on_disk, where):
 
 def test_the_transpose_in_csr_form():
     counts, types = simulated_cells()
-    x = CellDataset(counts, types, torch.device("cpu")).held.batch(np.arange(20)).log_normalized(1000.0)
+    x = CellDataset(counts, types, torch.device("cpu")).in_memory_cells.batch(np.arange(20)).log_normalized(1000.0)
     assert torch.equal(transposed(x).to_dense(), x.to_dense().T)

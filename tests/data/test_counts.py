@@ -4,6 +4,8 @@ import anndata as ad
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from helpers import simulated_dataset
+
 from lib.data.counts import (
     check_same_names,
     check_same_split,
@@ -12,13 +14,11 @@ from lib.data.counts import (
     n_entries,
     read_counts,
     row_blocks,
+    select_cells,
     sum_duplicate_genes,
-    take,
     to_counts,
     write_blocks,
 )
-
-from helpers import simulated_dataset
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_counts_written_in_blocks_are_read_back_in_blocks(tmp_path):
     assert on_disk.isbacked and n_entries(on_disk.X) == n_entries(whole.X) == whole.X.nnz
     np.testing.assert_array_equal(ad.read_h5ad(tmp_path / "cells.h5ad").X.toarray(), whole.X.toarray())
     np.testing.assert_array_equal(on_disk.obs["filled_later"], np.asarray(whole.X.sum(axis=1)).ravel())
-    some = take(on_disk, np.array([3, 50, 100]))
+    some = select_cells(on_disk, np.array([3, 50, 100]))
     np.testing.assert_array_equal(some.X.toarray(), whole.X[[3, 50, 100]].toarray())
     assert list(some.obs_names) == list(whole.obs_names[[3, 50, 100]])
 

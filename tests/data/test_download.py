@@ -4,15 +4,15 @@ import gzip
 import random
 
 import anndata as ad
-import lib.data.download
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-from lib.data.download import ATTEMPTS, fetch
-
 from helpers import Workplace
 from server import Handler, serve
+
+import lib.data.download
+from lib.data.download import ATTEMPTS, fetch
 
 pytestmark = pytest.mark.usefixtures("no_waits_no_proxy")
 
@@ -110,8 +110,8 @@ def test_a_server_in_trouble_for_good_is_given_up(site, tmp_path):
 
 def test_waits_double_and_start_again_with_progress(site, tmp_path, monkeypatch):
     waits = []
-    monkeypatch.setattr(lib.download, "FIRST_WAIT_S", 1.0)
-    monkeypatch.setattr(lib.download.time, "sleep", waits.append)
+    monkeypatch.setattr(lib.data.download, "FIRST_WAIT_S", 1.0)
+    monkeypatch.setattr(lib.data.download.time, "sleep", waits.append)
     site.answers = [status(500), status(500), cut(700_000), status(500), serve]
     fetch_body(site, tmp_path)
     assert waits == [1, 2, 1, 2]

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import simulated_dataset
+
 from lib.data.counts import read_counts, write_counts
 from lib.data.embedding import (
     embed,
@@ -14,8 +16,6 @@ from lib.data.embedding import (
     mde,
     principal_components,
 )
-
-from helpers import simulated_dataset
 
 
 @pytest.mark.parametrize("n_cells", [60, 8300])

@@ -4,9 +4,9 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from lib.data.markers import Markers, cell_scores, read_markers
-
 from helpers import STAGES, Workplace, split_only
+
+from lib.data.markers import Markers, cell_scores, read_markers
 
 PBMC = {"B": "CD79A MS4A1 CD79B", "T": "CD3D CD3E IL32 CD2", "Mono": "LYZ S100A9 CST3", "NK": "GNLY NKG7 KLRD1", "DC": "FCER1A CLEC10A"}
 

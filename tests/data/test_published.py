@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 import scipy.io
 import scipy.sparse as sp
-from lib.data import published
-
 from helpers import Workplace
+
+from lib.data import published
 
 GENES = [("ENSG00000243485", "MIR1302-10"), ("ENSG00000075624", "ACTB"), ("ENSG00000111640", "GAPDH"), ("ENSG00000166710", "B2M")]
 COUNTS = np.array([[0, 3, 1, 2], [1, 0, 0, 5], [0, 2, 2, 0]])  # cells x genes

@@ -5,18 +5,18 @@ import gzip
 
 import anndata as ad
 import h5py
-import lib.data.readers
 import numpy as np
 import pandas as pd
 import pytest
 import scanpy as sc
 import scipy.io
 import scipy.sparse as sp
+from helpers import Workplace
+
+import lib.data.readers
 from lib.data import datasets
 from lib.data.labels import read_labels
 from lib.data.readers import read_count_table, read_dataset, read_gene_lengths
-
-from helpers import Workplace
 
 GENES = ["ACTB", "GAPDH", "MALAT1", "B2M", "CD3E", "CD19", "NKG7", "LYZ"]
 BARCODES = [f"{a}{b}{c}-1" for a in "AC" for b in "CGT" for c in "GT"]
@@ -27,7 +27,7 @@ TYPES = ["T", "B", "NK", "Mono"] * 3
 
 @pytest.fixture(autouse=True)
 def small_bands(monkeypatch):
-    monkeypatch.setattr(lib.readers, "CSV_ROWS_AT_ONCE", 5)  # so that the 8 or 12 rows come in several bands
+    monkeypatch.setattr(lib.data.readers, "CSV_ROWS_AT_ONCE", 5)  # so that the 8 or 12 rows come in several bands
 
 
 def log_normalized(counts=COUNTS):

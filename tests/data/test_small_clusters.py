@@ -4,9 +4,9 @@ import anndata as ad
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from lib.data.noise import in_large_clusters
-
 from helpers import simulated_dataset
+
+from lib.data.noise import in_large_clusters
 
 
 @pytest.fixture(scope="module")

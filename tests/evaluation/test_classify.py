@@ -4,7 +4,6 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-
 from helpers import STAGES, simulated_dataset
 
 pytest.importorskip("xgboost")

@@ -4,10 +4,10 @@ import anndata as ad
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from helpers import simulated_dataset
+
 from lib.evaluation import metrics
 from lib.evaluation.metrics import ccc, ilisi, mae, marker_recovery, memorisation, mmd, pearson
-
-from helpers import simulated_dataset
 
 
 def test_by_hand():
@@ -79,7 +79,7 @@ def test_each_judge_sees_its_own_fault(sets):
     assert one_gene["linear AUC"] > good["linear AUC"] + 0.2
     types = other.obs["cell_type"].cat.codes.to_numpy()
 
-    def shuffled_genes(x):  # each gene on its own, within each type: margins stay, correlations go
+    def shuffled_genes(x):  # each gene on its own, within each type: marginals stay, correlations go
         for k in range(3):
             for gene in range(x.shape[1]):
                 x[types == k, gene] = rng.permutation(x[types == k, gene])

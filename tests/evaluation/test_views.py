@@ -6,11 +6,11 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
+from helpers import STAGES, simulated_cells, simulated_dataset, trained_gmvae
+
 from lib.bulk.pseudobulk import largest_remainder
 from lib.data.counts import log_normalize
 from lib.evaluation import panels, views
-
-from helpers import STAGES, simulated_cells, simulated_dataset, trained_gmvae
 
 FEW = {"MAX_CELLS_JUDGED": 60, "MAX_CELLS_DRAWN": 120, "DEVICE": "cpu"}
 

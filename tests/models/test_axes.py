@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+
 from lib.data.batches import CellDataset
 from lib.models.axes import _shrunken, within_type_axes
-from lib.models.profiles import type_margins
+from lib.models.profiles import gene_marginals
 
 N_CELLS, N_GENES = 1500, 400
 
@@ -26,7 +27,7 @@ def cells(n_programmes: int, seed: int = 0):
 
 def found(counts, types, max_axes: int = 8):
     dataset = CellDataset(counts, types, torch.device("cpu"))
-    return within_type_axes(dataset, type_margins(dataset, types.max() + 1), max_axes, 0)
+    return within_type_axes(dataset, gene_marginals(dataset, types.max() + 1), max_axes, 0)
 
 
 def scores(axes, counts, types):

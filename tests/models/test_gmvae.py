@@ -7,22 +7,22 @@ import pytest
 import scipy.sparse as sp
 import scipy.stats
 import torch
+from helpers import simulated_cells, trained_gmvae
+
 from lib.data.batches import CellDataset
 from lib.models.gmvae import GENERATED_AT_ONCE, GMVAE
-from lib.models.likelihoods import Likelihood, draw_positive_nb, nb_log_prob
+from lib.models.likelihoods import Likelihood, nb_log_prob, sample_positive_nb
 from lib.models.profiles import nb_per_type_log_likelihood
-
-from helpers import simulated_cells, trained_gmvae
 
 CPU = torch.device("cpu")
 
 
-def noise_of(batch, generator=None, n_latent: int = 4) -> torch.Tensor:
+def sample_epsilon(batch, generator=None, n_latent: int = 4) -> torch.Tensor:
     return torch.randn(batch.n_cells, n_latent, generator=generator)
 
 
 def all_cells(counts, types):
-    return CellDataset(counts, np.asarray(types), CPU).held.batch(np.arange(len(types)))
+    return CellDataset(counts, np.asarray(types), CPU).in_memory_cells.batch(np.arange(len(types)))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_every_variant_learns(data, arguments):
 def test_the_bound_rises_with_importance_samples_to_the_likelihood(data, model):
     test = CellDataset(*data[1], CPU)
     with torch.no_grad():
-        terms = [model.elbo_terms(model.see(b), b, noise_of(b)) for b in test.in_order(64)]
+        terms = [model.elbo_terms(model.encode_genes(b), b, sample_epsilon(b)) for b in test.in_order(64)]
     elbo = -torch.cat([t["reconstruction_loss"] + t["kl_z"] for t in terms]).mean().item()
     one, few, many = (model.log_likelihood(test, n).mean() for n in (1, 10, 100))
     assert abs(one - elbo) < 1.0  # one sample is the ELBO, up to the draw
@@ -80,13 +80,13 @@ def test_cells_without_labels_sum_over_all_types(data):
     (counts, types), _ = data
     model = trained_gmvae(counts, types, epochs=2)
     unknown, noise = all_cells(counts[:5], np.full(5, -1)), torch.randn(5, 4)
-    q = torch.softmax(model.q_y(model.see(unknown), unknown), dim=1).detach()
+    q = torch.softmax(model.q_y(model.encode_genes(unknown), unknown), dim=1).detach()
     expected = (q * (q.log() - model.type_frequency.log())).sum(dim=1).double()
     for k in range(3):
         of_type_k = all_cells(counts[:5], np.full(5, k))
-        terms = model.elbo_terms(model.see(of_type_k), of_type_k, noise)
+        terms = model.elbo_terms(model.encode_genes(of_type_k), of_type_k, noise)
         expected = expected + q[:, k] * (terms["reconstruction_loss"] + terms["library_loss"] + terms["kl_z"]).detach()
-    assert model(unknown, noise)["loss"].item() == pytest.approx((expected.mean() + model.leaning_penalty()).item(), rel=1e-5)
+    assert model(unknown, noise)["loss"].item() == pytest.approx((expected.mean() + model.shrinkage_penalty()).item(), rel=1e-5)
 
 
 def test_mixed_batches_equal_their_parts(data):
@@ -107,7 +107,7 @@ def test_unlabelled_cells_help_and_get_their_types_back(data):
     model = trained_gmvae(counts, few, epochs=25)
     with torch.no_grad():
         test = all_cells(test_counts, test_types)
-        guess = model.q_y(model.see(test), test).argmax(dim=1).numpy()
+        guess = model.q_y(model.encode_genes(test), test).argmax(dim=1).numpy()
     assert (guess == test_types).mean() > 0.9
 
 
@@ -147,7 +147,7 @@ def test_after_the_fit_cells_have_the_means_of_their_type_even_if_training_stopp
     before = error()
     model.fit_prior(CellDataset(counts, types, CPU), None, seed=0)
     assert error() < 0.1 < 0.5 * before
-    _, log_library = model.draw_z(torch.from_numpy(types), 1.0, torch.Generator().manual_seed(1))
+    _, log_library = model.sample_z(torch.from_numpy(types), 1.0, torch.Generator().manual_seed(1))
     assert log_library.std().item() == pytest.approx(np.log(np.asarray(counts.sum(axis=1))).std(), rel=0.1)
 
 
@@ -178,7 +178,7 @@ def test_positive_counts_follow_the_truncated_distribution(mu, theta):
     """Both ways of drawing, against scipy's negative binomial without its zeros."""
     n, generator = 60_000, torch.Generator().manual_seed(1)
     ratio, shape = (torch.full((n,), value, dtype=torch.float64) for value in (mu / theta, theta))
-    x = draw_positive_nb(ratio, shape, torch.rand(n, generator=generator, dtype=torch.float64), generator).numpy()
+    x = sample_positive_nb(ratio, shape, torch.rand(n, generator=generator, dtype=torch.float64), generator).numpy()
     assert x.min() >= 1
     nb = scipy.stats.nbinom(theta, theta / (theta + mu))
     edges = np.unique([nb.isf(nb.sf(0) * tail) for tail in (0.99, 0.9, 0.75, 0.5, 0.25, 0.1, 0.02)])

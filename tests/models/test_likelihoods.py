@@ -5,6 +5,7 @@ import pytest
 import scipy.sparse as sp
 import scipy.stats
 import torch
+
 from lib.data.batches import CellDataset
 from lib.models.likelihoods import gaussian_kl, gaussian_log_prob, nb_log_prob, zinb_log_prob
 from lib.models.profiles import log_theta_by_moments, nb_per_type_log_likelihood, type_profiles
@@ -13,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def batch_of(counts: np.ndarray):
-    return CellDataset(sp.csr_matrix(counts.astype(np.float32)), np.zeros(len(counts)), CPU).held.batch(np.arange(len(counts)))
+    return CellDataset(sp.csr_matrix(counts.astype(np.float32)), np.zeros(len(counts)), CPU).in_memory_cells.batch(np.arange(len(counts)))
 
 
 def mean(mu) -> tuple[torch.Tensor, torch.Tensor]:

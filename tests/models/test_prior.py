@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+
 from lib.models.copula import fit_prior, respread, sample_prior, within_type_variance
 
 
