@@ -20,14 +20,20 @@ from lib.files import folder, replacing, report, user_path
 DATASET = "GSE130148"  # GSE130148 (the paper's), pbmc68k_reduced (needs no network), pbmc1k, pbmc3k, pbmc68k, dentate_gyrus, E-ANND-5, or a path of yours
 CELL_TYPE_KEY: str | None = None  # column with the cell types, in obs or in LABELS_FILE; none: the one called like it
 LABELS_FILE: str | None = None  # csv or tsv with barcodes and cell types, for counts that come without
-ORIENTATION: Literal["auto", "genes_in_rows", "cells_in_rows"] = "auto"  # of a csv or tsv of counts; auto: by its gene names
+ORIENTATION: Literal["auto", "genes_in_rows", "cells_in_rows"] = (
+    "auto"  # of a csv or tsv of counts; auto: by its gene names
+)
 
 # Gene lengths, for TPM that divides by them (stage 2)
-GENE_LENGTHS: str | None = "auto"  # auto: those that come with the data set; none; or a table (GeneLength.txt, or gene and length in bp)
+GENE_LENGTHS: str | None = (
+    "auto"  # auto: those that come with the data set; none; or a table (GeneLength.txt, or gene and length in bp)
+)
 
 # Where things are
 GEO_URL = "https://ftp.ncbi.nlm.nih.gov/geo/series/GSE130nnn/GSE130148/suppl"  # of the two files of GSE130148
-GENE_LENGTH_URL = "https://github.com/poseidonchan/TAPE/raw/main/data/GeneLength.txt"  # the table that the original uses
+GENE_LENGTH_URL = (
+    "https://github.com/poseidonchan/TAPE/raw/main/data/GeneLength.txt"  # the table that the original uses
+)
 DATA_DIR = "data"  # folder; data/raw holds the files as they were downloaded
 
 
@@ -44,7 +50,9 @@ def main() -> None:
     adata.uns["source"] = source.description
     adata.uns["counts_id"] = fingerprint(adata)
 
-    print(f"{adata.n_obs:,} cells x {adata.n_vars:,} genes, {adata.X.nnz / adata.X.shape[0] / adata.X.shape[1]:.1%} of the counts above zero")
+    print(
+        f"{adata.n_obs:,} cells x {adata.n_vars:,} genes, {adata.X.nnz / adata.X.shape[0] / adata.X.shape[1]:.1%} of the counts above zero"
+    )
     if "cell_type" in adata.obs:
         print(adata.obs["cell_type"].value_counts(dropna=False).to_string())
     else:
@@ -63,14 +71,18 @@ def load() -> datasets.Source:
     lengths = None if GENE_LENGTHS in ("auto", None) else user_path(GENE_LENGTHS)
     if DATASET in datasets.NAMES:
         if CELL_TYPE_KEY is not None and LABELS_FILE is None:
-            raise ValueError(f"CELL_TYPE_KEY is {CELL_TYPE_KEY!r}, but {DATASET} has its own labels; set it to none, or give LABELS_FILE")
+            raise ValueError(
+                f"CELL_TYPE_KEY is {CELL_TYPE_KEY!r}, but {DATASET} has its own labels; set it to none, or give LABELS_FILE"
+            )
         own_lengths = GENE_LENGTHS == "auto"
         source = datasets.load(DATASET, folder(f"{DATA_DIR}/raw"), GEO_URL, GENE_LENGTH_URL if own_lengths else None)
         return source if own_lengths else source._replace(gene_length_file=lengths)
     try:
         path = user_path(DATASET)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"DATASET = {DATASET!r} is neither one of {', '.join(datasets.NAMES)} nor a path: {error}") from error
+        raise FileNotFoundError(
+            f"DATASET = {DATASET!r} is neither one of {', '.join(datasets.NAMES)} nor a path: {error}"
+        ) from error
     adata = readers.read_dataset(path, ORIENTATION, CELL_TYPE_KEY if LABELS_FILE is None else None)
     return datasets.Source(adata, str(path), lengths)
 

@@ -47,12 +47,20 @@ N_PCS = 50  # principal components
 N_NEIGHBORS = 15  # neighbours of a cell
 LEIDEN_RESOLUTION = 0.7  # higher: more clusters
 MIN_CLUSTER_CELLS = 30  # smaller Leiden clusters are dropped
-MAX_CELLS_EMBEDDED = 50_000  # clustered and drawn; of more cells a random draw, the others go to their neighbours' clusters (ours)
+MAX_CELLS_EMBEDDED = (
+    50_000  # clustered and drawn; of more cells a random draw, the others go to their neighbours' clusters (ours)
+)
 
 # Cell types
-LABELS: Literal["auto", "leiden", "author", "markers"] = "auto"  # auto: the author's where the data have them, else Leiden clusters; markers: clusters named by MARKERS_FILE
-MARKERS_FILE: str | None = None  # csv or tsv, a row a type: cell_type, positive, negative (genes), or scType's own columns
-UNLABELLED: Literal["drop", "keep"] = "drop"  # cells to which the author gave no type; keep: they go to train, without type
+LABELS: Literal["auto", "leiden", "author", "markers"] = (
+    "auto"  # auto: the author's where the data have them, else Leiden clusters; markers: clusters named by MARKERS_FILE
+)
+MARKERS_FILE: str | None = (
+    None  # csv or tsv, a row a type: cell_type, positive, negative (genes), or scType's own columns
+)
+UNLABELLED: Literal["drop", "keep"] = (
+    "drop"  # cells to which the author gave no type; keep: they go to train, without type
+)
 MIN_TYPE_CELLS = 4  # cells that an author's type needs to be split
 SMALL_TYPES: Literal["error", "drop"] = "error"  # what to do with an author's type of fewer cells
 
@@ -76,9 +84,13 @@ def main() -> None:
             "give stage 0 the labels (LABELS_FILE, CELL_TYPE_KEY) or set LABELS to leiden"
         )
     if (LABELS == "markers") != (MARKERS_FILE is not None):
-        raise ValueError(f"LABELS is {LABELS} and MARKERS_FILE is {MARKERS_FILE}; expected LABELS = markers and a file, or neither")
+        raise ValueError(
+            f"LABELS is {LABELS} and MARKERS_FILE is {MARKERS_FILE}; expected LABELS = markers and a file, or neither"
+        )
     if SPLIT_BY is not None and SPLIT_BY not in adata.obs:
-        raise ValueError(f"SPLIT_BY is {SPLIT_BY!r}, but obs has {', '.join(adata.obs.columns) or 'no columns'}; set it to one of them or to none")
+        raise ValueError(
+            f"SPLIT_BY is {SPLIT_BY!r}, but obs has {', '.join(adata.obs.columns) or 'no columns'}; set it to one of them or to none"
+        )
 
     rows = good_cells(adata)
     if REMOVE_DOUBLETS:
@@ -87,8 +99,12 @@ def main() -> None:
     pcs = principal_components(lazy(adata, rows), N_TOP_GENES, N_PCS)
     embedded = np.sort(np.random.default_rng(SEED).permutation(len(rows))[:MAX_CELLS_EMBEDDED])
     embedding = embed(pcs[embedded], N_NEIGHBORS, SEED)
-    sc.tl.leiden(embedding, resolution=LEIDEN_RESOLUTION, flavor="igraph", n_iterations=2, directed=False, random_state=SEED)
-    obs["leiden"] = pd.Categorical(labels_of_neighbours(pcs, embedded, embedding.obs["leiden"].astype(str).to_numpy(), N_NEIGHBORS))
+    sc.tl.leiden(
+        embedding, resolution=LEIDEN_RESOLUTION, flavor="igraph", n_iterations=2, directed=False, random_state=SEED
+    )
+    obs["leiden"] = pd.Categorical(
+        labels_of_neighbours(pcs, embedded, embedding.obs["leiden"].astype(str).to_numpy(), N_NEIGHBORS)
+    )
     obs[["umap_1", "umap_2"]] = np.nan
     obs.iloc[embedded, -2:] = embedding.obsm["X_umap"]
     obs["row"] = rows
@@ -98,7 +114,9 @@ def main() -> None:
 
     is_test = split(obs)
     usable = ~is_test | obs["cell_type"].notna().to_numpy()
-    if not usable.all():  # with SPLIT_BY: neither test cells, which need a type, nor train cells, whose donors are others
+    if (
+        not usable.all()
+    ):  # with SPLIT_BY: neither test cells, which need a type, nor train cells, whose donors are others
         print(f"cells without a type among the test cells' {SPLIT_BY}: {np.sum(~usable):,} removed")
         obs, is_test = obs[usable], is_test[usable]
     print(f"test cells: {is_test.sum():,} of {len(is_test):,} ({is_test.mean():.0%})")
@@ -114,12 +132,16 @@ def main() -> None:
     drawn = ~np.isnan(umap[:, 0])
     plots.umap_reference(umap[drawn], obs["cell_type"][drawn], is_test[drawn], fig / "umap_reference.png")
     uns = {key: adata.uns[key] for key in ("dataset", "source", "counts_id") if key in adata.uns}
-    uns["split_id"] = digest([uns["counts_id"], *adata.var_names[in_train], *obs.index, *obs["cell_type"].astype(str), *is_test.astype(str)])
+    uns["split_id"] = digest(
+        [uns["counts_id"], *adata.var_names[in_train], *obs.index, *obs["cell_type"].astype(str), *is_test.astype(str)]
+    )
     for part, name in ((obs[~is_test], "train.h5ad"), (obs[is_test], "test.h5ad")):
         cells = ad.AnnData(obs=part.drop(columns=["row", "umap_1", "umap_2"]), var=adata.var[in_train].copy(), uns=uns)
         rows_of_part = part["row"].to_numpy()
         write_blocks(cells, (block[:, in_train] for block, _ in selected_blocks(adata.X, rows_of_part)), data / name)
-    report("stage 1", [data / "train.h5ad", data / "test.h5ad", fig / "umap_reference.png"], "python _2_make_pseudobulk.py")
+    report(
+        "stage 1", [data / "train.h5ad", data / "test.h5ad", fig / "umap_reference.png"], "python _2_make_pseudobulk.py"
+    )
 
 
 def good_cells(adata: ad.AnnData) -> np.ndarray:
@@ -141,7 +163,9 @@ def good_cells(adata: ad.AnnData) -> np.ndarray:
     ]
     keep = np.ones(adata.n_obs, dtype=bool)
     for name, value, at_least, below in filters:
-        passes = value >= at_least if at_least is not None else value < below if below is not None else np.ones_like(keep)
+        passes = (
+            value >= at_least if at_least is not None else value < below if below is not None else np.ones_like(keep)
+        )
         removed = keep & ~passes
         if removed.any() or name[0] == "M":
             print(f"{name}: {removed.sum():,} cells removed, {(keep & passes).sum():,} left")
@@ -175,7 +199,9 @@ def without_doublets(adata: ad.AnnData, rows: np.ndarray) -> np.ndarray:
         if "predicted_doublet" in cells.obs:
             doublet[part] = cells.obs["predicted_doublet"].to_numpy(dtype=bool)
         else:
-            print(f"doublets: Scrublet found no threshold that parts them from single cells; none removed{f' of {len(part):,} cells' * (len(parts) > 1)}")
+            print(
+                f"doublets: Scrublet found no threshold that parts them from single cells; none removed{f' of {len(part):,} cells' * (len(parts) > 1)}"
+            )
     if doublet.any():
         print(f"doublets: {doublet.sum():,} cells removed, {(~doublet).sum():,} left")
     return rows[~doublet]
@@ -183,7 +209,9 @@ def without_doublets(adata: ad.AnnData, rows: np.ndarray) -> np.ndarray:
 
 def cells_with_gene(adata: ad.AnnData, rows: pd.Series) -> np.ndarray:
     """In how many of these cells each gene is seen."""
-    return sum(np.bincount(block.indices, minlength=adata.n_vars) for block, _ in selected_blocks(adata.X, rows.to_numpy()))
+    return sum(
+        np.bincount(block.indices, minlength=adata.n_vars) for block, _ in selected_blocks(adata.X, rows.to_numpy())
+    )
 
 
 def genes_in_cell(adata: ad.AnnData, rows: pd.Series, genes: np.ndarray) -> np.ndarray:
@@ -195,9 +223,14 @@ def types_by_markers(adata: ad.AnnData, rows: np.ndarray, clusters: np.ndarray) 
     """The type of each cell, by its cluster's scType score; None where no type fits."""
     found, scores = cluster_types(adata, rows, clusters, read_markers(user_path(MARKERS_FILE)))
     scores.insert(0, "type", pd.Series(found, clusters).groupby(level=0).first().reindex(scores.index).fillna("none"))
-    print("clusters by marker genes (mean score of a cell):\n" + scores.rename_axis("cluster").to_string(float_format="{:.2f}".format))
+    print(
+        "clusters by marker genes (mean score of a cell):\n"
+        + scores.rename_axis("cluster").to_string(float_format="{:.2f}".format)
+    )
     if pd.isna(found).all():
-        raise ValueError(f"no cluster fits a type of {MARKERS_FILE}: all scores are below 0.25; expected markers of these cells' types")
+        raise ValueError(
+            f"no cluster fits a type of {MARKERS_FILE}: all scores are below 0.25; expected markers of these cells' types"
+        )
     return found
 
 
@@ -205,13 +238,19 @@ def label(obs: pd.DataFrame) -> pd.DataFrame:
     """The table of cells with their type in obs["cell_type"], categorical; small clusters and unlabelled cells dropped as the constants say."""
     by_author = LABELS == "author" or (LABELS == "auto" and "cell_type" in obs)
     by_markers = LABELS == "markers"
-    cell_type = (obs["cell_type"] if by_author else obs["marker_type"] if by_markers else "cluster " + obs["leiden"].astype(str)).astype("object")
-    print(f"cell types: {'labels of the author' if by_author else 'Leiden clusters by marker genes' if by_markers else 'Leiden clusters'}")
+    cell_type = (
+        obs["cell_type"] if by_author else obs["marker_type"] if by_markers else "cluster " + obs["leiden"].astype(str)
+    ).astype("object")
+    print(
+        f"cell types: {'labels of the author' if by_author else 'Leiden clusters by marker genes' if by_markers else 'Leiden clusters'}"
+    )
     unlabelled = cell_type.isna().to_numpy()
     keep = np.ones(len(obs), dtype=bool)
     if unlabelled.any():
         keep = ~unlabelled if UNLABELLED == "drop" else keep
-        print(f"cells without a label: {unlabelled.sum():,} {'removed' if UNLABELLED == 'drop' else 'kept for training'}, {keep.sum():,} left")
+        print(
+            f"cells without a label: {unlabelled.sum():,} {'removed' if UNLABELLED == 'drop' else 'kept for training'}, {keep.sum():,} left"
+        )
     sizes = cell_type.value_counts()
     small = sizes[sizes < (MIN_TYPE_CELLS if by_author else MIN_CLUSTER_CELLS)]
     if len(small):
@@ -222,10 +261,14 @@ def label(obs: pd.DataFrame) -> pd.DataFrame:
                 "Set SMALL_TYPES to drop to leave these types out, or merge their labels"
             )
         keep &= ~cell_type.isin(small.index).to_numpy()
-        print(f"{'types' if by_author else 'clusters'} that are too small: {named}; {small.sum():,} cells removed, {keep.sum():,} left")
+        print(
+            f"{'types' if by_author else 'clusters'} that are too small: {named}; {small.sum():,} cells removed, {keep.sum():,} left"
+        )
     if len(sizes) - len(small) < 2:
         left = ", ".join(sizes.index.difference(small.index)) or "none"
-        raise ValueError(f"too few cell types are left ({left}); expected at least 2: give labels, or raise LEIDEN_RESOLUTION")
+        raise ValueError(
+            f"too few cell types are left ({left}); expected at least 2: give labels, or raise LEIDEN_RESOLUTION"
+        )
     labelled = obs[keep].copy()
     if not by_author and "cell_type" in labelled:
         labelled["author_cell_type"] = labelled["cell_type"]
@@ -253,12 +296,18 @@ def split(obs: pd.DataFrame) -> np.ndarray:
             f"SPLIT_BY = {SPLIT_BY!r} has {len(np.unique(groups))} values ({', '.join(np.unique(groups))}), "
             f"expected at least {n_folds} for a test fraction of {TEST_FRACTION}; raise TEST_FRACTION"
         )
-    folds = [fold for _, fold in StratifiedGroupKFold(n_folds, shuffle=True, random_state=SEED).split(codes, codes, groups)]
+    folds = [
+        fold for _, fold in StratifiedGroupKFold(n_folds, shuffle=True, random_state=SEED).split(codes, codes, groups)
+    ]
     is_test[min(folds, key=lambda fold: abs(len(fold) / len(codes) - TEST_FRACTION))] = True
-    print(f"test: {', '.join(sorted(set(groups[is_test])))}; train: {', '.join(sorted(set(groups[~is_test])))} ({SPLIT_BY})")
+    print(
+        f"test: {', '.join(sorted(set(groups[is_test])))}; train: {', '.join(sorted(set(groups[~is_test])))} ({SPLIT_BY})"
+    )
     absent = set(obs["cell_type"].cat.categories) - set(obs["cell_type"][~is_test].dropna())
     if absent:
-        raise ValueError(f"the split by {SPLIT_BY} leaves no train cell of {', '.join(sorted(absent))}; set another SEED, or leave these types out")
+        raise ValueError(
+            f"the split by {SPLIT_BY} leaves no train cell of {', '.join(sorted(absent))}; set another SEED, or leave these types out"
+        )
     return is_test
 
 

@@ -24,11 +24,17 @@ from lib.files import folder, replacing, report
 # Mixtures of train cells, to train the deconvolution
 N_TRAIN_SAMPLES = 15_000  # original code
 CELLS_PER_SAMPLE = 1_200  # original code; drawn with replacement
-MIN_DISTINCT_CELLS: int | None = 3  # a type's cells in a mixture come from a random handful, about so many or more; none: from all (original)
-VALIDATION_FRACTION = 0.15  # of the mixtures, and of the train cells, which make these mixtures alone: they judge new cells (ours)
+MIN_DISTINCT_CELLS: int | None = (
+    3  # a type's cells in a mixture come from a random handful, about so many or more; none: from all (original)
+)
+VALIDATION_FRACTION = (
+    0.15  # of the mixtures, and of the train cells, which make these mixtures alone: they judge new cells (ours)
+)
 
 # Mixtures of test cells, to judge it
-N_TEST_OWN = 5  # at the test set's own composition: a third to 0.4 of its cells each, drawn independently (original: nested)
+N_TEST_OWN = (
+    5  # at the test set's own composition: a third to 0.4 of its cells each, drawn independently (original: nested)
+)
 N_TEST_DIRICHLET = 45  # at compositions drawn at random, with rare and absent types (ours)
 
 # How compositions are drawn (ours): shares of the samples, the rest uniform on the simplex
@@ -37,7 +43,9 @@ RARE_SHARE = 0.25  # a random half of the types is rare
 NEAR_SHARE = 0.25  # near the train cells' own composition (mixtures of train cells only)
 
 # TPM
-USE_GENE_LENGTHS = False  # divide by gene length, as the original does; right for full-length counts, not for UMI counts
+USE_GENE_LENGTHS = (
+    False  # divide by gene length, as the original does; right for full-length counts, not for UMI counts
+)
 
 # Other
 MEMORY_GB = 0.5  # that the train cells may take; a larger set is read from disk several times
@@ -81,7 +89,11 @@ def write_test_tables(test: ad.AnnData, gene_length_bp: pd.Series | None, data: 
     lengths = None if gene_length_bp is None else gene_length_bp[has_length].to_numpy()
     tpm = counts.loc[:, has_length]
     tpm = pd.DataFrame(pseudobulk.tpm(tpm.to_numpy(), lengths), index=index, columns=tpm.columns)
-    tables = {"counts": counts, "tpm": tpm, "proportions": true_proportions(mixing, test.obs["cell_type"]).set_axis(index)}
+    tables = {
+        "counts": counts,
+        "tpm": tpm,
+        "proportions": true_proportions(mixing, test.obs["cell_type"]).set_axis(index),
+    }
     paths = []
     for name, table in tables.items():
         paths.append(data / f"pseudobulk_test_{name}.csv")
@@ -89,7 +101,9 @@ def write_test_tables(test: ad.AnnData, gene_length_bp: pd.Series | None, data: 
             table.to_csv(temporary, float_format="%.6g" if name == "tpm" else None)
     present = tables["proportions"] > 0
     absent = (~present).to_numpy().mean()
-    print(f"mixtures of test cells: {N_TEST_OWN} of their own composition, {N_TEST_DIRICHLET} of random ones; {absent:.0%} of the types absent")
+    print(
+        f"mixtures of test cells: {N_TEST_OWN} of their own composition, {N_TEST_DIRICHLET} of random ones; {absent:.0%} of the types absent"
+    )
     return paths
 
 
@@ -105,7 +119,9 @@ def test_mixing_matrix(cell_type) -> sp.csr_matrix:
     composition = np.bincount(codes, minlength=n_types) / len(codes)
     present = composition > 0
     proportions = np.zeros((N_TEST_DIRICHLET, n_types))
-    proportions[:, present] = pseudobulk.sample_proportions(N_TEST_DIRICHLET, composition[present], shares(near=0.0), rng)
+    proportions[:, present] = pseudobulk.sample_proportions(
+        N_TEST_DIRICHLET, composition[present], shares(near=0.0), rng
+    )
     drawn = pseudobulk.sample_cells(pseudobulk.largest_remainder(proportions, CELLS_PER_SAMPLE), codes, rng)
     return sp.vstack([sp.csr_matrix(own), drawn], format="csr")
 
@@ -113,7 +129,9 @@ def test_mixing_matrix(cell_type) -> sp.csr_matrix:
 def shares(near: float) -> dict[str, float]:
     drawn = {"sparse": SPARSE_SHARE, "rare": RARE_SHARE, "near": near}
     if min(drawn.values()) < 0 or sum(drawn.values()) > 1:
-        raise ValueError(f"SPARSE_SHARE + RARE_SHARE + NEAR_SHARE is {sum(drawn.values())}; expected shares of at least 0 that sum to 1 at most")
+        raise ValueError(
+            f"SPARSE_SHARE + RARE_SHARE + NEAR_SHARE is {sum(drawn.values())}; expected shares of at least 0 that sum to 1 at most"
+        )
     return drawn
 
 
@@ -147,12 +165,18 @@ def write_train_samples(train: ad.AnnData, gene_length_bp: pd.Series | None, pat
         samples.var["gene_length_bp"] = gene_length_bp
     with replacing(path) as temporary:
         samples.write_h5ad(temporary)
-        with h5py.File(temporary, "a") as file, tqdm(total=N_TRAIN_SAMPLES, desc="mixtures of train cells", unit="") as progress:
+        with (
+            h5py.File(temporary, "a") as file,
+            tqdm(total=N_TRAIN_SAMPLES, desc="mixtures of train cells", unit="") as progress,
+        ):
             file.pop("X", None)
             X = file.create_dataset("X", (N_TRAIN_SAMPLES, train.n_vars), np.float32)
             X.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
             written = 0
-            parts = (cells_per_type[:n_fit], fit_codes, MIN_DISTINCT_CELLS), (cells_per_type[n_fit:], validation_codes, None)
+            parts = (
+                (cells_per_type[:n_fit], fit_codes, MIN_DISTINCT_CELLS),
+                (cells_per_type[n_fit:], validation_codes, None),
+            )
             for part, (cells, pool, min_distinct) in enumerate(parts):
                 for block in pseudobulk.simulate(cells, pool, counts, 2 * SEED + part, min_distinct):
                     X[written : written + len(block)] = block
@@ -166,7 +190,9 @@ def part_cells(codes: np.ndarray, n_types: int, rng: np.random.Generator) -> tup
     held_out = select_per_type(codes, VALIDATION_FRACTION, rng)
     n_cells = np.bincount(codes[codes >= 0], minlength=n_types)
     validation = np.where(held_out, codes, -1)
-    fit = np.where(held_out & (n_cells[codes] > 1), -1, codes)  # a type's only cell is in both, or the type could not be learned
+    fit = np.where(
+        held_out & (n_cells[codes] > 1), -1, codes
+    )  # a type's only cell is in both, or the type could not be learned
     return fit, validation
 
 

@@ -27,20 +27,36 @@ from lib.models.profiles import gene_marginals, nb_per_type_log_likelihood
 from lib.training import Trainer, clip_gradients, keep_freed_memory
 
 # Generator
-GENERATOR: Literal["gmvae", "beta_vae", "pca_cvae", "conv_cvae"] = "gmvae"  # ours, Bulk2Single's, Generative genomics', DeepConvCVAE's
-TOP_MARKERS: int | None = None  # beta_vae: its encoder sees so many marker genes of each type; none: all genes (omicverse's tutorial: 200)
-OTHER_EPOCHS: int | None = None  # of another generator than gmvae; none: as published (5000, 150 (ours), 50), in lib/<generator>.py
-OTHER_BATCH_SIZE: int | None = None  # the same; none: 512, 256 (ours), 32. The constants below are the GMVAE's alone, down to "Running"
+GENERATOR: Literal["gmvae", "beta_vae", "pca_cvae", "conv_cvae"] = (
+    "gmvae"  # ours, Bulk2Single's, Generative genomics', DeepConvCVAE's
+)
+TOP_MARKERS: int | None = (
+    None  # beta_vae: its encoder sees so many marker genes of each type; none: all genes (omicverse's tutorial: 200)
+)
+OTHER_EPOCHS: int | None = (
+    None  # of another generator than gmvae; none: as published (5000, 150 (ours), 50), in lib/<generator>.py
+)
+OTHER_BATCH_SIZE: int | None = (
+    None  # the same; none: 512, 256 (ours), 32. The constants below are the GMVAE's alone, down to "Running"
+)
 OTHER_LEARNING_RATE: float | None = None  # the same; none: 1e-4, 1e-3 (ours), 1e-3
 OTHER_PATIENCE: int | None = None  # the same, epochs without a better held-out loss; none: 50
 
 # Model (fig. 1 of the paper)
 N_LATENT = 32  # dimensions of z (paper); with a linear decoder at most: as many as cells left out confirm (ours)
 HIDDEN = (128, 64)  # layers of q(z|x,y), and of p(x|z) in reverse (paper)
-LIKELIHOOD: Literal["nb", "zinb"] = "nb"  # of counts: without extra zeros (ours; better on held-out cells) or with (paper)
-DECODER: Literal["linear", "mlp"] = "linear"  # from z to log means: a matrix and the type's profile (ours), or layers (paper)
-DISPERSION: Literal["gene", "gene-type", "gene-cell"] = "gene-type"  # one theta a gene and type (ours), or a head of the decoder (paper)
-PRIOR: Literal["copula", "gaussian"] = "copula"  # of new cells' z: fitted when the training is over (ours), or p(z|y) (paper)
+LIKELIHOOD: Literal["nb", "zinb"] = (
+    "nb"  # of counts: without extra zeros (ours; better on held-out cells) or with (paper)
+)
+DECODER: Literal["linear", "mlp"] = (
+    "linear"  # from z to log means: a matrix and the type's profile (ours), or layers (paper)
+)
+DISPERSION: Literal["gene", "gene-type", "gene-cell"] = (
+    "gene-type"  # one theta a gene and type (ours), or a head of the decoder (paper)
+)
+PRIOR: Literal["copula", "gaussian"] = (
+    "copula"  # of new cells' z: fitted when the training is over (ours), or p(z|y) (paper)
+)
 DROPOUT = 0.0  # in encoders and decoder; any leaves z unused (ours)
 
 # Training
@@ -91,15 +107,21 @@ def main() -> None:
     if RESUME:
         trainer.resume()
     shared = parallel.shared(model)
-    trainer.fit(EPOCHS, lambda epoch: train_epoch(shared, optimizer, train, epoch, generator), lambda: validate(model, held_out))
+    trainer.fit(
+        EPOCHS, lambda epoch: train_epoch(shared, optimizer, train, epoch, generator), lambda: validate(model, held_out)
+    )
     trainer.draw(fig / "gmvae_loss.png", "nats per cell")
     if not parallel.IS_FIRST:
-        return
+        return None
     if PRIOR == "copula":
         model.fit_prior(train, held_out, SEED)
         trainer.save_best(prior=model.prior)
     compare_with_nb(model, train, held_out)
-    report("stage 3", [trainer.best_path, trainer.last_path, trainer.history_path, fig / "gmvae_loss.png"], "python _4_train_sctape.py")
+    report(
+        "stage 3",
+        [trainer.best_path, trainer.last_path, trainer.history_path, fig / "gmvae_loss.png"],
+        "python _4_train_sctape.py",
+    )
 
 
 def as_in_the_paper() -> dict[str, object]:
@@ -133,14 +155,27 @@ def about_data(adata: ad.AnnData) -> dict[str, object]:
 
 def train_other(adata: ad.AnnData, train: CellDataset, held_out: CellDataset, models: Path, fig: Path) -> None:
     """Another generator in the GMVAE's place, with the settings that it was published with, where the constants leave them."""
-    edited = {"epochs": OTHER_EPOCHS, "batch_size": OTHER_BATCH_SIZE, "learning_rate": OTHER_LEARNING_RATE, "patience": OTHER_PATIENCE}
+    edited = {
+        "epochs": OTHER_EPOCHS,
+        "batch_size": OTHER_BATCH_SIZE,
+        "learning_rate": OTHER_LEARNING_RATE,
+        "patience": OTHER_PATIENCE,
+    }
     settings = generators.SETTINGS[GENERATOR] | {name: value for name, value in edited.items() if value is not None}
     arguments = {"top_markers": TOP_MARKERS} if GENERATOR == "beta_vae" else {}
-    model, trainer = generators.fit(GENERATOR, train, held_out, about_data(adata), settings, arguments, models, SEED, RESUME)
+    model, trainer = generators.fit(
+        GENERATOR, train, held_out, about_data(adata), settings, arguments, models, SEED, RESUME
+    )
     trainer.draw(fig / f"{GENERATOR}_loss.png", "squared error, sum over a cell")
     if parallel.IS_FIRST:
-        print(f"{GENERATOR}: {sum(p.numel() for p in model.parameters()):,} parameters; draw from it with _5_generate.py --generator {GENERATOR}")
-        report("stage 3", [trainer.best_path, trainer.last_path, trainer.history_path, fig / f"{GENERATOR}_loss.png"], "python _4_train_sctape.py")
+        print(
+            f"{GENERATOR}: {sum(p.numel() for p in model.parameters()):,} parameters; draw from it with _5_generate.py --generator {GENERATOR}"
+        )
+        report(
+            "stage 3",
+            [trainer.best_path, trainer.last_path, trainer.history_path, fig / f"{GENERATOR}_loss.png"],
+            "python _4_train_sctape.py",
+        )
 
 
 def hold_out(counts: CSRDataset, cell_type_idx: np.ndarray, device: torch.device) -> tuple[CellDataset, CellDataset]:
@@ -148,7 +183,7 @@ def hold_out(counts: CSRDataset, cell_type_idx: np.ndarray, device: torch.device
     n_cells = np.bincount(cell_type_idx[cell_type_idx >= 0])
     fraction = min(VALIDATION_FRACTION, MAX_VALIDATION_CELLS / n_cells.sum())
     is_held_out = select_per_type(cell_type_idx, fraction, np.random.default_rng(SEED)) & (n_cells[cell_type_idx] > 1)
-    if not parallel.N_RANKS <= min(BATCH_SIZE, is_held_out.sum()):
+    if not min(BATCH_SIZE, is_held_out.sum()) >= parallel.N_RANKS:
         raise ValueError(
             f"{parallel.N_RANKS} processes cannot share BATCH_SIZE = {BATCH_SIZE} cells and {is_held_out.sum()} held-out cells; start fewer"
         )
@@ -162,7 +197,13 @@ def parameter_groups(model: GMVAE) -> list[dict]:
     groups = {"weights": [], "others": [], "dispersion": []}
     for name, p in model.named_parameters():
         on_axes = name.startswith("q_axes") or (DECODER == "linear" and name.startswith("p_x_z"))
-        kind = "dispersion" if name.startswith(("log_theta", "log_loading")) else "weights" if p.dim() > 1 and not on_axes else "others"
+        kind = (
+            "dispersion"
+            if name.startswith(("log_theta", "log_loading"))
+            else "weights"
+            if p.dim() > 1 and not on_axes
+            else "others"
+        )
         groups[kind].append(p)
     return [
         {"params": groups["weights"], "weight_decay": WEIGHT_DECAY},
@@ -171,18 +212,24 @@ def parameter_groups(model: GMVAE) -> list[dict]:
     ]
 
 
-def train_epoch(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train: CellDataset, epoch: int, generator: torch.Generator) -> dict[str, float]:
+def train_epoch(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, train: CellDataset, epoch: int, generator: torch.Generator
+) -> dict[str, float]:
     kl_weight = min(1.0, (epoch + 1) / max(1, KL_WARMUP_EPOCHS))
     parts = []
     for batch in train.shuffled(BATCH_SIZE, generator, parallel.RANK, parallel.N_RANKS):
         optimizer.zero_grad()
         with torch.autocast(train.device.type, dtype=torch.bfloat16, enabled=train.device.type == "cuda"):
             losses = model(batch, generators.sample_epsilon(batch, model, generator), kl_weight)
-        share = batch.n_cells / batch.n_global * parallel.N_RANKS  # gradients are averaged over processes, cells should be
+        share = (
+            batch.n_cells / batch.n_global * parallel.N_RANKS
+        )  # gradients are averaged over processes, cells should be
         (losses["loss"] * share).backward()
         clip_gradients(model, MAX_GRADIENT_NORM)
         optimizer.step()
-        parts.append((batch.n_cells, {name: value.detach() for name, value in losses.items()}))  # not the graph, nor the batch that it holds
+        parts.append(
+            (batch.n_cells, {name: value.detach() for name, value in losses.items()})
+        )  # not the graph, nor the batch that it holds
     return parallel.mean_over(parts)
 
 
@@ -190,7 +237,9 @@ def validate(model: GMVAE, held_out: CellDataset) -> dict[str, float]:
     """Loss of held-out cells, at full KL weight; training stops by the negative bound alone, without the classifier's part."""
     generator = torch.Generator(held_out.device).manual_seed(SEED)  # the same noise every epoch: epochs compare
     batches = held_out.shuffled(2 * BATCH_SIZE, generator, parallel.RANK, parallel.N_RANKS)
-    means = parallel.mean_over([(batch.n_cells, model(batch, generators.sample_epsilon(batch, model, generator))) for batch in batches])
+    means = parallel.mean_over(
+        [(batch.n_cells, model(batch, generators.sample_epsilon(batch, model, generator))) for batch in batches]
+    )
     return means | {"stopping_criterion": -means["elbo"]}
 
 
@@ -198,7 +247,9 @@ def compare_with_nb(model: GMVAE, train: CellDataset, held_out: CellDataset) -> 
     """InMemoryCells-out log-likelihood beside that of a model without latent variables."""
     ours = model.log_likelihood(held_out).mean()
     baseline = nb_per_type_log_likelihood(train, held_out).mean()
-    print(f"held-out log-likelihood, nats per cell: GMVAE {ours:.1f}; one negative binomial per gene and type {baseline:.1f}")
+    print(
+        f"held-out log-likelihood, nats per cell: GMVAE {ours:.1f}; one negative binomial per gene and type {baseline:.1f}"
+    )
 
 
 if __name__ == "__main__":

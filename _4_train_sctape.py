@@ -37,7 +37,9 @@ from lib.training import (
 )
 
 # Network
-DECONVOLVER: Literal["sctape", "bulk_encoder"] = "sctape"  # bulk_encoder (bulk2sc): proportions, and the mean and spread of each type's z
+DECONVOLVER: Literal["sctape", "bulk_encoder"] = (
+    "sctape"  # bulk_encoder (bulk2sc): proportions, and the mean and spread of each type's z
+)
 
 # Genes (chosen by the training mixtures alone)
 N_GENES = 1000  # those whose expression the proportions explain best (ours; original code: the 85 % that vary most)
@@ -78,15 +80,27 @@ def main() -> None:
         return train_bulk_encoder(data, models, fig, device)
     samples = ad.read_h5ad(require(data / "pseudobulk_train.h5ad", "_2_make_pseudobulk.py"), backed="r")
     train = ad.read_h5ad(require(data / "train.h5ad", "_1_split_train_test.py"), backed="r")
-    check_same_split(samples.uns["split_id"], data / "pseudobulk_train.h5ad", train.uns["split_id"], data / "train.h5ad", "_2_make_pseudobulk.py")
+    check_same_split(
+        samples.uns["split_id"],
+        data / "pseudobulk_train.h5ad",
+        train.uns["split_id"],
+        data / "train.h5ad",
+        "_2_make_pseudobulk.py",
+    )
     cell_types = list(samples.uns["cell_types"])
-    reference = reference_profiles(train.X, train.obs["cell_type"].cat.codes.to_numpy(), list(train.var_names), cell_types)
+    reference = reference_profiles(
+        train.X, train.obs["cell_type"].cat.codes.to_numpy(), list(train.var_names), cell_types
+    )
     is_fit = (samples.obs["role"] == "fit").to_numpy()
     genes = choose_genes(samples, is_fit)
     profiles, mean_profile = read_profiles(samples, genes, is_fit)
     proportions = samples.obsm["proportions"].astype(np.float32)
-    fit, held_out = (tuple(torch.from_numpy(a[part]).to(device) for a in (profiles, proportions)) for part in (is_fit, ~is_fit))
-    print(f"{is_fit.sum():,} mixtures to train on, {np.sum(~is_fit):,} of held-out cells; {len(genes):,} genes, {len(cell_types)} cell types; on {device}")
+    fit, held_out = (
+        tuple(torch.from_numpy(a[part]).to(device) for a in (profiles, proportions)) for part in (is_fit, ~is_fit)
+    )
+    print(
+        f"{is_fit.sum():,} mixtures to train on, {np.sum(~is_fit):,} of held-out cells; {len(genes):,} genes, {len(cell_types)} cell types; on {device}"
+    )
 
     torch.manual_seed(SEED)
     model = ScTAPE(len(genes), len(cell_types), DROPOUT)
@@ -111,13 +125,23 @@ def main() -> None:
     if RESUME:
         trainer.resume()
     shared = parallel.shared(model)
-    trainer.fit(EPOCHS, lambda _: tensor_epoch(shared, optimizer, fit, BATCH_SIZE, MAX_GRADIENT_NORM, generator), lambda: validate(model, *held_out))
+    trainer.fit(
+        EPOCHS,
+        lambda _: tensor_epoch(shared, optimizer, fit, BATCH_SIZE, MAX_GRADIENT_NORM, generator),
+        lambda: validate(model, *held_out),
+    )
     if not parallel.IS_FIRST:
-        return
+        return None
     trainer.draw(fig / "sctape_loss.png", "mean absolute error")
     constant = np.abs(proportions[~is_fit] - proportions[is_fit].mean(axis=0)).mean()
-    print(f"mean absolute error on mixtures of held-out cells: the network {trainer.best_criterion:.4f}; the mean of the training mixtures {constant:.4f}")
-    report("stage 4", [trainer.best_path, trainer.last_path, trainer.history_path, fig / "sctape_loss.png"], "python _5_generate.py")
+    print(
+        f"mean absolute error on mixtures of held-out cells: the network {trainer.best_criterion:.4f}; the mean of the training mixtures {constant:.4f}"
+    )
+    report(
+        "stage 4",
+        [trainer.best_path, trainer.last_path, trainer.history_path, fig / "sctape_loss.png"],
+        "python _5_generate.py",
+    )
 
 
 def train_bulk_encoder(data: Path, models: Path, fig: Path, device: torch.device) -> None:
@@ -125,18 +149,36 @@ def train_bulk_encoder(data: Path, models: Path, fig: Path, device: torch.device
     adata = read_counts(data / "train.h5ad", "_1_split_train_test.py")
     cell_types = list(adata.obs["cell_type"].cat.categories)
     checkpoint = load_checkpoint(models / "gmvae.pt", "_3_train_gmvae.py")
-    check_checkpoint(checkpoint, models / "gmvae.pt", "_3_train_gmvae.py", list(adata.var_names), cell_types, adata.uns["split_id"], data / "train.h5ad")
+    check_checkpoint(
+        checkpoint,
+        models / "gmvae.pt",
+        "_3_train_gmvae.py",
+        list(adata.var_names),
+        cell_types,
+        adata.uns["split_id"],
+        data / "train.h5ad",
+    )
     gmvae = generators.load(checkpoint, device)
     cells = select_cells(adata, np.flatnonzero(adata.obs["cell_type"].notna()))
-    samples = ad.read_h5ad(require(data / "pseudobulk_train.h5ad", "_2_make_pseudobulk.py"), backed="r")  # for the lengths alone: a bulk is scaled as these are
-    check_same_split(samples.uns["split_id"], data / "pseudobulk_train.h5ad", adata.uns["split_id"], data / "train.h5ad", "_2_make_pseudobulk.py")
+    samples = ad.read_h5ad(
+        require(data / "pseudobulk_train.h5ad", "_2_make_pseudobulk.py"), backed="r"
+    )  # for the lengths alone: a bulk is scaled as these are
+    check_same_split(
+        samples.uns["split_id"],
+        data / "pseudobulk_train.h5ad",
+        adata.uns["split_id"],
+        data / "train.h5ad",
+        "_2_make_pseudobulk.py",
+    )
     lengths = samples.var.get("gene_length_bp")
     made = make_mixtures(
         gmvae, cells, usable_genes(samples), None if lengths is None else lengths.to_numpy(), N_STATE_GENES, N_STATE_SAMPLES,
         CELLS_PER_STATE_SAMPLE, VALIDATION_FRACTION, SEED,
     )  # fmt: skip
     n_axes = made.axes["axes"].shape[1]
-    print(f"{len(made.fit[0]):,} mixtures to train on, {len(made.held_out[0]):,} of held-out cells; {len(made.genes):,} genes, {n_axes} axes of state; on {device}")
+    print(
+        f"{len(made.fit[0]):,} mixtures to train on, {len(made.held_out[0]):,} of held-out cells; {len(made.genes):,} genes, {n_axes} axes of state; on {device}"
+    )
 
     torch.manual_seed(SEED)
     model = BulkEncoder(len(made.genes), len(cell_types), n_axes, dropout=DROPOUT)
@@ -168,7 +210,11 @@ def train_bulk_encoder(data: Path, models: Path, fig: Path, device: torch.device
         f"mixtures of held-out cells: mean absolute error of the proportions {found['mae']:.4f}; of the variation of states, read from the bulk: "
         f"{found['means']:.0%} of the means and {found['scales']:.0%} of the spreads, of types that are 5 % of a mixture or more ({found['means_rare']:.0%} and {found['scales_rare']:.0%} of rarer ones)"
     )
-    report("stage 4", [trainer.best_path, trainer.last_path, trainer.history_path, fig / "bulk_encoder_loss.png"], "python _5_generate.py --deconvolver bulk_encoder")
+    report(
+        "stage 4",
+        [trainer.best_path, trainer.last_path, trainer.history_path, fig / "bulk_encoder_loss.png"],
+        "python _5_generate.py --deconvolver bulk_encoder",
+    )
 
 
 def blocks(samples: ad.AnnData, description: str):
@@ -183,7 +229,9 @@ def usable_genes(samples: ad.AnnData) -> np.ndarray:
     lengths = samples.var.get("gene_length_bp")
     usable = np.ones(samples.n_vars, dtype=bool) if lengths is None else lengths.notna().to_numpy()
     if BULK_FILE is not None:
-        bulk = read_bulk(user_path(BULK_FILE), list(samples.var_names), read_gene_ids(user_path(GENE_IDS)) if GENE_IDS else None)
+        bulk = read_bulk(
+            user_path(BULK_FILE), list(samples.var_names), read_gene_ids(user_path(GENE_IDS)) if GENE_IDS else None
+        )
         usable &= samples.var_names.isin(bulk.columns)
     return usable
 
@@ -200,13 +248,17 @@ def choose_genes(samples: ad.AnnData, is_fit: np.ndarray) -> np.ndarray:
     for rows, counts in blocks(samples, "choosing genes"):
         p = proportions[rows][is_fit[rows]]
         if len(p):
-            logs = scale(tpm(counts[is_fit[rows]][:, usable], None if lengths is None else lengths[usable].to_numpy())).astype(np.float64)
+            logs = scale(
+                tpm(counts[is_fit[rows]][:, usable], None if lengths is None else lengths[usable].to_numpy())
+            ).astype(np.float64)
             gram, cross = gram + p.T @ p, cross + p.T @ logs
             squares, total, n = squares + np.square(logs).sum(axis=0), total + logs.sum(axis=0), n + len(p)
     variance = squares / n - (total / n) ** 2
     coefficients = np.linalg.lstsq(gram, cross, rcond=None)[0]
     explained = (coefficients * cross).sum(axis=0) / n - (total / n) ** 2
-    score = np.where(variance > 1e-12, explained**2 / np.maximum(variance, 1e-12), 0)  # explained variance x its share: R^2
+    score = np.where(
+        variance > 1e-12, explained**2 / np.maximum(variance, 1e-12), 0
+    )  # explained variance x its share: R^2
     n_genes = min(N_GENES, int(np.sum(score > 0)))
     if n_genes < proportions.shape[1]:
         raise ValueError(

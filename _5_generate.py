@@ -12,8 +12,9 @@ time    650 test cells x 13,000 genes: 1 minute; 2,500 x 19,000: 3-5 minutes, mo
 
 import itertools
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator, Literal
+from typing import Any, Literal
 
 import anndata as ad
 import numpy as np
@@ -41,19 +42,33 @@ from lib.training import check_checkpoint, keep_freed_memory, load_checkpoint
 
 # What to generate
 GENERATOR: Literal["gmvae", "beta_vae", "pca_cvae", "conv_cvae"] = "gmvae"  # of those that stage 3 has trained
-DECONVOLVER: Literal["sctape", "bulk_encoder"] = "sctape"  # of those that stage 4 has trained; bulk_encoder moves the cells of the GMVAE as the bulk says
-MOVE_GENES = True  # bulk_encoder: single genes too, where the bulk exceeds the moved cells more than genes in general do
+DECONVOLVER: Literal["sctape", "bulk_encoder"] = (
+    "sctape"  # of those that stage 4 has trained; bulk_encoder moves the cells of the GMVAE as the bulk says
+)
+MOVE_GENES = (
+    True  # bulk_encoder: single genes too, where the bulk exceeds the moved cells more than genes in general do
+)
 BULK_FILE: str | None = None  # bulk table, csv, tsv or xlsx, genes in rows or columns; none: the sum of the test cells
 BULK_UNITS: Literal["auto", "tpm", "fpkm", "counts", "log2"] = "auto"  # of BULK_FILE; auto: recognised, and said
 GENE_IDS: str | None = None  # table of Ensembl IDs and gene names, for a bulk with IDs
 REPLICATES: str | None = None  # table of samples and groups: the samples of a group are pooled
-N_CELLS = 1000  # cells generated for each sample of BULK_FILE; the sum of the test cells gets as many as there are test cells
-CELL_COUNTS: str | None = None  # instead of predicting: "test" (as many of each type as the test cells), a number (of each type), or a table of numbers
-PROPORTIONS_FILE: str | None = None  # instead of predicting: a table of proportions, samples x types, such as a predicted_proportions.csv kept from before
-DECONVOLUTION: Literal["overall", "high-resolution", "none", "network"] = "overall"  # what adapts to the bulk: see README
+N_CELLS = (
+    1000  # cells generated for each sample of BULK_FILE; the sum of the test cells gets as many as there are test cells
+)
+CELL_COUNTS: str | None = (
+    None  # instead of predicting: "test" (as many of each type as the test cells), a number (of each type), or a table of numbers
+)
+PROPORTIONS_FILE: str | None = (
+    None  # instead of predicting: a table of proportions, samples x types, such as a predicted_proportions.csv kept from before
+)
+DECONVOLUTION: Literal["overall", "high-resolution", "none", "network"] = (
+    "overall"  # what adapts to the bulk: see README
+)
 PROPORTIONS_OF: Literal["cells", "rna"] = "cells"  # what predicted_proportions.csv holds shares of
 N_MEMBERS = 10  # of the ensemble that gives the spread of the proportions
-NOISE_CLUSTER_CELLS: int | None = None  # generated cells whose Leiden cluster has fewer cells are dropped as noise (Bulk2Single: 25)
+NOISE_CLUSTER_CELLS: int | None = (
+    None  # generated cells whose Leiden cluster has fewer cells are dropped as noise (Bulk2Single: 25)
+)
 LEIDEN_RESOLUTION = 1.0  # of these clusters (scanpy's)
 NOISE_FACTOR = 1.0  # spread of the cells of a type: 1 as learned, less for typical cells (original code: factor)
 
@@ -68,8 +83,12 @@ N_PCS = 50  # principal components for the UMAP
 N_NEIGHBORS = 15  # neighbours for the UMAP
 N_TYPE_MARKERS = 200  # marker genes of each type in type_correlation.png (Bulk2Single)
 MDE = False  # the same pictures as of the UMAP by minimum-distortion embedding (Bulk2Single); needs pip install pymde
-FOUR_STAGES = False  # four_stages.png: input, latent, reconstructed and generated cells, t-SNE and UMAP (bulk2sc; a minute more)
-MAX_CELLS_JUDGED = 2500  # test cells, at most, held against as many generated and as many train cells (metrics.csv): a random draw
+FOUR_STAGES = (
+    False  # four_stages.png: input, latent, reconstructed and generated cells, t-SNE and UMAP (bulk2sc; a minute more)
+)
+MAX_CELLS_JUDGED = (
+    2500  # test cells, at most, held against as many generated and as many train cells (metrics.csv): a random draw
+)
 MAX_CELLS_DRAWN = 5000  # generated, test and train cells, of each at most, that are compared and drawn: a random draw
 
 # XGBoost (Generative genomics): types named by classifiers of real and of synthetic cells
@@ -92,9 +111,13 @@ def main() -> None:
     output = output_path(data)
     given = [name for name in ("BULK_FILE", "CELL_COUNTS", "PROPORTIONS_FILE") if globals()[name] is not None]
     if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} are both set; cell numbers come either from a bulk or from a table: set one of them to none")
+        raise ValueError(
+            f"{' and '.join(given)} are both set; cell numbers come either from a bulk or from a table: set one of them to none"
+        )
     if len(XGBOOST_CELLS) != 3 or min(XGBOOST_CELLS) < 1:
-        raise ValueError(f"XGBOOST_CELLS is {XGBOOST_CELLS}; expected three numbers of cells: to test on, to train on, to stop by")
+        raise ValueError(
+            f"XGBOOST_CELLS is {XGBOOST_CELLS}; expected three numbers of cells: to test on, to train on, to stop by"
+        )
     if MDE:
         load_pymde()  # before any work, should it be missing
     train, test = read_split(data)
@@ -108,7 +131,15 @@ def main() -> None:
     elif CELL_COUNTS is None:
         stage = "_4_train_sctape.py" + f" --deconvolver {DECONVOLVER}" * (DECONVOLVER != "sctape")
         checkpoint = load_checkpoint(models / f"{DECONVOLVER}.pt", stage)
-        check_checkpoint(checkpoint, models / f"{DECONVOLVER}.pt", stage, checkpoint["gene_names"], cell_types, test.uns["split_id"], data / "test.h5ad")
+        check_checkpoint(
+            checkpoint,
+            models / f"{DECONVOLVER}.pt",
+            stage,
+            checkpoint["gene_names"],
+            cell_types,
+            test.uns["split_id"],
+            data / "test.h5ad",
+        )
         bulk = bulk_samples(test, checkpoint)
         estimate = proportions.estimate(checkpoint, bulk, DECONVOLUTION, N_MEMBERS, SEED)
         predicted = estimate.proportions
@@ -116,7 +147,9 @@ def main() -> None:
             check_same_gmvae(checkpoint, model)
             shift = bulk_encoder.shift(checkpoint, bulk)
             if MOVE_GENES:
-                shift = bulk_encoder.with_genes(shift, model, list(test.var_names), checkpoint["gene_length_bp"], predicted.to_numpy(), bulk, SEED)
+                shift = bulk_encoder.with_genes(
+                    shift, model, list(test.var_names), checkpoint["gene_length_bp"], predicted.to_numpy(), bulk, SEED
+                )
         totals = test.n_obs if BULK_FILE is None else N_CELLS
         cells_per_type = pd.DataFrame(largest_remainder(predicted.to_numpy(), totals), predicted.index, cell_types)
         if parallel.IS_FIRST:
@@ -137,7 +170,14 @@ def main() -> None:
         written.append(write_mtx(generated.to_memory(), output.with_suffix("")))
     compare(model, train, test, generated, fig)
     judged = judge_cells(model, train, test, fig)
-    names = "umap_original_vs_generated", "umap_by_cell_type", "gene_correlation", "fidelity", "composition", "type_correlation"
+    names = (
+        "umap_original_vs_generated",
+        "umap_by_cell_type",
+        "gene_correlation",
+        "fidelity",
+        "composition",
+        "type_correlation",
+    )
     names += ("mde_original_vs_generated", "mde_by_cell_type") * MDE + ("four_stages",) * FOUR_STAGES
     written += [fig / f"{name}.png" for name in names]
     written.append(fig / "metrics.csv")
@@ -155,7 +195,15 @@ def load_generator(name: str, models: Path, test: ad.AnnData, data: Path, device
     stage = "_3_train_gmvae.py" + f" --generator {name}" * (name != "gmvae")
     checkpoint = load_checkpoint(models / f"{name}.pt", stage)
     cell_types = list(test.obs["cell_type"].cat.categories)
-    check_checkpoint(checkpoint, models / f"{name}.pt", stage, list(test.var_names), cell_types, test.uns["split_id"], data / "test.h5ad")
+    check_checkpoint(
+        checkpoint,
+        models / f"{name}.pt",
+        stage,
+        list(test.var_names),
+        cell_types,
+        test.uns["split_id"],
+        data / "test.h5ad",
+    )
     return generators.load(checkpoint, device)
 
 
@@ -203,7 +251,13 @@ def check_same_gmvae(checkpoint: dict[str, Any], model: torch.nn.Module) -> None
         )
 
 
-def generate(model: torch.nn.Module, cells_per_type: pd.DataFrame, test: ad.AnnData, output: Path, shift: bulk_encoder.Shift | None) -> None:
+def generate(
+    model: torch.nn.Module,
+    cells_per_type: pd.DataFrame,
+    test: ad.AnnData,
+    output: Path,
+    shift: bulk_encoder.Shift | None,
+) -> None:
     """New cells of all samples, sample by sample and type by type, written while they are made."""
     n_cells = cells_per_type.to_numpy()
     types = np.tile(np.arange(n_cells.shape[1]), len(n_cells)).repeat(n_cells.ravel())
@@ -217,9 +271,17 @@ def generate(model: torch.nn.Module, cells_per_type: pd.DataFrame, test: ad.AnnD
         },
         index=[f"generated_{i + 1}" for i in range(len(types))],
     )
-    uns = {"dataset": test.uns["dataset"], "split_id": test.uns["split_id"], "seed": SEED, "noise_factor": NOISE_FACTOR, "generator": GENERATOR}
+    uns = {
+        "dataset": test.uns["dataset"],
+        "split_id": test.uns["split_id"],
+        "seed": SEED,
+        "noise_factor": NOISE_FACTOR,
+        "generator": GENERATOR,
+    }
     cells = ad.AnnData(obs=obs, var=pd.DataFrame(index=test.var_names), uns=uns)
-    edges = np.linspace(0, n_blocks(len(types)), parallel.N_RANKS + 1).astype(int)  # each process makes the blocks between two of these
+    edges = np.linspace(0, n_blocks(len(types)), parallel.N_RANKS + 1).astype(
+        int
+    )  # each process makes the blocks between two of these
     numbers = range(*edges[parallel.RANK :][:2])
     groups = np.arange(n_cells.size).repeat(n_cells.ravel())  # sample by sample, type by type, as the shift counts them
     moved = {} if shift is None else {"shift": shift, "groups": groups}
@@ -253,7 +315,9 @@ def with_library_size(blocks: Iterator[sp.csr_matrix], obs: pd.DataFrame) -> Ite
     """The blocks as they come, and the sums of their rows in the table of cells."""
     done = 0
     for counts in blocks:
-        obs.iloc[done : done + counts.shape[0], obs.columns.get_loc("library_size")] = np.asarray(counts.sum(axis=1)).ravel()
+        obs.iloc[done : done + counts.shape[0], obs.columns.get_loc("library_size")] = np.asarray(
+            counts.sum(axis=1)
+        ).ravel()
         done += counts.shape[0]
         yield counts
 
@@ -291,27 +355,40 @@ def compare(model: torch.nn.Module, train: ad.AnnData, test: ad.AnnData, generat
     """Likelihood of the test cells, and the figures that hold generated cells against them."""
     rng = np.random.default_rng(SEED)
     drawn_generated, drawn_test, drawn_train = (
-        select_cells(cells, np.sort(rng.permutation(cells.n_obs)[:MAX_CELLS_DRAWN])) for cells in (generated, test, train)
+        select_cells(cells, np.sort(rng.permutation(cells.n_obs)[:MAX_CELLS_DRAWN]))
+        for cells in (generated, test, train)
     )
     if isinstance(model, GMVAE):  # the other generators have no likelihood of counts
         ours, baseline = (part.mean() for part in likelihoods(model, train, drawn_test))
-        print(f"log-likelihood of the test cells, nats per cell: GMVAE {ours:.1f}; one negative binomial per gene and type {baseline:.1f}")
+        print(
+            f"log-likelihood of the test cells, nats per cell: GMVAE {ours:.1f}; one negative binomial per gene and type {baseline:.1f}"
+        )
 
     both = ad.concat({"original": drawn_test, "generated": drawn_generated}, label="source", index_unique="-")
     both.obs["cell_type"] = pd.Categorical(both.obs["cell_type"], categories=test.obs["cell_type"].cat.categories)
     is_generated = (both.obs["source"] == "generated").to_numpy()
     pcs = principal_components(both, N_TOP_GENES, N_PCS)
-    embeddings = {"UMAP": embed(pcs, N_NEIGHBORS, SEED).obsm["X_umap"]} | ({"MDE": mde(pcs, N_NEIGHBORS, SEED)} if MDE else {})
+    embeddings = {"UMAP": embed(pcs, N_NEIGHBORS, SEED).obsm["X_umap"]} | (
+        {"MDE": mde(pcs, N_NEIGHBORS, SEED)} if MDE else {}
+    )
     for method, places in embeddings.items():
         plots.original_vs_generated(places, is_generated, fig / f"{method.lower()}_original_vs_generated.png", method)
-        plots.original_vs_generated_by_type(places, is_generated, both.obs["cell_type"], fig / f"{method.lower()}_by_cell_type.png", method)
+        plots.original_vs_generated_by_type(
+            places, is_generated, both.obs["cell_type"], fig / f"{method.lower()}_by_cell_type.png", method
+        )
 
-    panels.composition({"train cells": train.obs, "test cells": test.obs, "generated": generated.obs}, fig / "composition.png")
+    panels.composition(
+        {"train cells": train.obs, "test cells": test.obs, "generated": generated.obs}, fig / "composition.png"
+    )
     panels.type_correlation(drawn_test, drawn_generated, N_TYPE_MARKERS, fig / "type_correlation.png")
     if FOUR_STAGES:
         if not isinstance(model, GMVAE):
-            raise ValueError(f"FOUR_STAGES draws the GMVAE's stages, but GENERATOR is {GENERATOR}; set it to gmvae, or FOUR_STAGES to False")
-        embeddings, types = views.four_embeddings(model, drawn_test, drawn_generated, N_TOP_GENES, N_PCS, N_NEIGHBORS, SEED)
+            raise ValueError(
+                f"FOUR_STAGES draws the GMVAE's stages, but GENERATOR is {GENERATOR}; set it to gmvae, or FOUR_STAGES to False"
+            )
+        embeddings, types = views.four_embeddings(
+            model, drawn_test, drawn_generated, N_TOP_GENES, N_PCS, N_NEIGHBORS, SEED
+        )
         panels.four_stages(embeddings, types, fig / "four_stages.png")
 
     genes = metrics.variable_genes(drawn_train, N_CORRELATION_GENES)
@@ -319,7 +396,9 @@ def compare(model: torch.nn.Module, train: ad.AnnData, test: ad.AnnData, generat
     plots.gene_correlation(*correlations, fig / "gene_correlation.png")
 
 
-def judge_cells(model: torch.nn.Module, train: ad.AnnData, test: ad.AnnData, fig: Path) -> tuple[ad.AnnData, ad.AnnData, np.ndarray, pd.DataFrame]:
+def judge_cells(
+    model: torch.nn.Module, train: ad.AnnData, test: ad.AnnData, fig: Path
+) -> tuple[ad.AnnData, ad.AnnData, np.ndarray, pd.DataFrame]:
     """Test cells held against new cells of the same types and numbers, and against train cells: what a generator could reach at best.
 
     Returns what `compare_generators` needs: the test cells, the train cells, the genes whose correlations are compared, and the
@@ -332,7 +411,9 @@ def judge_cells(model: torch.nn.Module, train: ad.AnnData, test: ad.AnnData, fig
     floor, others = select_cells(train, floor_rows), select_cells(train, other_rows)
     counts = sp.vstack(list(model.sample(real.obs["cell_type"].cat.codes.to_numpy(), SEED + 1)), format="csr")
     made = ad.AnnData(counts, obs=real.obs[["cell_type"]].copy(), var=real.var[[]].copy())
-    genes = metrics.variable_genes(select_cells(train, np.sort(rng.permutation(train.n_obs)[:MAX_CELLS_DRAWN])), metrics.N_CORRELATED_GENES)
+    genes = metrics.variable_genes(
+        select_cells(train, np.sort(rng.permutation(train.n_obs)[:MAX_CELLS_DRAWN])), metrics.N_CORRELATED_GENES
+    )
     table = metrics.fidelity_table(real, made, floor, others, genes, SEED)
     with replacing(fig / "metrics.csv") as temporary:
         table.to_csv(temporary, index=False, float_format="%.5f")
@@ -345,28 +426,46 @@ def judge_cells(model: torch.nn.Module, train: ad.AnnData, test: ad.AnnData, fig
 
 def judge_by_xgboost(model: torch.nn.Module, train: ad.AnnData, test: ad.AnnData, fig: Path) -> Path:
     """Precision, recall and F1 of classifiers that learn the types from real or from synthetic cells."""
-    classes = None if CLASS_FILE is None else classify.read_classes(user_path(CLASS_FILE), list(test.obs["cell_type"].cat.categories))
+    classes = (
+        None
+        if CLASS_FILE is None
+        else classify.read_classes(user_path(CLASS_FILE), list(test.obs["cell_type"].cat.categories))
+    )
     known = select_cells(train, np.flatnonzero(train.obs["cell_type"].notna()))
 
     def sample(types: np.ndarray, seed: int) -> sp.csr_matrix:
         return sp.vstack(list(model.sample(types, seed)), format="csr")
 
-    table = classify.protocol(known, select_cells(test, np.arange(test.n_obs)), sample, SEED + 2, classes, *XGBOOST_CELLS)
+    table = classify.protocol(
+        known, select_cells(test, np.arange(test.n_obs)), sample, SEED + 2, classes, *XGBOOST_CELLS
+    )
     with replacing(fig / "xgboost.csv") as temporary:
         table.to_csv(temporary, index=False, float_format="%.5f")
-    print("XGBoost, trained and tested on real (train, test) and synthetic cells:\n" + table.to_string(index=False, float_format="{:.3f}".format))
+    print(
+        "XGBoost, trained and tested on real (train, test) and synthetic cells:\n"
+        + table.to_string(index=False, float_format="{:.3f}".format)
+    )
     return fig / "xgboost.csv"
 
 
 def compare_generators(
-    others: dict[str, torch.nn.Module], real: ad.AnnData, floor: ad.AnnData, genes: np.ndarray, pooled: pd.DataFrame, fig: Path
+    others: dict[str, torch.nn.Module],
+    real: ad.AnnData,
+    floor: ad.AnnData,
+    genes: np.ndarray,
+    pooled: pd.DataFrame,
+    fig: Path,
 ) -> None:
     """The same judgement, of all cells together, for every other generator in models/, beside that of the one chosen."""
-    table = pooled[["generated"]].set_axis([GENERATOR], axis=1).join(comparison.table_of(others, real, floor, genes, SEED))
+    table = (
+        pooled[["generated"]].set_axis([GENERATOR], axis=1).join(comparison.table_of(others, real, floor, genes, SEED))
+    )
     table = table[[name for name in generators.CLASSES if name in table]].assign(**{"real train cells": pooled["real"]})
     with replacing(fig / "comparison.csv") as temporary:
         table.to_csv(temporary, float_format="%.5f")
-    print("the generators in models/, each against the same test cells:\n" + table.to_string(float_format="{:.3f}".format))
+    print(
+        "the generators in models/, each against the same test cells:\n" + table.to_string(float_format="{:.3f}".format)
+    )
     panels.comparison(table, fig / "comparison.png")
 
 
@@ -375,7 +474,9 @@ def likelihoods(model: GMVAE, train: ad.AnnData, test: ad.AnnData) -> tuple[np.n
     device = model.log_theta.device
     train_cells = CellDataset(train.X, train.obs["cell_type"].cat.codes, device, in_memory=False)
     test_cells = CellDataset(test.X, test.obs["cell_type"].cat.codes, device)
-    return model.log_likelihood(test_cells, n_samples=20, seed=SEED), nb_per_type_log_likelihood(train_cells, test_cells)
+    return model.log_likelihood(test_cells, n_samples=20, seed=SEED), nb_per_type_log_likelihood(
+        train_cells, test_cells
+    )
 
 
 if __name__ == "__main__":

@@ -58,7 +58,9 @@ def replacing(path: Path):
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(f"{path} could not be written ({error.strerror or error}); the old file, if any, is untouched") from error
+        raise OSError(
+            f"{path} could not be written ({error.strerror or error}); the old file, if any, is untouched"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

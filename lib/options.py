@@ -32,7 +32,11 @@ def run(module: dict[str, Any]) -> None:
     try:
         module["main"]()
     except (ValueError, OSError) as error:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(str(ROOT)) and "site-packages" not in f.filename]
+        frames = [
+            f
+            for f in traceback.extract_tb(error.__traceback__)
+            if f.filename.startswith(str(ROOT)) and "site-packages" not in f.filename
+        ]
         print(f"\nerror: {error}\n(from {frames[-1].filename}, line {frames[-1].lineno})", file=sys.stderr)
         sys.exit(1)
 
@@ -161,14 +165,22 @@ def _parser_of(kind: Any):
 
 def _add_option(group: Any, constant: Constant, default: Any) -> None:
     option = "--" + constant.name.lower().replace("_", "-")
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default).lower() if default is None else default
+    shown = (
+        " ".join(map(str, default))
+        if isinstance(default, tuple)
+        else str(default).lower()
+        if default is None
+        else default
+    )
     text = f"{constant.comment} [{shown}]".strip().replace("%", "%%")
     arguments = {"dest": constant.name, "default": default, "help": text}
     if constant.type is bool:
         group.add_argument(option, action=argparse.BooleanOptionalAction, **arguments)
     elif get_origin(constant.type) is tuple:
         item = get_args(constant.type)[0]
-        group.add_argument(option, nargs="+", type=_parser_of(item), action=_StoreTuple, metavar=item.__name__.upper(), **arguments)
+        group.add_argument(
+            option, nargs="+", type=_parser_of(item), action=_StoreTuple, metavar=item.__name__.upper(), **arguments
+        )
     else:
         metavar = constant.name.split("_")[-1]
         group.add_argument(option, type=_parser_of(constant.type), metavar=metavar, **arguments)

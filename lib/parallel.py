@@ -26,7 +26,11 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("DEVICE is cuda, but this torch sees no GPU; set it to auto or cpu")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" and N_RANKS > 1 else torch.device(name)
+    return (
+        torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
+        if name == "cuda" and N_RANKS > 1
+        else torch.device(name)
+    )
 
 
 def start(device_name: str) -> torch.device:

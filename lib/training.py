@@ -11,8 +11,9 @@ import datetime
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import pandas as pd
 import torch
@@ -25,7 +26,16 @@ from lib.evaluation import plots
 from lib.files import replacing, require
 
 SAVE_EVERY_S = 60
-FREE_TO_CHANGE = {"EPOCHS", "PATIENCE", "OTHER_EPOCHS", "OTHER_PATIENCE", "RESUME", "DATA_DIR", "MODELS_DIR", "FIG_DIR"}  # between a run and its resumption
+FREE_TO_CHANGE = {
+    "EPOCHS",
+    "PATIENCE",
+    "OTHER_EPOCHS",
+    "OTHER_PATIENCE",
+    "RESUME",
+    "DATA_DIR",
+    "MODELS_DIR",
+    "FIG_DIR",
+}  # between a run and its resumption
 
 
 def keep_freed_memory() -> None:
@@ -81,7 +91,13 @@ def load_checkpoint(path: Path, stage: str) -> dict[str, Any]:
 
 
 def check_checkpoint(
-    checkpoint: dict[str, Any], path: Path, stage: str, gene_names: list[str], cell_types: list[str], split_id: str, data: object
+    checkpoint: dict[str, Any],
+    path: Path,
+    stage: str,
+    gene_names: list[str],
+    cell_types: list[str],
+    split_id: str,
+    data: object,
 ) -> None:
     """
     Raises
@@ -115,7 +131,9 @@ class Trainer:
     ):  # fmt: skip
         self.name, self.model, self.optimizer, self.generator = name, model, optimizer, generator
         self.about, self.models_dir, self.patience = about, models_dir, patience
-        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.3, patience=max(1, patience // 3))
+        self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, factor=0.3, patience=max(1, patience // 3)
+        )
         self.history: list[dict[str, float]] = []
         self.best_epoch, self.best_criterion, self.best_weights = 0, float("inf"), None
         self.best_path, self.last_path = models_dir / f"{name}.pt", models_dir / f"{name}_last.pt"
@@ -130,14 +148,26 @@ class Trainer:
             If it was trained on other data or with other constants.
         """
         last = load_checkpoint(self.last_path, f"{self.about['stage']} without RESUME")
-        check_checkpoint(last, self.last_path, self.about["stage"], self.about["gene_names"], self.about["cell_types"], self.about["split_id"], "the data")
+        check_checkpoint(
+            last,
+            self.last_path,
+            self.about["stage"],
+            self.about["gene_names"],
+            self.about["cell_types"],
+            self.about["split_id"],
+            "the data",
+        )
         if last["device"] != self.device_type:
             raise ValueError(
                 f"{self.last_path} was trained on {last['device']} and cannot go on with the same random numbers on "
                 f"{self.device_type}; set DEVICE to {last['device']}, or train anew without RESUME"
             )
         ours, theirs = self.about["constants"], last["constants"]
-        changed = [f"{k} was {theirs.get(k)!r}, is {v!r}" for k, v in ours.items() if k not in FREE_TO_CHANGE and theirs.get(k) != v]
+        changed = [
+            f"{k} was {theirs.get(k)!r}, is {v!r}"
+            for k, v in ours.items()
+            if k not in FREE_TO_CHANGE and theirs.get(k) != v
+        ]
         if changed:
             raise ValueError(
                 f"{self.last_path} cannot be resumed with other constants: {'; '.join(changed)}; set them back, or train anew without RESUME"
@@ -158,7 +188,9 @@ class Trainer:
             torch.manual_seed(torch.initial_seed() + len(self.history))
         print(f"resumed {self.name} after epoch {len(self.history)}")
 
-    def fit(self, epochs: int, train_epoch: Callable[[int], dict[str, float]], validate: Callable[[], dict[str, float]]) -> None:
+    def fit(
+        self, epochs: int, train_epoch: Callable[[int], dict[str, float]], validate: Callable[[], dict[str, float]]
+    ) -> None:
         """Train until `epochs` are done or `patience` runs out.
 
         Parameters
@@ -173,7 +205,9 @@ class Trainer:
         runs = self.models_dir / "tensorboard" / self.name
         writer = SummaryWriter(runs / f"{datetime.datetime.now():%Y%m%d-%H%M%S}") if parallel.IS_FIRST else None
         saved_at = time.monotonic()
-        with tqdm(total=epochs, initial=len(self.history), desc=self.name, unit="epoch", disable=not parallel.IS_FIRST) as progress:
+        with tqdm(
+            total=epochs, initial=len(self.history), desc=self.name, unit="epoch", disable=not parallel.IS_FIRST
+        ) as progress:
             while len(self.history) < epochs and not self.out_of_patience:
                 started = time.monotonic()
                 self.model.train()
@@ -183,7 +217,9 @@ class Trainer:
                     held_out = validate()
                 self._record(train, held_out, time.monotonic() - started, writer)
                 progress.update()
-                progress.set_postfix(train=f"{train['loss']:.4g}", held_out=f"{held_out['loss']:.4g}", best_epoch=self.best_epoch)
+                progress.set_postfix(
+                    train=f"{train['loss']:.4g}", held_out=f"{held_out['loss']:.4g}", best_epoch=self.best_epoch
+                )
                 if len(self.history) == 1 or time.monotonic() - saved_at > SAVE_EVERY_S:
                     self.save()
                     saved_at = time.monotonic()
@@ -207,10 +243,14 @@ class Trainer:
     def seconds(self) -> float:
         return sum(row["seconds"] for row in self.history)
 
-    def _record(self, train: dict[str, float], held_out: dict[str, float], seconds: float, writer: SummaryWriter | None) -> None:
+    def _record(
+        self, train: dict[str, float], held_out: dict[str, float], seconds: float, writer: SummaryWriter | None
+    ) -> None:
         epoch = len(self.history) + 1
         if not torch.isfinite(torch.tensor([train["loss"], held_out["loss"]])).all():
-            raise ValueError(f"{self.name}: the loss is {train['loss']} in epoch {epoch}, expected a finite number; lower LEARNING_RATE")
+            raise ValueError(
+                f"{self.name}: the loss is {train['loss']} in epoch {epoch}, expected a finite number; lower LEARNING_RATE"
+            )
         row = {"epoch": epoch, "seconds": seconds, "learning_rate": self.optimizer.param_groups[0]["lr"]}
         row |= {f"train_{k}": v for k, v in train.items()} | {f"held_out_{k}": v for k, v in held_out.items()}
         self.history.append(row)
@@ -252,7 +292,11 @@ class Trainer:
                 torch.save(self._about_best() | {"weights": self.best_weights} | more, temporary)
 
     def _about_best(self) -> dict[str, Any]:
-        return self.about | {"epoch": self.best_epoch, "best_epoch": self.best_epoch, "best_criterion": self.best_criterion}
+        return self.about | {
+            "epoch": self.best_epoch,
+            "best_epoch": self.best_epoch,
+            "best_criterion": self.best_criterion,
+        }
 
     def draw(self, path: Path, unit: str) -> None:
         if parallel.IS_FIRST:

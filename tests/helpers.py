@@ -41,7 +41,9 @@ class Workplace:
         if stage[1] in "1345":
             folders += ["--fig-dir", str(self.fig)]
         self.path.mkdir(exist_ok=True)
-        done = subprocess.run([sys.executable, str(ROOT / stage), *folders, *options], cwd=self.path, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, str(ROOT / stage), *folders, *options], cwd=self.path, capture_output=True, text=True
+        )
         if check and done.returncode:
             raise AssertionError(f"{stage} failed:\n{done.stdout}\n{done.stderr}")
         return done
@@ -56,7 +58,9 @@ class Workplace:
         script.main()
 
 
-def simulated_cells(n_cells: int = 300, n_genes: int = 60, n_types: int = 3, seed: int = 0) -> tuple[sp.csr_matrix, np.ndarray]:
+def simulated_cells(
+    n_cells: int = 300, n_genes: int = 60, n_types: int = 3, seed: int = 0
+) -> tuple[sp.csr_matrix, np.ndarray]:
     """Counts of a mixture of negative binomials with one latent programme inside each type, and the cells' types."""
     rng = np.random.default_rng(seed)
     cell_type_idx = np.sort(rng.integers(0, n_types, n_cells))
@@ -72,7 +76,10 @@ def simulated_cells(n_cells: int = 300, n_genes: int = 60, n_types: int = 3, see
 def simulated_dataset(**arguments) -> ad.AnnData:
     counts, cell_type_idx = simulated_cells(**arguments)
     genes = [f"GENE{i}" for i in range(counts.shape[1])]
-    obs = pd.DataFrame({"cell_type": pd.Categorical([f"type {k}" for k in cell_type_idx])}, index=[f"cell_{i}" for i in range(len(cell_type_idx))])
+    obs = pd.DataFrame(
+        {"cell_type": pd.Categorical([f"type {k}" for k in cell_type_idx])},
+        index=[f"cell_{i}" for i in range(len(cell_type_idx))],
+    )
     return ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=genes))
 
 
@@ -91,7 +98,13 @@ def trained_gmvae(counts, cell_type_idx, epochs: int = 150, seed: int = 0, on_ax
     dataset, generator = CellDataset(counts, cell_type_idx, CPU), torch.Generator().manual_seed(seed)
     marginals = gene_marginals(dataset, 3)
     axes = within_type_axes(dataset, marginals, 8, seed) if on_axes else None
-    model = GMVAE(counts.shape[1], 3, n_latent=len(axes.variance) if on_axes else 4, hidden=(32, 16), **({"likelihood": "nb"} | arguments))
+    model = GMVAE(
+        counts.shape[1],
+        3,
+        n_latent=len(axes.variance) if on_axes else 4,
+        hidden=(32, 16),
+        **({"likelihood": "nb"} | arguments),
+    )
     model.initialise(dataset, marginals, axes)
     dispersion = [p for n, p in model.named_parameters() if n.startswith(("log_theta", "log_loading"))]
     others = [p for n, p in model.named_parameters() if not n.startswith(("log_theta", "log_loading"))]
@@ -99,6 +112,8 @@ def trained_gmvae(counts, cell_type_idx, epochs: int = 150, seed: int = 0, on_ax
     for epoch in range(epochs):
         for batch in dataset.shuffled(64, generator):
             optimizer.zero_grad()
-            model(batch, torch.randn(batch.n_cells, model.n_latent, generator=generator), min(1.0, epoch / 50))["loss"].backward()
+            model(batch, torch.randn(batch.n_cells, model.n_latent, generator=generator), min(1.0, epoch / 50))[
+                "loss"
+            ].backward()
             optimizer.step()
     return model.eval()

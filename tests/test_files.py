@@ -44,16 +44,19 @@ def test_a_file_that_was_not_there_is_made(tmp_path):
 @pytest.mark.parametrize(
     ("error", "raised", "message"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), OSError, r"counts.h5ad could not be written \(No space left on device\); the old file"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            OSError,
+            r"counts.h5ad could not be written \(No space left on device\); the old file",
+        ),
         (KeyboardInterrupt(), KeyboardInterrupt, None),
         (ValueError("bad data"), ValueError, "^bad data$"),
     ],
 )
 def test_an_error_keeps_the_old_file_and_leaves_nothing_behind(old, error, raised, message):
-    with pytest.raises(raised, match=message):
-        with replacing(old) as temporary:
-            temporary.write_text("half of the new")
-            raise error
+    with pytest.raises(raised, match=message), replacing(old) as temporary:
+        temporary.write_text("half of the new")
+        raise error
     assert old.read_text() == "old" and os.listdir(old.parent) == [old.name]
 
 

@@ -105,7 +105,10 @@ def test_what_main_sees_is_what_the_option_set(script):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--epoch 50", "unrecognized arguments: --epoch 50"),  # an abbreviation would change its meaning with the next constant
+        (
+            "--epoch 50",
+            "unrecognized arguments: --epoch 50",
+        ),  # an abbreviation would change its meaning with the next constant
         ("--patience 3", "unrecognized arguments: --patience 3"),
         ("--local 3", "unrecognized arguments: --local"),
         ("50", "unrecognized arguments: 50"),
@@ -150,7 +153,9 @@ def test_a_constant_edited_to_a_wrong_type_is_an_error(script, capsys, edit, mes
 
 
 def test_edited_constants_are_the_new_defaults(script):
-    module = script(EPOCHS="EPOCHS = 12", MAX_PCT_MT="MAX_PCT_MT: float | None = 5", BULK_FILE='BULK_FILE: str | None = "a.csv"')
+    module = script(
+        EPOCHS="EPOCHS = 12", MAX_PCT_MT="MAX_PCT_MT: float | None = 5", BULK_FILE='BULK_FILE: str | None = "a.csv"'
+    )
     from_command_line(module, ["--name", "x"])
     assert constants(module) == DEFAULTS | {"EPOCHS": 12, "MAX_PCT_MT": 5, "BULK_FILE": "a.csv", "NAME": "x"}
 

@@ -95,8 +95,13 @@ def test_the_split_is_stratified_and_genes_are_chosen_by_train_cells_alone(pipel
 
 def test_the_mixtures_are_sums_of_test_cells_and_the_compositions_vary(pipeline):
     test = ad.read_h5ad(pipeline.data / "test.h5ad")
-    counts, tpm, true = (pd.read_csv(pipeline.data / f"pseudobulk_test_{name}.csv", index_col=0) for name in ("counts", "tpm", "proportions"))
-    assert list(counts.columns) == list(tpm.columns) == list(test.var_names) and list(true.columns) == list(test.obs["cell_type"].cat.categories)
+    counts, tpm, true = (
+        pd.read_csv(pipeline.data / f"pseudobulk_test_{name}.csv", index_col=0)
+        for name in ("counts", "tpm", "proportions")
+    )
+    assert list(counts.columns) == list(tpm.columns) == list(test.var_names) and list(true.columns) == list(
+        test.obs["cell_type"].cat.categories
+    )
     np.testing.assert_allclose(true.sum(axis=1), 1)
     np.testing.assert_allclose(tpm.sum(axis=1), 1e6, rtol=1e-4)
     np.testing.assert_allclose(tpm, counts.div(counts.sum(axis=1), axis=0) * 1e6, rtol=1e-4, atol=1e-3)
@@ -119,10 +124,15 @@ def test_training_mixtures_come_from_train_cells_alone(pipeline):
     np.testing.assert_allclose(proportions.sum(axis=1), 1)
     # the counts of a mixture are a non-negative combination of its types' cells: a gene that no train cell of any of its
     # types holds is absent
-    held = np.stack([np.asarray(train[train.obs["cell_type"] == name].X.sum(axis=0)).ravel() > 0 for name in samples.uns["cell_types"]])
+    held = np.stack(
+        [
+            np.asarray(train[train.obs["cell_type"] == name].X.sum(axis=0)).ravel() > 0
+            for name in samples.uns["cell_types"]
+        ]
+    )
     X = samples.X[:300]
     possible = (proportions[:300] > 0).astype(float) @ held > 0
-    assert (X[~possible] == 0).all() and (X == np.rint(X)).all()
+    assert (X[~possible] == 0).all() and (np.rint(X) == X).all()
 
 
 def test_the_model_learned(pipeline):
@@ -136,7 +146,9 @@ def test_the_model_learned(pipeline):
 
 def test_the_deconvolution_learned(pipeline):
     train = ad.read_h5ad(pipeline.data / "train.h5ad")
-    tpm, true = (pd.read_csv(pipeline.data / f"pseudobulk_test_{name}.csv", index_col=0) for name in ("tpm", "proportions"))
+    tpm, true = (
+        pd.read_csv(pipeline.data / f"pseudobulk_test_{name}.csv", index_col=0) for name in ("tpm", "proportions")
+    )
     checkpoint = load_checkpoint(pipeline.models / "sctape.pt", STAGES[4])
     constant = train.obs["cell_type"].value_counts(normalize=True)[true.columns].to_numpy()
     drawn = true.index.str.startswith("dirichlet")
@@ -150,7 +162,11 @@ def test_generated_cells_are_counts_in_the_predicted_proportions(pipeline):
     test, generated = (ad.read_h5ad(pipeline.data / f"{name}.h5ad") for name in ("test", "generated"))
     predicted = pd.read_csv(pipeline.data / "predicted_proportions.csv", index_col=0)
     assert generated.n_obs == test.n_obs and list(generated.var_names) == list(test.var_names)
-    assert sp.issparse(generated.X) and (generated.X.data > 0).all() and (generated.X.data == np.rint(generated.X.data)).all()
+    assert (
+        sp.issparse(generated.X)
+        and (generated.X.data > 0).all()
+        and (generated.X.data == np.rint(generated.X.data)).all()
+    )
     np.testing.assert_array_equal(generated.obs["library_size"], np.asarray(generated.X.sum(axis=1)).ravel())
     np.testing.assert_allclose(predicted.sum(axis=1), 1, atol=1e-5)
     made = generated.obs["cell_type"].value_counts()[predicted.columns]
@@ -174,11 +190,15 @@ def test_generated_cells_are_judged_beside_real_ones(pipeline):
 
 def test_generation_is_seeded(pipeline, tmp_path):
     for seed, name in ((123, "a"), (123, "b"), (5, "c")):
-        pipeline.main(STAGES[5], SEED=seed, CELL_COUNTS="test", OUTPUT=str(tmp_path / f"{name}.h5ad"), FIG_DIR=str(tmp_path))
+        pipeline.main(
+            STAGES[5], SEED=seed, CELL_COUNTS="test", OUTPUT=str(tmp_path / f"{name}.h5ad"), FIG_DIR=str(tmp_path)
+        )
     a, b, c = (ad.read_h5ad(tmp_path / f"{name}.h5ad") for name in "abc")
     assert (a.X != b.X).nnz == 0 and (a.X != c.X).nnz > 0
     test = ad.read_h5ad(pipeline.data / "test.h5ad")
-    pd.testing.assert_series_equal(a.obs["cell_type"].value_counts(sort=False), test.obs["cell_type"].value_counts(sort=False))
+    pd.testing.assert_series_equal(
+        a.obs["cell_type"].value_counts(sort=False), test.obs["cell_type"].value_counts(sort=False)
+    )
 
 
 @pytest.mark.parametrize("genes_in_rows", [True, False])
@@ -188,16 +208,32 @@ def test_a_real_bulk_table(pipeline, tmp_path, genes_in_rows):
     (tpm.T if genes_in_rows else tpm).to_csv(tmp_path / "bulk.tsv", sep="\t")
     place = Workplace(tmp_path / "place")
     shutil.copytree(pipeline.data, place.data)
-    done = place_run(place, pipeline, "--bulk-file", str(tmp_path / "bulk.tsv"), "--n-cells", "101", "--output", str(tmp_path / "out.h5ad"), "--write-mtx")
+    done = place_run(
+        place,
+        pipeline,
+        "--bulk-file",
+        str(tmp_path / "bulk.tsv"),
+        "--n-cells",
+        "101",
+        "--output",
+        str(tmp_path / "out.h5ad"),
+        "--write-mtx",
+    )
     generated = ad.read_h5ad(tmp_path / "out.h5ad")
     assert generated.obs["sample"].value_counts().to_dict() == {"own_1": 101, "own_2": 101, "own_3": 101}
-    assert re.search(r"units of the bulk: recognised as tpm.*the bulk has 9\d\.\d% of all that would be used", done.stdout, re.DOTALL)
+    assert re.search(
+        r"units of the bulk: recognised as tpm.*the bulk has 9\d\.\d% of all that would be used", done.stdout, re.DOTALL
+    )
     predicted = pd.read_csv(place.data / "predicted_proportions.csv", index_col=0)
     assert list(predicted.index) == ["own_1", "own_2", "own_3"]
     folder = tmp_path / "out"
-    np.testing.assert_array_equal(sp.csr_matrix(scipy.io.mmread(folder / "counts.mtx")).toarray(), generated.X.toarray())
+    np.testing.assert_array_equal(
+        sp.csr_matrix(scipy.io.mmread(folder / "counts.mtx")).toarray(), generated.X.toarray()
+    )
     clusters = pd.read_csv(folder / "clusters.csv", index_col=0)
-    assert list(clusters["cell_type"]) == list(generated.obs["cell_type"]) and list(clusters.index) == list(generated.obs_names)
+    assert list(clusters["cell_type"]) == list(generated.obs["cell_type"]) and list(clusters.index) == list(
+        generated.obs_names
+    )
 
 
 def test_high_resolution_writes_the_expression_of_each_type(pipeline, tmp_path):
@@ -230,7 +266,10 @@ def test_a_table_of_cell_numbers_skips_the_prediction(pipeline, tmp_path):
     options = dict(OUTPUT=str(tmp_path / "cells.h5ad"), FIG_DIR=str(tmp_path))
     pipeline.main(STAGES[5], CELL_COUNTS=str(tmp_path / "wanted.csv"), **options)
     obs = ad.read_h5ad(tmp_path / "cells.h5ad").obs
-    assert obs.groupby(["sample", "cell_type"], observed=True).size().to_dict() == {("A", types[0]): 5, ("B", types[1]): 9}
+    assert obs.groupby(["sample", "cell_type"], observed=True).size().to_dict() == {
+        ("A", types[0]): 5,
+        ("B", types[1]): 9,
+    }
     (tmp_path / "wanted.csv").write_text("cell_type,n\n" + f"{types[1]},4\n")
     pipeline.main(STAGES[5], CELL_COUNTS=str(tmp_path / "wanted.csv"), **options)
     assert ad.read_h5ad(tmp_path / "cells.h5ad").obs["cell_type"].value_counts()[types[1]] == 4
@@ -321,7 +360,9 @@ def test_gene_lengths_go_the_whole_way(tmp_path):
     """Lengths from stage 0, TPM by them in stage 2, the same scale in stages 4 and 5."""
     adata = simulated_dataset(n_cells=300)
     tmp_path.mkdir(exist_ok=True)
-    lengths = pd.Series(np.linspace(500, 9000, 60).round(), index=adata.var_names).iloc[5:]  # five genes without a length
+    lengths = pd.Series(np.linspace(500, 9000, 60).round(), index=adata.var_names).iloc[
+        5:
+    ]  # five genes without a length
     lengths.rename_axis("gene").rename("length").to_csv(tmp_path / "lengths.csv")
     adata.write_h5ad(tmp_path / "source.h5ad")
     place = Workplace(tmp_path)
@@ -334,7 +375,10 @@ def test_gene_lengths_go_the_whole_way(tmp_path):
     np.testing.assert_allclose(tpm, rate.div(rate.sum(axis=1), axis=0) * 1e6, rtol=1e-4, atol=1e-2)
     place.main(STAGES[4], EPOCHS=3, DEVICE="cpu")
     checkpoint = load_checkpoint(place.models / "sctape.pt", STAGES[4])
-    assert set(checkpoint["gene_names"]) <= set(lengths.index) and checkpoint["gene_length_bp"]["GENE10"] == lengths["GENE10"]
+    assert (
+        set(checkpoint["gene_names"]) <= set(lengths.index)
+        and checkpoint["gene_length_bp"]["GENE10"] == lengths["GENE10"]
+    )
     place.main(STAGES[3], **FAST[STAGES[3]])
     place.main(STAGES[5])
     # one bulk as TPM by length and as counts is one bulk: the same proportions
@@ -411,14 +455,18 @@ def test_stages_of_other_counts_are_refused(pipeline, tmp_path):
     simulated_dataset(n_cells=50).write_h5ad(tmp_path / "other.h5ad")
     place.main(STAGES[0], DATASET=str(tmp_path / "other.h5ad"))
     for stage in (STAGES[2], STAGES[3], STAGES[5]):
-        with pytest.raises(ValueError, match=r"is stale: it was made of other counts of pbmc68k_reduced than .*other.h5ad.*run _1_"):
+        with pytest.raises(
+            ValueError, match=r"is stale: it was made of other counts of pbmc68k_reduced than .*other.h5ad.*run _1_"
+        ):
             place.main(stage)
 
 
 def test_mixtures_of_another_split_are_refused_before_training(pipeline, tmp_path):
     place = copy_of(pipeline, tmp_path / "place")
     place.main(STAGES[1], SEED=7)
-    with pytest.raises(ValueError, match="pseudobulk_train.h5ad does not belong to .*train.h5ad.*run _2_make_pseudobulk.py"):
+    with pytest.raises(
+        ValueError, match="pseudobulk_train.h5ad does not belong to .*train.h5ad.*run _2_make_pseudobulk.py"
+    ):
         place.main(STAGES[4])
 
 
@@ -455,15 +503,26 @@ def test_thresholds_of_other_data_are_warned_about_with_numbers(tmp_path, capsys
     place = split_only(tmp_path, adata)
     capsys.readouterr()
     median = np.median(np.asarray(adata.X.sum(axis=1)))
-    place.main(STAGES[1], MAX_COUNTS=int(np.quantile(np.asarray(adata.X.sum(axis=1)), 0.3)), MIN_GENES=None, REMOVE_DOUBLETS=False)
+    place.main(
+        STAGES[1],
+        MAX_COUNTS=int(np.quantile(np.asarray(adata.X.sum(axis=1)), 0.3)),
+        MIN_GENES=None,
+        REMOVE_DOUBLETS=False,
+    )
     out = capsys.readouterr().out
-    assert re.search(rf"WARNING: MAX_COUNTS = \d+ does not suit these data: 70% of the cells fail it.*median {median:,.1f}", out)
+    assert re.search(
+        rf"WARNING: MAX_COUNTS = \d+ does not suit these data: 70% of the cells fail it.*median {median:,.1f}", out
+    )
     with pytest.raises(ValueError, match="no cell passes the quality thresholds"):
         place.main(STAGES[1], MIN_GENES=10_000)
 
 
 def test_the_top_level_is_what_the_user_decided():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    files = listed.stdout.split() if listed.returncode == 0 and listed.stdout else [str(p.relative_to(ROOT)) for p in ROOT.iterdir()]
+    files = (
+        listed.stdout.split()
+        if listed.returncode == 0 and listed.stdout
+        else [str(p.relative_to(ROOT)) for p in ROOT.iterdir()]
+    )
     ours = {name.split("/")[0] for name in files if not name.startswith((".", "__"))}
     assert ours == {*STAGES, "README.md", "requirements.txt", "lib", "data", "models", "fig", "tests"}

@@ -66,7 +66,9 @@ def test_same_seed_same_model_and_another_seed_another(uninterrupted, tmp_path):
 
 def test_the_best_epoch_is_kept_not_the_last(tmp_path):
     place = workplace(tmp_path)
-    place.main(STAGE, **SMALL | {"EPOCHS": 200, "LEARNING_RATE": 0.1, "PATIENCE": 6, "WEIGHT_DECAY": 0.0})  # learns the cells by heart
+    place.main(
+        STAGE, **SMALL | {"EPOCHS": 200, "LEARNING_RATE": 0.1, "PATIENCE": 6, "WEIGHT_DECAY": 0.0}
+    )  # learns the cells by heart
     history = pd.read_csv(place.models / "gmvae_history.csv")
     best = load_checkpoint(place.models / "gmvae.pt", STAGE)
     assert best["epoch"] == history.loc[history["held_out_stopping_criterion"].idxmin(), "epoch"] < len(history) < 200
@@ -77,7 +79,9 @@ def test_a_checkpoint_is_a_plain_dict(uninterrupted):
     best = load_checkpoint(uninterrupted.models / "gmvae.pt", STAGE)
     assert best["gene_names"][:2] == ["GENE0", "GENE1"] and best["cell_types"] == ["type 0", "type 1", "type 2"]
     assert best["constants"]["N_LATENT"] == 4 and best["arguments"]["hidden"] == (16, 8)
-    assert {"optimizer", "scheduler", "rng", "history"} <= load_checkpoint(uninterrupted.models / "gmvae_last.pt", STAGE).keys()
+    assert {"optimizer", "scheduler", "rng", "history"} <= load_checkpoint(
+        uninterrupted.models / "gmvae_last.pt", STAGE
+    ).keys()
     assert list((uninterrupted.models / "tensorboard" / "gmvae").rglob("events*"))
 
 
@@ -118,7 +122,10 @@ def test_a_gpu_that_is_not_there_is_refused():
 def test_gradients_are_clipped_to_their_common_norm():
     layer = torch.nn.Linear(3, 2)
     for limit, expected in ((100.0, 13.0), (6.5, 6.5)):
-        layer.weight.grad, layer.bias.grad = torch.tensor([[3.0, 0, 0], [0, 4.0, 0]]), torch.tensor([12.0, 0])  # norm 13
+        layer.weight.grad, layer.bias.grad = (
+            torch.tensor([[3.0, 0, 0], [0, 4.0, 0]]),
+            torch.tensor([12.0, 0]),
+        )  # norm 13
         clip_gradients(layer, limit)
         norm = torch.cat([layer.weight.grad.ravel(), layer.bias.grad]).norm().item()
         assert norm == pytest.approx(expected, rel=1e-4)
@@ -140,7 +147,9 @@ def test_an_epoch_keeps_nothing_of_its_batches(tmp_path, monkeypatch):
     monkeypatch.setattr("lib.data.batches.Batch", Watched)
     most = []
     real = parallel.mean_over
-    monkeypatch.setattr(parallel, "mean_over", lambda parts: (gc.collect(), most.append((len(alive), len(parts))), real(parts))[2])
+    monkeypatch.setattr(
+        parallel, "mean_over", lambda parts: (gc.collect(), most.append((len(alive), len(parts))), real(parts))[2]
+    )
     workplace(tmp_path).main(STAGE, **SMALL | {"BATCH_SIZE": 5, "EPOCHS": 1})
     n_alive, n_batches = most[0]
     assert n_batches > 15 and 1 <= n_alive <= 3

@@ -9,7 +9,7 @@ bias starts at the mean expression, counts are drawn (lib/drawing.py), q(z|x) st
 the first epochs: otherwise z is noise when the decoder begins to learn, stays unused (pbmc3k), and all types are made alike.
 """
 
-from typing import Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import scipy.sparse as sp
@@ -48,7 +48,9 @@ class BetaVAE(nn.Module):
         self, n_genes: int, n_cell_types: int, n_latent: int = 256, hidden: tuple[int, ...] = HIDDEN, top_markers: int | None = None
     ):  # fmt: skip
         super().__init__()
-        self.arguments = dict(n_genes=n_genes, n_cell_types=n_cell_types, n_latent=n_latent, hidden=tuple(hidden), top_markers=top_markers)
+        self.arguments = dict(
+            n_genes=n_genes, n_cell_types=n_cell_types, n_latent=n_latent, hidden=tuple(hidden), top_markers=top_markers
+        )
         self.n_cell_types, self.n_latent, self.top_markers = n_cell_types, n_latent, top_markers
         self.from_genes, self.from_genes_bias = SparseLinear(n_genes, hidden[0]), nn.Parameter(torch.zeros(hidden[0]))
         self.encoder = nn.Sequential(*_layers(hidden), nn.Linear(hidden[-1], 2 * n_latent))
@@ -82,24 +84,36 @@ class BetaVAE(nn.Module):
         reconstructed = self.decoder(mean + (0.5 * log_var).exp() * noise).float()
         reconstruction_loss = (reconstructed - x.to_dense()).square().sum(dim=1).mean()
         kl_z = gaussian_kl(mean, log_var, torch.zeros_like(mean), torch.zeros_like(mean)).mean()
-        return {"loss": reconstruction_loss + BETA * kl_weight * kl_z, "reconstruction_loss": reconstruction_loss, "kl_z": kl_z}
+        return {
+            "loss": reconstruction_loss + BETA * kl_weight * kl_z,
+            "reconstruction_loss": reconstruction_loss,
+            "kl_z": kl_z,
+        }
 
     @torch.no_grad()
     def fit_prior(self, dataset: CellDataset, seed: int) -> None:
         """Keep where the train cells lie: new cells start there."""
         self.prior = drawing.train_cells(dataset, self.n_cell_types, np.random.default_rng(seed))
-        encoded = [torch.stack(self.q_z(batch.log_normalized(drawing.TARGET)), dim=1).cpu() for batch in dataset.in_order(512)]
+        encoded = [
+            torch.stack(self.q_z(batch.log_normalized(drawing.TARGET)), dim=1).cpu() for batch in dataset.in_order(512)
+        ]
         self.prior["z"] = torch.cat(encoded)[self.prior["rows"]]  # (n_points, 2, n_latent): mean, log-variance
         self.prior["gene_ratio"] = drawing.gene_ratio(self, dataset, self.n_cell_types, seed)
 
-    def draw(self, cell_type_idx: torch.Tensor, noise_factor: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw(
+        self, cell_type_idx: torch.Tensor, noise_factor: float, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Expected expression and library size of new cells: see lib/drawing.py."""
         point = drawing.pick(self.prior, cell_type_idx, generator).cpu()
         mean, log_var = self.prior["z"][point].to(cell_type_idx.device).unbind(dim=1)
         noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-        return self.decoder(mean + noise_factor * (0.5 * log_var).exp() * noise), self.prior["library_size"][point].to(mean.device)
+        return self.decoder(mean + noise_factor * (0.5 * log_var).exp() * noise), self.prior["library_size"][point].to(
+            mean.device
+        )
 
-    def sample(self, cell_type_idx: np.ndarray, seed: int, noise_factor: float = 1.0, blocks: range | None = None) -> Iterator[sp.csr_matrix]:
+    def sample(
+        self, cell_type_idx: np.ndarray, seed: int, noise_factor: float = 1.0, blocks: range | None = None
+    ) -> Iterator[sp.csr_matrix]:
         """New cells of the given types: as `GMVAE.sample`."""
         return drawing.sample(self, cell_type_idx, seed, noise_factor, blocks)
 
@@ -110,7 +124,9 @@ def _layers(sizes: tuple[int, ...]) -> list[nn.Module]:
 
 def _masked(x: torch.Tensor, is_seen: torch.Tensor) -> torch.Tensor:
     """A sparse matrix without some columns' values."""
-    return torch.sparse_csr_tensor(x.crow_indices(), x.col_indices(), x.values() * is_seen[x.col_indices()], x.shape, check_invariants=False)
+    return torch.sparse_csr_tensor(
+        x.crow_indices(), x.col_indices(), x.values() * is_seen[x.col_indices()], x.shape, check_invariants=False
+    )
 
 
 def marker_genes(dataset: CellDataset, n_cell_types: int, n_markers: int) -> np.ndarray:

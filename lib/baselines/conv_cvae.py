@@ -11,7 +11,7 @@ binomial; ours is how the parameters of that are found (moments within the types
 """
 
 import math
-from typing import Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import scipy.sparse as sp
@@ -25,7 +25,14 @@ from lib.data.counts import log_normalize
 from lib.models.likelihoods import gaussian_kl
 from lib.models.profiles import GeneMarginals, gene_marginals
 
-SETTINGS = {"epochs": 50, "batch_size": 32, "learning_rate": 1e-3, "weight_decay": 0.0, "patience": 50, "optimizer": "rmsprop"}
+SETTINGS = {
+    "epochs": 50,
+    "batch_size": 32,
+    "learning_rate": 1e-3,
+    "weight_decay": 0.0,
+    "patience": 50,
+    "optimizer": "rmsprop",
+}
 FILTERS = 16
 KERNEL = 3
 
@@ -42,12 +49,24 @@ class ConvCVAE(nn.Module):
         Of the image, in pixels, a multiple of 4; None for the smallest that holds the genes.
     """
 
-    def __init__(self, n_genes: int, n_cell_types: int, n_latent: int = 2, filters: int = FILTERS, n_dense: int = 16, side: int | None = None):
+    def __init__(
+        self,
+        n_genes: int,
+        n_cell_types: int,
+        n_latent: int = 2,
+        filters: int = FILTERS,
+        n_dense: int = 16,
+        side: int | None = None,
+    ):
         super().__init__()
         side = 4 * math.ceil(math.sqrt(n_genes) / 4) if side is None else side
         if side % 4 or side**2 < n_genes:
-            raise ValueError(f"an image of {side} x {side} pixels cannot hold {n_genes:,} genes; expected a multiple of 4 whose square is at least as large")
-        self.arguments = dict(n_genes=n_genes, n_cell_types=n_cell_types, n_latent=n_latent, filters=filters, n_dense=n_dense, side=side)
+            raise ValueError(
+                f"an image of {side} x {side} pixels cannot hold {n_genes:,} genes; expected a multiple of 4 whose square is at least as large"
+            )
+        self.arguments = dict(
+            n_genes=n_genes, n_cell_types=n_cell_types, n_latent=n_latent, filters=filters, n_dense=n_dense, side=side
+        )
         self.n_genes, self.n_cell_types, self.n_latent, self.side = n_genes, n_cell_types, n_latent, side
         self.small = (2 * filters, side // 4, side // 4)
         n_small = math.prod(self.small)
@@ -91,7 +110,11 @@ class ConvCVAE(nn.Module):
         decoded = self.decode(mean + (0.5 * log_var).exp() * noise, batch.cell_type_idx)
         reconstruction_loss = (decoded - images).square().flatten(1).sum(dim=1).mean()
         kl_z = gaussian_kl(mean, log_var, torch.zeros_like(mean), torch.zeros_like(mean)).mean()
-        return {"loss": reconstruction_loss + kl_weight * kl_z, "reconstruction_loss": reconstruction_loss, "kl_z": kl_z}
+        return {
+            "loss": reconstruction_loss + kl_weight * kl_z,
+            "reconstruction_loss": reconstruction_loss,
+            "kl_z": kl_z,
+        }
 
     def fit_prior(self, dataset: CellDataset, seed: int) -> None:
         """z of new cells is standard normal; library sizes are those of train cells; dispersion and extra zeros of each gene by moments."""
@@ -101,14 +124,20 @@ class ConvCVAE(nn.Module):
         self.prior["zi_logits"] = torch.logit(torch.from_numpy(extra_zeros(dataset, marginals)).float(), eps=1e-6)
         self.prior["gene_ratio"] = drawing.gene_ratio(self, dataset, self.n_cell_types, seed)
 
-    def draw(self, cell_type_idx: torch.Tensor, noise_factor: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw(
+        self, cell_type_idx: torch.Tensor, noise_factor: float, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Expected expression and library size of new cells: see lib/drawing.py."""
         point = drawing.pick(self.prior, cell_type_idx, generator).cpu()
-        z = noise_factor * torch.randn(len(cell_type_idx), self.n_latent, generator=generator, device=cell_type_idx.device)
+        z = noise_factor * torch.randn(
+            len(cell_type_idx), self.n_latent, generator=generator, device=cell_type_idx.device
+        )
         pixels = self.decode(z, cell_type_idx).flatten(1)[:, : self.n_genes]
         return pixels * self.largest, self.prior["library_size"][point].to(z.device)
 
-    def sample(self, cell_type_idx: np.ndarray, seed: int, noise_factor: float = 1.0, blocks: range | None = None) -> Iterator[sp.csr_matrix]:
+    def sample(
+        self, cell_type_idx: np.ndarray, seed: int, noise_factor: float = 1.0, blocks: range | None = None
+    ) -> Iterator[sp.csr_matrix]:
         """New cells of the given types: as `GMVAE.sample`."""
         return drawing.sample(self, cell_type_idx, seed, noise_factor, blocks)
 

@@ -8,7 +8,7 @@ Each of those generators has `draw(cell_type_idx, noise_factor, generator)`, whi
 (n_cells, n_genes), and library sizes, (n_cells,), of new cells; and `prior`, a dict of tensors fitted after training.
 """
 
-from typing import Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import scipy.sparse as sp
@@ -25,7 +25,9 @@ MAX_POINTS = 1000  # train cells kept of each type
 LOG_THETA_OF_POISSON = 13.8  # theta = 1e6: a variance of mu + mu^2 / 1e6
 
 
-def sample(model: nn.Module, cell_type_idx: np.ndarray, seed: int, noise_factor: float, blocks: range | None) -> Iterator[sp.csr_matrix]:
+def sample(
+    model: nn.Module, cell_type_idx: np.ndarray, seed: int, noise_factor: float, blocks: range | None
+) -> Iterator[sp.csr_matrix]:
     """New cells, block by block, each with a random stream of its own. Parameters and yield as in `GMVAE.sample`."""
     device = next(model.parameters()).device
     for rows, generator in streams(len(cell_type_idx), seed, blocks, device):
@@ -52,8 +54,12 @@ def shares(log_expression: torch.Tensor) -> torch.Tensor:
 
 def train_cells(dataset: CellDataset, n_cell_types: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
     """`MAX_POINTS` train cells of each type at most: `rows` in the data set, `library_size` of each, `first`, where each type's begin."""
-    rows = [np.sort(rng.permutation(np.flatnonzero(dataset.cell_type_idx == k))[:MAX_POINTS]) for k in range(n_cell_types)]
-    rows = [r if len(r) else np.arange(min(len(dataset), MAX_POINTS)) for r in rows]  # a type without train cells: any cell's
+    rows = [
+        np.sort(rng.permutation(np.flatnonzero(dataset.cell_type_idx == k))[:MAX_POINTS]) for k in range(n_cell_types)
+    ]
+    rows = [
+        r if len(r) else np.arange(min(len(dataset), MAX_POINTS)) for r in rows
+    ]  # a type without train cells: any cell's
     every = np.concatenate(rows)
     return {
         "rows": torch.from_numpy(every),
@@ -71,7 +77,9 @@ def pick(prior: dict[str, torch.Tensor], y: torch.Tensor, generator: torch.Gener
 
 
 @torch.no_grad()
-def gene_ratio(model: nn.Module, dataset: CellDataset, n_cell_types: int, seed: int, n_cells: int = 1024) -> torch.Tensor:
+def gene_ratio(
+    model: nn.Module, dataset: CellDataset, n_cell_types: int, seed: int, n_cells: int = 1024
+) -> torch.Tensor:
     """How much more of each gene the train cells have than new cells of the same types, (n_genes,).
 
     The mean of a logarithm is below the logarithm of the mean, most so for genes that few cells show; one factor a gene, the

@@ -10,7 +10,7 @@ Source: the Generative genomics project (its README, and its model's sizes). Our
 components, the learning rate, the number of epochs, the batch size, and how counts are drawn (lib/drawing.py).
 """
 
-from typing import Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import scipy.sparse as sp
@@ -50,12 +50,20 @@ class PCACVAE(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.arguments = dict(
-            n_genes=n_genes, n_cell_types=n_cell_types, n_pcs=n_pcs, n_latent=n_latent, hidden=tuple(hidden), n_label=n_label, dropout=dropout
+            n_genes=n_genes,
+            n_cell_types=n_cell_types,
+            n_pcs=n_pcs,
+            n_latent=n_latent,
+            hidden=tuple(hidden),
+            n_label=n_label,
+            dropout=dropout,
         )
         self.n_cell_types, self.n_latent = n_cell_types, n_latent
         self.label = nn.Embedding(n_cell_types, n_label)
         self.encoder = nn.Sequential(*_layers((n_pcs + n_label, *hidden), dropout), nn.Linear(hidden[-1], 2 * n_latent))
-        self.decoder = nn.Sequential(*_layers((n_latent + n_label, *reversed(hidden)), dropout), nn.Linear(hidden[0], n_pcs))
+        self.decoder = nn.Sequential(
+            *_layers((n_latent + n_label, *reversed(hidden)), dropout), nn.Linear(hidden[0], n_pcs)
+        )
         self.register_buffer("components", torch.zeros(n_genes, n_pcs))
         self.register_buffer("gene_mean", torch.zeros(n_genes))
         self.register_buffer("pc_scale", torch.ones(n_pcs))
@@ -75,7 +83,9 @@ class PCACVAE(nn.Module):
 
     def pcs(self, batch: Batch) -> torch.Tensor:
         """Principal components of cells, each in units of its spread, (n_cells, n_pcs)."""
-        return (batch.log_normalized(drawing.TARGET) @ self.components - self.gene_mean @ self.components) / self.pc_scale
+        return (
+            batch.log_normalized(drawing.TARGET) @ self.components - self.gene_mean @ self.components
+        ) / self.pc_scale
 
     def decode(self, z: torch.Tensor, cell_type_idx: torch.Tensor) -> torch.Tensor:
         return self.decoder(torch.cat([z, self.label(cell_type_idx)], dim=1)).float()
@@ -88,27 +98,41 @@ class PCACVAE(nn.Module):
         error = (self.decode(mean + (0.5 * log_var).exp() * noise, batch.cell_type_idx) - pcs) * self.pc_scale
         reconstruction_loss = error.square().sum(dim=1).mean()
         kl_z = gaussian_kl(mean, log_var, torch.zeros_like(mean), torch.zeros_like(mean)).mean()
-        return {"loss": reconstruction_loss + kl_weight * kl_z, "reconstruction_loss": reconstruction_loss, "kl_z": kl_z}
+        return {
+            "loss": reconstruction_loss + kl_weight * kl_z,
+            "reconstruction_loss": reconstruction_loss,
+            "kl_z": kl_z,
+        }
 
     def fit_prior(self, dataset: CellDataset, seed: int) -> None:
         """z of new cells is standard normal; library sizes are those of train cells of the type."""
         self.prior = drawing.train_cells(dataset, self.n_cell_types, np.random.default_rng(seed))
         self.prior["gene_ratio"] = drawing.gene_ratio(self, dataset, self.n_cell_types, seed)
 
-    def draw(self, cell_type_idx: torch.Tensor, noise_factor: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw(
+        self, cell_type_idx: torch.Tensor, noise_factor: float, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Expected expression and library size of new cells: see lib/drawing.py."""
         point = drawing.pick(self.prior, cell_type_idx, generator).cpu()
-        z = noise_factor * torch.randn(len(cell_type_idx), self.n_latent, generator=generator, device=cell_type_idx.device)
+        z = noise_factor * torch.randn(
+            len(cell_type_idx), self.n_latent, generator=generator, device=cell_type_idx.device
+        )
         pcs = self.decode(z, cell_type_idx) * self.pc_scale
         return self.gene_mean + pcs @ self.components.T, self.prior["library_size"][point].to(z.device)
 
-    def sample(self, cell_type_idx: np.ndarray, seed: int, noise_factor: float = 1.0, blocks: range | None = None) -> Iterator[sp.csr_matrix]:
+    def sample(
+        self, cell_type_idx: np.ndarray, seed: int, noise_factor: float = 1.0, blocks: range | None = None
+    ) -> Iterator[sp.csr_matrix]:
         """New cells of the given types: as `GMVAE.sample`."""
         return drawing.sample(self, cell_type_idx, seed, noise_factor, blocks)
 
 
 def _layers(sizes: tuple[int, ...], dropout: float) -> list[nn.Module]:
-    return [layer for n_in, n_out in zip(sizes, sizes[1:]) for layer in (nn.Linear(n_in, n_out), nn.LayerNorm(n_out), nn.GELU(), nn.Dropout(dropout))]
+    return [
+        layer
+        for n_in, n_out in zip(sizes, sizes[1:])
+        for layer in (nn.Linear(n_in, n_out), nn.LayerNorm(n_out), nn.GELU(), nn.Dropout(dropout))
+    ]
 
 
 def _dense_bands(dataset: CellDataset, n_pcs: int) -> Iterator[np.ndarray]:

@@ -62,7 +62,9 @@ def fit(
     optimizer = make_optimizer(model, settings)
     about = about | {"generator": name, "arguments": model.arguments, "settings": settings}
     generator = torch.Generator(train.device).manual_seed(seed)
-    patience = settings["patience"] + settings.get("kl_warmup_epochs", 0)  # none better is expected while the KL gains weight
+    patience = settings["patience"] + settings.get(
+        "kl_warmup_epochs", 0
+    )  # none better is expected while the KL gains weight
     trainer = Trainer(name, model, optimizer, generator, about, models_dir, patience)
     if resume:
         trainer.resume()
@@ -82,7 +84,9 @@ def fit(
 def make_optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimizer:
     if settings["optimizer"] == "rmsprop":  # Keras' defaults, not torch's
         return torch.optim.RMSprop(model.parameters(), lr=settings["learning_rate"], alpha=0.9, eps=1e-7)
-    return torch.optim.AdamW(model.parameters(), lr=settings["learning_rate"], weight_decay=settings["weight_decay"], fused=True)
+    return torch.optim.AdamW(
+        model.parameters(), lr=settings["learning_rate"], weight_decay=settings["weight_decay"], fused=True
+    )
 
 
 def learning_rate(epoch: int, settings: dict[str, Any]) -> float:
@@ -100,12 +104,19 @@ def kl_weight(epoch: int, settings: dict[str, Any]) -> float:
 
 
 def train_epoch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, train: CellDataset, epoch: int, settings: dict[str, Any], generator: torch.Generator
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    train: CellDataset,
+    epoch: int,
+    settings: dict[str, Any],
+    generator: torch.Generator,
 ) -> dict[str, float]:
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(epoch, settings)
     parts = []
-    for batch in train.shuffled(settings["batch_size"], generator, parallel.RANK, parallel.N_RANKS, settings.get("balanced", False)):
+    for batch in train.shuffled(
+        settings["batch_size"], generator, parallel.RANK, parallel.N_RANKS, settings.get("balanced", False)
+    ):
         batch, noise = labelled(batch, sample_epsilon(batch, model, generator))
         optimizer.zero_grad()
         losses = model(batch, noise, kl_weight(epoch, settings))
@@ -119,14 +130,18 @@ def validate(model: nn.Module, held_out: CellDataset, batch_size: int, seed: int
     """Loss of held-out cells at full KL weight, with the same noise every epoch; training stops by it."""
     generator = torch.Generator(held_out.device).manual_seed(seed)
     batches = held_out.shuffled(2 * batch_size, generator, parallel.RANK, parallel.N_RANKS)
-    means = parallel.mean_over([(batch.n_cells, model(batch, sample_epsilon(batch, model, generator))) for batch in batches])
+    means = parallel.mean_over(
+        [(batch.n_cells, model(batch, sample_epsilon(batch, model, generator))) for batch in batches]
+    )
     return means | {"stopping_criterion": means["loss"]}
 
 
 def sample_epsilon(batch: Batch, model: nn.Module, generator: torch.Generator) -> torch.Tensor:
     """Drawn for the whole batch, whoever has which of its cells: any number of processes trains the same model."""
     n_latent = getattr(model, "module", model).n_latent
-    return torch.randn(batch.n_global, n_latent, generator=generator, device=generator.device)[parallel.RANK :: parallel.N_RANKS]
+    return torch.randn(batch.n_global, n_latent, generator=generator, device=generator.device)[
+        parallel.RANK :: parallel.N_RANKS
+    ]
 
 
 def labelled(batch: Batch, noise: torch.Tensor) -> tuple[Batch, torch.Tensor]:

@@ -52,9 +52,13 @@ class BulkEncoder(nn.Module):
         Sizes of the two layers, and share of their units left out.
     """
 
-    def __init__(self, n_genes: int, n_cell_types: int, n_axes: int, hidden: int = 600, n_latent: int = 300, dropout: float = 0.1):
+    def __init__(
+        self, n_genes: int, n_cell_types: int, n_axes: int, hidden: int = 600, n_latent: int = 300, dropout: float = 0.1
+    ):
         super().__init__()
-        self.arguments = dict(n_genes=n_genes, n_cell_types=n_cell_types, n_axes=n_axes, hidden=hidden, n_latent=n_latent, dropout=dropout)
+        self.arguments = dict(
+            n_genes=n_genes, n_cell_types=n_cell_types, n_axes=n_axes, hidden=hidden, n_latent=n_latent, dropout=dropout
+        )
         self.shape = (n_cell_types, n_axes)
         self.body = mlp((n_genes, hidden, n_latent), dropout)
         self.to_proportions = nn.Linear(n_latent, n_cell_types)
@@ -80,10 +84,14 @@ class BulkEncoder(nn.Module):
         if self.training:
             standardised = standardised + INPUT_NOISE * torch.randn_like(standardised)
         h = self.body(standardised)
-        mean, log_scale = (head(h).unflatten(1, self.shape) * self.moves[:, None] for head in (self.to_mean, self.to_log_scale))
+        mean, log_scale = (
+            head(h).unflatten(1, self.shape) * self.moves[:, None] for head in (self.to_mean, self.to_log_scale)
+        )
         return self.to_proportions(h).softmax(dim=1), mean, log_scale
 
-    def forward(self, profiles: torch.Tensor, proportions: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(
+        self, profiles: torch.Tensor, proportions: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """Errors of the three, and their sum: absolute for proportions, times the number of types; squared for the states, over types present."""
         p, m, s = self.encode(profiles)
         present = ((proportions > 0) * self.moves)[:, :, None]
@@ -140,7 +148,13 @@ def shift(checkpoint: dict[str, Any], bulk: pd.DataFrame) -> Shift:
 
 
 def with_genes(
-    moved: Shift, model: GMVAE, gene_names: list[str], gene_length_bp: dict[str, float] | None, proportions: np.ndarray, bulk: pd.DataFrame, seed: int
+    moved: Shift,
+    model: GMVAE,
+    gene_names: list[str],
+    gene_length_bp: dict[str, float] | None,
+    proportions: np.ndarray,
+    bulk: pd.DataFrame,
+    seed: int,
 ) -> Shift:
     """The shift with a log ratio of every gene, of what the bulk has over what the moved cells sum to.
 

@@ -54,7 +54,10 @@ def make_mixtures(
     validation_fraction
         Of the mixtures, and of the cells of each type, which make these mixtures alone.
     """
-    codes, n_types = cells.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64), len(cells.obs["cell_type"].cat.categories)
+    codes, n_types = (
+        cells.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64),
+        len(cells.obs["cell_type"].cat.categories),
+    )
     genes = np.flatnonzero(usable)
     genes = genes[variable_genes(cells[:, genes], n_genes)]
     rng = np.random.default_rng([seed, 4])
@@ -66,16 +69,22 @@ def make_mixtures(
     composition = np.bincount(codes, minlength=n_types) / len(codes)
     made = []
     for of_part, share in ((~is_held_out, 1 - validation_fraction), (is_held_out, validation_fraction)):
-        rows = np.sort(np.concatenate([rng.permutation(np.flatnonzero(of_part & (codes == k)))[:MAX_POOL] for k in range(n_types)]))
+        rows = np.sort(
+            np.concatenate([rng.permutation(np.flatnonzero(of_part & (codes == k)))[:MAX_POOL] for k in range(n_types)])
+        )
         present = np.bincount(codes[rows], minlength=n_types) > 0
         proportions = np.zeros((max(1, round(share * n_samples)), n_types))
-        proportions[:, present] = sample_proportions(len(proportions), composition[present] / composition[present].sum(), SHARES, rng)
+        proportions[:, present] = sample_proportions(
+            len(proportions), composition[present] / composition[present].sum(), SHARES, rng
+        )
         cells_per_type = largest_remainder(proportions, cells_per_sample)
         mixing, means, log_scales = states.mixtures(cells_per_type, codes[rows], place[rows], noise, rng)
         if made:
             profiles = (mixing @ cells.X[rows][:, genes]).toarray()
         else:
-            profiles = mixing @ states.expected_counts(gmvae, mean[rows], variance[rows], dataset.library_size[rows], codes[rows], genes, seed)
+            profiles = mixing @ states.expected_counts(
+                gmvae, mean[rows], variance[rows], dataset.library_size[rows], codes[rows], genes, seed
+            )
         profiles = profiles if gene_length_bp is None else profiles / gene_length_bp[genes]
         arrays = scale(profiles), (cells_per_type / cells_per_sample).astype(np.float32), means, log_scales
         made.append(tuple(torch.from_numpy(array) for array in arrays))
@@ -91,7 +100,11 @@ def fit(trainer: Trainer, mixtures: Mixtures, epochs: int, batch_size: int, max_
         losses = {name: float(value) for name, value in trainer.model(*held_out).items()}
         return losses | {"stopping_criterion": losses["loss"]}
 
-    trainer.fit(epochs, lambda _: tensor_epoch(shared, trainer.optimizer, train, batch_size, max_gradient_norm, trainer.generator), validate)
+    trainer.fit(
+        epochs,
+        lambda _: tensor_epoch(shared, trainer.optimizer, train, batch_size, max_gradient_norm, trainer.generator),
+        validate,
+    )
 
 
 @torch.no_grad()
@@ -102,7 +115,10 @@ def explained(model: BulkEncoder, data: Data) -> dict[str, Any]:
     p, m, s = model.eval().encode(profiles.to(model.gene_mean.device))
     found = {"mae": float((p.cpu() - proportions).abs().mean())}
     moves = model.moves.cpu() > 0
-    for suffix, chosen in (("", moves & (proportions >= 0.05)), ("_rare", moves & (proportions > 0) & (proportions < 0.05))):
+    for suffix, chosen in (
+        ("", moves & (proportions >= 0.05)),
+        ("_rare", moves & (proportions > 0) & (proportions < 0.05)),
+    ):
         for name, read, true in (("means", m.cpu(), means), ("scales", s.cpu(), log_scales)):
             found[name + suffix] = 1 - float((read - true)[chosen].square().sum() / true[chosen].square().sum())
     return found

@@ -37,7 +37,9 @@ def estimate(checkpoint: dict[str, Any], bulk: pd.DataFrame, mode: str, n_member
     if mode == "network":
         network = sctape.ScTAPE.from_checkpoint(checkpoint)
         signature = pd.DataFrame(network.signature_matrix().numpy(), checkpoint["cell_types"], checkpoint["gene_names"])
-        found = found._replace(proportions=sctape.predict(checkpoint, bulk), spread=found.spread * np.nan, signature=np.expm1(signature))
+        found = found._replace(
+            proportions=sctape.predict(checkpoint, bulk), spread=found.spread * np.nan, signature=np.expm1(signature)
+        )
     return found
 
 
@@ -48,9 +50,13 @@ def is_bulk_encoder(checkpoint: dict[str, Any]) -> bool:
 def scaled_reference(checkpoint: dict[str, Any]) -> Reference:
     """The train cells' profiles in the units of a bulk."""
     if "reference" not in checkpoint:
-        raise ValueError("models/sctape.pt is of an older version: it holds no reference profiles; run _4_train_sctape.py again")
+        raise ValueError(
+            "models/sctape.pt is of an older version: it holds no reference profiles; run _4_train_sctape.py again"
+        )
     lengths = checkpoint["gene_length_bp"]
-    return Reference.from_checkpoint(checkpoint["reference"]).per_length(None if lengths is None else pd.Series(lengths))
+    return Reference.from_checkpoint(checkpoint["reference"]).per_length(
+        None if lengths is None else pd.Series(lengths)
+    )
 
 
 def write(found: Estimate, checkpoint: dict[str, Any], shares_of: str, data: Path) -> list[Path]:
@@ -62,7 +68,10 @@ def write(found: Estimate, checkpoint: dict[str, Any], shares_of: str, data: Pat
             shares = pd.DataFrame(to_rna(shares.to_numpy(), rna_per_cell), shares.index, shares.columns)
         summary = shares.map("{:.3f}".format) + " +- " + found.spread.map("{:.3f}".format)
         print(f"proportions of {shares_of} and their spread over the ensemble:")
-        print(summary.head(10).to_string() + ("" if len(summary) <= 10 else f"\n... and {len(summary) - 10:,} more samples"))
+        print(
+            summary.head(10).to_string()
+            + ("" if len(summary) <= 10 else f"\n... and {len(summary) - 10:,} more samples")
+        )
     for sample, row in found.samples[found.samples["warning"] != ""].iterrows():
         print(
             f"WARNING: {sample}: {row['warning']} (r = {row['reference_r']:.2f}; unexplained: {row['unexplained_genes']}): "
@@ -70,14 +79,24 @@ def write(found: Estimate, checkpoint: dict[str, Any], shares_of: str, data: Pat
         )
     tables = {"predicted_proportions": shares}
     if not is_bulk_encoder(checkpoint):
-        tables |= {"predicted_spread": found.spread, "predicted_samples": found.samples, "signature_matrix": found.signature}
+        tables |= {
+            "predicted_spread": found.spread,
+            "predicted_samples": found.samples,
+            "signature_matrix": found.signature,
+        }
     paths = []
     for name, table in tables.items():
         paths.append(data / f"{name}.csv")
         with replacing(paths[-1]) as temporary:
             table.to_csv(temporary, float_format="%.6f" if name.startswith("predicted") else "%.6g")
     if found.expression is not None:
-        obs = found.proportions.rename(index=str).stack().rename_axis(["sample", "cell_type"]).rename("proportion").reset_index()
+        obs = (
+            found.proportions.rename(index=str)
+            .stack()
+            .rename_axis(["sample", "cell_type"])
+            .rename("proportion")
+            .reset_index()
+        )
         obs.index = obs["sample"] + ": " + obs["cell_type"]
         expression = found.expression.astype(np.float32).reshape(len(obs), -1)
         cells = ad.AnnData(expression, obs=obs, var=pd.DataFrame(index=found.signature.columns))
@@ -109,18 +128,34 @@ def judge(
         of_kind = true.index.str.startswith(kind)
         for name, table in (estimates | others).items():
             pair = true[of_kind].to_numpy(), table[of_kind].to_numpy()
-            rows.append([f"{kind} ({of_kind.sum()})", name, metrics.mae(*pair), metrics.ccc(*pair), metrics.pearson(*pair)])
+            rows.append(
+                [f"{kind} ({of_kind.sum()})", name, metrics.mae(*pair), metrics.ccc(*pair), metrics.pearson(*pair)]
+            )
     table = pd.DataFrame(rows, columns=["mixtures of test cells", "deconvolution", "MAE", "CCC", "r"])
     print(table.to_string(index=False, float_format="{:.4f}".format))
     own_truth = None
     if is_of_test_cells:
         own_truth = test.obs["cell_type"].value_counts(normalize=True)[true.columns].to_frame("test_cells").T
         errors = metrics.mae(own_truth, found.proportions), metrics.mae(own_truth, frequencies)
-        print("all test cells as one bulk: MAE {:.4f}; the train frequencies score {:.4f}, so this one mixture says little".format(*errors))
-    plots.proportions(true, estimates[mode if mode in modes else modes[0]], constant, own_truth, found.proportions, found.spread, fig / "proportions.png")
+        print(
+            "all test cells as one bulk: MAE {:.4f}; the train frequencies score {:.4f}, so this one mixture says little".format(
+                *errors
+            )
+        )
+    plots.proportions(
+        true,
+        estimates[mode if mode in modes else modes[0]],
+        constant,
+        own_truth,
+        found.proportions,
+        found.spread,
+        fig / "proportions.png",
+    )
     if is_bulk_encoder(checkpoint):
         return [fig / "proportions.png"]
     reference = Reference.from_checkpoint(checkpoint["reference"])
     reference = reference.of_genes(signature_genes(reference))
-    plots.signature(pd.DataFrame(reference.mean, reference.cell_types, reference.gene_names), found.signature, fig / "signature.png")
+    plots.signature(
+        pd.DataFrame(reference.mean, reference.cell_types, reference.gene_names), found.signature, fig / "signature.png"
+    )
     return [fig / "proportions.png", fig / "signature.png"]

@@ -5,9 +5,9 @@ that matrix times the cells' counts. Nothing loops over cells.
 """
 
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Iterator
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,9 @@ from anndata.abc import CSRDataset
 from lib.data.counts import row_blocks
 from lib.files import require
 
-BLOCK = 250  # mixtures computed at a time and thread: 250 x 16,000 genes are 16 MB, and 32 MB more while they are sparse
+BLOCK = (
+    250  # mixtures computed at a time and thread: 250 x 16,000 genes are 16 MB, and 32 MB more while they are sparse
+)
 BLOCKS_AT_ONCE = 8  # blocks for which counts on disk are read once
 BAND = 16_384  # cells on disk read at a time: 100-200 MB
 
@@ -39,7 +41,9 @@ def largest_remainder(proportions: np.ndarray, totals: np.ndarray | int) -> np.n
     return counts + (rank < missing[:, None])
 
 
-def sample_proportions(n_samples: int, composition: np.ndarray, shares: dict[str, float], rng: np.random.Generator) -> np.ndarray:
+def sample_proportions(
+    n_samples: int, composition: np.ndarray, shares: dict[str, float], rng: np.random.Generator
+) -> np.ndarray:
     """Compositions to mix, drawn in four ways so that no one pattern is learned.
 
     Parameters
@@ -59,7 +63,9 @@ def sample_proportions(n_samples: int, composition: np.ndarray, shares: dict[str
     edges = (np.cumsum([shares["sparse"], shares["rare"], shares["near"]]) * n_samples).round().astype(int)
     sparse, rare, near = (slice(a, b) for a, b in zip([0, *edges], edges))
     subset = rng.random((n_samples, n_types)) < 0.5
-    subset[np.arange(n_samples), rng.integers(0, n_types, n_samples)] = False  # at least one type is neither absent nor rare
+    subset[np.arange(n_samples), rng.integers(0, n_types, n_samples)] = (
+        False  # at least one type is neither absent nor rare
+    )
     proportions[sparse] = np.where(subset[sparse], 0, proportions[sparse])
     proportions[rare] = np.where(subset[rare], proportions[rare] * 0.05, proportions[rare])
     proportions[near] = rng.dirichlet(20 * composition + 1e-3, edges[2] - edges[1])
@@ -129,7 +135,11 @@ def mix(mixing: sp.csr_matrix, counts: sp.csr_matrix | CSRDataset) -> np.ndarray
 
 
 def simulate(
-    cells_per_type: np.ndarray, cell_type_idx: np.ndarray, counts: sp.csr_matrix | CSRDataset, seed: int, min_distinct: int | None = None
+    cells_per_type: np.ndarray,
+    cell_type_idx: np.ndarray,
+    counts: sp.csr_matrix | CSRDataset,
+    seed: int,
+    min_distinct: int | None = None,
 ) -> Iterator[np.ndarray]:
     """Pseudo-bulk counts of random mixtures, some at a time: samples x genes, float32.
 
@@ -139,7 +149,10 @@ def simulate(
     streams = [np.random.default_rng(stream) for stream in np.random.SeedSequence(seed).spawn(len(starts))]
     blocks = [(cells_per_type[start : start + BLOCK], stream) for start, stream in zip(starts, streams)]
     for first in range(0, len(blocks), BLOCKS_AT_ONCE):
-        drawn = [sample_cells(cells, cell_type_idx, rng, min_distinct) for cells, rng in blocks[first : first + BLOCKS_AT_ONCE]]
+        drawn = [
+            sample_cells(cells, cell_type_idx, rng, min_distinct)
+            for cells, rng in blocks[first : first + BLOCKS_AT_ONCE]
+        ]
         yield mix(sp.vstack(drawn, format="csr"), counts)
 
 
@@ -163,7 +176,9 @@ def tpm(counts: np.ndarray, gene_length_bp: np.ndarray | None = None) -> np.ndar
         rate = rate / gene_length_bp
     total = rate.sum(axis=1, keepdims=True)
     if (total <= 0).any():
-        raise ValueError(f"{np.sum(total <= 0)} of {len(total)} bulk samples have no counts in these genes; expected at least one each")
+        raise ValueError(
+            f"{np.sum(total <= 0)} of {len(total)} bulk samples have no counts in these genes; expected at least one each"
+        )
     return rate * (1e6 / total)
 
 

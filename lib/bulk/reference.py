@@ -31,7 +31,9 @@ class Reference(NamedTuple):
 
     def of_genes(self, genes: np.ndarray) -> "Reference":
         """The same for some genes, by their places."""
-        return self._replace(gene_names=[self.gene_names[g] for g in genes], mean=self.mean[:, genes], variance=self.variance[:, genes])
+        return self._replace(
+            gene_names=[self.gene_names[g] for g in genes], mean=self.mean[:, genes], variance=self.variance[:, genes]
+        )
 
     def per_length(self, gene_length_bp: pd.Series | None) -> "Reference":
         """Counts per base pair instead of counts, for TPM by gene length; genes without a length are left out. None changes nothing."""
@@ -49,7 +51,9 @@ class Reference(NamedTuple):
 
     @staticmethod
     def from_checkpoint(saved: dict[str, Any]) -> "Reference":
-        return Reference(**saved | {name: saved[name].numpy().astype(np.float64) for name in ("mean", "variance", "n_cells")})
+        return Reference(
+            **saved | {name: saved[name].numpy().astype(np.float64) for name in ("mean", "variance", "n_cells")}
+        )
 
 
 def reference_profiles(
@@ -66,7 +70,9 @@ def reference_profiles(
     total, squares = np.zeros((2, n_types, counts.shape[1]))
     for rows, block in row_blocks(counts):
         idx = cell_type_idx[rows]
-        member = sp.csr_matrix((np.ones(np.sum(idx >= 0)), (idx[idx >= 0], np.flatnonzero(idx >= 0))), shape=(n_types, len(idx)))
+        member = sp.csr_matrix(
+            (np.ones(np.sum(idx >= 0)), (idx[idx >= 0], np.flatnonzero(idx >= 0))), shape=(n_types, len(idx))
+        )
         total += (member @ block).toarray()
         squares += (member @ block.power(2)).toarray()
     n_cells = np.bincount(cell_type_idx[cell_type_idx >= 0], minlength=n_types)

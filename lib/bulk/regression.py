@@ -43,12 +43,19 @@ class Estimate(NamedTuple):
     proportions: pd.DataFrame  # samples x types, of cells, rows sum to 1
     spread: pd.DataFrame  # samples x types: standard deviation over the ensemble
     samples: pd.DataFrame  # one row a sample: genes used, agreement with the reference, unexplained genes, warning
-    signature: pd.DataFrame  # types x genes: counts per cell as the bulk's platform would see them (overall), or the reference's
+    signature: (
+        pd.DataFrame
+    )  # types x genes: counts per cell as the bulk's platform would see them (overall), or the reference's
     expression: np.ndarray | None  # samples x types x genes, in high-resolution mode
 
 
 def deconvolve(
-    reference: Reference, bulk: pd.DataFrame, mode: str = "overall", n_members: int = 10, seed: int = 0, min_coverage: float = 0.5
+    reference: Reference,
+    bulk: pd.DataFrame,
+    mode: str = "overall",
+    n_members: int = 10,
+    seed: int = 0,
+    min_coverage: float = 0.5,
 ) -> Estimate:
     """Everything that can be read out of bulk samples; one sample is enough.
 
@@ -86,10 +93,16 @@ def deconvolve(
     print(f"deconvolution on {len(genes):,} signature genes; the bulk has {coverage:.1%} of all that would be used")
     how = {"per_sample": mode == "high-resolution", "adaptive": mode != "none"}
     fit = adapt(used, chosen, **how)
-    factors = all_factors(values, shared, fit.amounts, how["per_sample"]) if how["adaptive"] else np.ones((1, values.shape[1]))
+    factors = (
+        all_factors(values, shared, fit.amounts, how["per_sample"])
+        if how["adaptive"]
+        else np.ones((1, values.shape[1]))
+    )
     factors[:, genes] = fit.factors
     signature = shared.mean * factors.mean(axis=0)
-    expression = cell_type_expression(values, fit.amounts, shared.mean * factors[:, None]) if how["per_sample"] else None
+    expression = (
+        cell_type_expression(values, fit.amounts, shared.mean * factors[:, None]) if how["per_sample"] else None
+    )
     deviation = spread(used, chosen, n_members, seed, **how) if n_members else np.full(fit.proportions.shape, np.nan)
     tables = (pd.DataFrame(table, bulk.index, shared.cell_types) for table in (fit.proportions, deviation))
     samples = sample_quality(values, shared, fit.amounts, genes).set_index(bulk.index)
@@ -140,7 +153,9 @@ def non_negative_least_squares(gram: np.ndarray, target: np.ndarray) -> np.ndarr
     return x
 
 
-def adapt(bulk: np.ndarray, reference: Reference, per_sample: bool = False, adaptive: bool = True, rounds: int | None = None) -> Fit:
+def adapt(
+    bulk: np.ndarray, reference: Reference, per_sample: bool = False, adaptive: bool = True, rounds: int | None = None
+) -> Fit:
     """Alternate encoder and decoder steps on bulk samples.
 
     Parameters
@@ -215,7 +230,11 @@ def spread(bulk: np.ndarray, reference: Reference, n_members: int, seed: int, **
         rng = np.random.default_rng([seed, member])
         genes = rng.integers(0, bulk.shape[1], bulk.shape[1])
         mean = np.maximum(reference.mean + error * rng.standard_normal(error.shape), 0)
-        drawn.append(adapt(bulk[:, genes], reference._replace(mean=mean).of_genes(genes), rounds=MEMBER_ROUNDS, **how).proportions)
+        drawn.append(
+            adapt(
+                bulk[:, genes], reference._replace(mean=mean).of_genes(genes), rounds=MEMBER_ROUNDS, **how
+            ).proportions
+        )
     return np.std(drawn, axis=0)
 
 

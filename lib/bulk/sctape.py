@@ -64,11 +64,17 @@ class ScTAPE(nn.Module):
         raw = self.encoder(standardised)
         proportion_loss = (raw - proportions).abs().mean()
         reconstruction_loss = (self.decoder(raw) - standardised).abs().mean()
-        return {"loss": proportion_loss + reconstruction_loss, "proportion_loss": proportion_loss, "reconstruction_loss": reconstruction_loss}
+        return {
+            "loss": proportion_loss + reconstruction_loss,
+            "proportion_loss": proportion_loss,
+            "reconstruction_loss": reconstruction_loss,
+        }
 
     def proportions(self, profiles: torch.Tensor) -> torch.Tensor:
         """What is predicted: the raw proportions without their negative part, scaled to sum to 1."""
-        positive = torch.relu(self.encoder(self.standardised(profiles))) + 1e-9  # a sample without any positive part: all types alike
+        positive = (
+            torch.relu(self.encoder(self.standardised(profiles))) + 1e-9
+        )  # a sample without any positive part: all types alike
         return positive / positive.sum(dim=1, keepdim=True)
 
     def signature_matrix(self) -> torch.Tensor:
@@ -155,7 +161,11 @@ def predict(checkpoint: dict[str, Any], bulk: pd.DataFrame) -> pd.DataFrame:
             "train on the bulk's genes: _4_train_sctape.py --bulk-file"
         )
     if coverage < 1:
-        print(f"the bulk has {coverage:.1%} of scTAPE's {len(gene_names):,} genes; the others take their mean share in the training mixtures")
+        print(
+            f"the bulk has {coverage:.1%} of scTAPE's {len(gene_names):,} genes; the others take their mean share in the training mixtures"
+        )
     model = ScTAPE.from_checkpoint(checkpoint)
     profiles = scale(complete(bulk, gene_names, checkpoint["mean_profile"].numpy()))
-    return pd.DataFrame(model.proportions(torch.from_numpy(profiles)).numpy(), index=bulk.index, columns=checkpoint["cell_types"])
+    return pd.DataFrame(
+        model.proportions(torch.from_numpy(profiles)).numpy(), index=bulk.index, columns=checkpoint["cell_types"]
+    )

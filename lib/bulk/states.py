@@ -35,7 +35,12 @@ def find_axes(mean: np.ndarray, variance: np.ndarray, cell_type_idx: np.ndarray,
     middle (n_cell_types, n_latent): mean of z of each type; axes (n_latent, n_axes), orthonormal, those of most variance first;
     spread (n_axes,): standard deviation of the cells' means within the types; noise (n_axes,): mean variance of q(z|x,y).
     """
-    middle = np.stack([mean[cell_type_idx == k].mean(axis=0) if (cell_type_idx == k).any() else mean.mean(axis=0) for k in range(n_cell_types)])
+    middle = np.stack(
+        [
+            mean[cell_type_idx == k].mean(axis=0) if (cell_type_idx == k).any() else mean.mean(axis=0)
+            for k in range(n_cell_types)
+        ]
+    )
     within = mean - middle[cell_type_idx]
     values, vectors = np.linalg.eigh(within.T @ within / len(within))
     kept = np.flatnonzero(values[::-1] > MIN_SHARE * values.sum())
@@ -53,7 +58,13 @@ def places(axes: Axes, mean: np.ndarray, cell_type_idx: np.ndarray) -> np.ndarra
 
 @torch.no_grad()
 def expected_counts(
-    model: GMVAE, mean: np.ndarray, variance: np.ndarray, library_size: np.ndarray, cell_type_idx: np.ndarray, genes: np.ndarray, seed: int
+    model: GMVAE,
+    mean: np.ndarray,
+    variance: np.ndarray,
+    library_size: np.ndarray,
+    cell_type_idx: np.ndarray,
+    genes: np.ndarray,
+    seed: int,
 ) -> np.ndarray:
     """What the GMVAE expects of some genes in cells whose q(z|x,y) is given, at one draw of z each: (n_cells, n genes chosen)."""
     device = model.log_theta.device
@@ -61,7 +72,9 @@ def expected_counts(
     log_ratio = 0.0 if model.prior is None or "log_ratio" not in model.prior else model.prior["log_ratio"].to(device)
     expected = []
     for rows in np.array_split(np.arange(len(mean)), -(-len(mean) // 256)):
-        m, s, l = (torch.from_numpy(a[rows].astype(np.float32)).to(device) for a in (mean, np.sqrt(variance), library_size))
+        m, s, l = (
+            torch.from_numpy(a[rows].astype(np.float32)).to(device) for a in (mean, np.sqrt(variance), library_size)
+        )
         z = m + s * torch.randn(m.shape, generator=generator, device=device)
         y = torch.from_numpy(cell_type_idx[rows].astype(np.int64)).to(device)
         of_type = log_ratio if isinstance(log_ratio, float) else log_ratio[y]
@@ -71,7 +84,11 @@ def expected_counts(
 
 
 def mixtures(
-    cells_per_type: np.ndarray, cell_type_idx: np.ndarray, place: np.ndarray, noise: np.ndarray, rng: np.random.Generator
+    cells_per_type: np.ndarray,
+    cell_type_idx: np.ndarray,
+    place: np.ndarray,
+    noise: np.ndarray,
+    rng: np.random.Generator,
 ) -> tuple[sp.csr_matrix, np.ndarray, np.ndarray]:
     """Mixtures that favour states, and where the cells of each of their types lie.
 

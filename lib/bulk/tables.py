@@ -38,21 +38,29 @@ def read_bulk(path: Path, known_genes: list[str], gene_ids: dict[str, str] | Non
         shown = f"its rows are called {', '.join(table.index[:3])}, its columns {', '.join(table.columns[:3])}"
         is_ensembl = any(ENSEMBL.match(name) for name in (*table.index[:50], *table.columns[:50]))
         remedy = "; give GENE_IDS a table of Ensembl IDs and gene names" if is_ensembl else ""
-        raise ValueError(f"{path} shares no gene with the single cells: {shown}; expected gene names like {', '.join(known_genes[:3])}{remedy}")
+        raise ValueError(
+            f"{path} shares no gene with the single cells: {shown}; expected gene names like {', '.join(known_genes[:3])}{remedy}"
+        )
     if in_rows > in_columns:
         table = table.T
     table = table.apply(pd.to_numeric, errors="coerce").astype(np.float64)
     not_numbers = (~np.isfinite(table.to_numpy())).sum()
     if not_numbers:
-        sample, gene = (axis[i] for axis, i in zip((table.index, table.columns), np.argwhere(~np.isfinite(table.to_numpy()))[0]))
+        sample, gene = (
+            axis[i] for axis, i in zip((table.index, table.columns), np.argwhere(~np.isfinite(table.to_numpy()))[0])
+        )
         raise ValueError(
             f"{path} has {not_numbers:,} values that are missing or not numbers (the first: {gene} in {sample}); "
             "expected a table of numbers with one column or row of names"
         )
     if table.index.has_duplicates:
-        raise ValueError(f"{path} has two samples called {table.index[table.index.duplicated()][0]}; expected names of their own")
+        raise ValueError(
+            f"{path} has two samples called {table.index[table.index.duplicated()][0]}; expected names of their own"
+        )
     shared = len(known.intersection(table.columns))
-    print(f"{path.name}: {len(table):,} bulk samples, {table.columns.nunique():,} genes, {shared:,} of them in the single cells ({len(known):,})")
+    print(
+        f"{path.name}: {len(table):,} bulk samples, {table.columns.nunique():,} genes, {shared:,} of them in the single cells ({len(known):,})"
+    )
     return table
 
 
@@ -63,16 +71,22 @@ def read_strings(path: Path) -> pd.DataFrame:
         table = cells.iloc[1:, 1:].set_axis(cells.iloc[1:, 0], axis=0).set_axis(cells.iloc[0, 1:], axis=1)
     else:
         header = read_header(path)
-        table = pd.read_csv(path, sep=separator(path), header=None, skiprows=1, index_col=0, dtype=str, keep_default_na=False)
+        table = pd.read_csv(
+            path, sep=separator(path), header=None, skiprows=1, index_col=0, dtype=str, keep_default_na=False
+        )
         table.columns = header[len(header) - table.shape[1] :]  # not pandas' names: it renames what stands twice
-    table.index, table.columns = (pd.Index(axis.astype(str).str.strip().str.strip('"')) for axis in (table.index, table.columns))
+    table.index, table.columns = (
+        pd.Index(axis.astype(str).str.strip().str.strip('"')) for axis in (table.index, table.columns)
+    )
     return table
 
 
 def name_rows(table: pd.DataFrame, path: Path, known: set[str], gene_ids: dict[str, str]) -> pd.DataFrame:
     """Columns of text (descriptions, a second name) are no samples: left out, unless they name the genes better than the first."""
     first_rows = table.iloc[:200]
-    is_text = np.array([pd.to_numeric(first_rows.iloc[:, i], errors="coerce").isna().all() for i in range(table.shape[1])], dtype=bool)
+    is_text = np.array(
+        [pd.to_numeric(first_rows.iloc[:, i], errors="coerce").isna().all() for i in range(table.shape[1])], dtype=bool
+    )
     if not is_text.any() or is_text.all():
         return table
 
@@ -84,7 +98,9 @@ def name_rows(table: pd.DataFrame, path: Path, known: set[str], gene_ids: dict[s
     rest = table.loc[:, ~is_text]
     dropped = ", ".join(table.columns[is_text][:5])
     if n_known(names) > n_known(table.index):
-        print(f"{path.name}: genes are named by column {table.columns[best]!r}; columns of text are left out ({dropped})")
+        print(
+            f"{path.name}: genes are named by column {table.columns[best]!r}; columns of text are left out ({dropped})"
+        )
         return rest.set_axis(names, axis=0)
     if n_known(table.index):
         print(f"{path.name}: columns of text are left out ({dropped})")
@@ -114,9 +130,13 @@ def read_gene_ids(path: Path) -> dict[str, str]:
     """
     table = pd.read_csv(path, sep=separator(path), dtype=str, keep_default_na=False)
     is_id = [table[c].str.match(ENSEMBL).mean() for c in table]
-    others = [c for c in table if str(c).strip().lower() in SYMBOL_COLUMNS] or [c for c, share in zip(table, is_id) if share == 0]
+    others = [c for c in table if str(c).strip().lower() in SYMBOL_COLUMNS] or [
+        c for c, share in zip(table, is_id) if share == 0
+    ]
     if not len(table) or max(is_id, default=0) < 0.5 or not others:
-        raise ValueError(f"{path} has the columns {', '.join(map(str, table))}; expected one of Ensembl gene IDs and one of gene names, with a header")
+        raise ValueError(
+            f"{path} has the columns {', '.join(map(str, table))}; expected one of Ensembl gene IDs and one of gene names, with a header"
+        )
     ids = table.iloc[:, int(np.argmax(is_id))].str.replace(ENSEMBL, r"\1", regex=True)
     named = table[others[0]].str.strip() != ""
     return dict(zip(ids[named], table[others[0]].str.strip()[named]))
@@ -133,7 +153,9 @@ def recognised_units(bulk: pd.DataFrame) -> str:
     return "tpm" if (np.abs(totals / 1e6 - 1) < 0.05).all() else "fpkm"
 
 
-def to_tpm(bulk: pd.DataFrame, units: str, gene_length_bp: pd.Series | None, replicates: Path | None = None) -> pd.DataFrame:
+def to_tpm(
+    bulk: pd.DataFrame, units: str, gene_length_bp: pd.Series | None, replicates: Path | None = None
+) -> pd.DataFrame:
     """Samples x genes, each sample scaled to a million, duplicate genes summed, replicates pooled; says what was done.
 
     Parameters
@@ -157,21 +179,31 @@ def to_tpm(bulk: pd.DataFrame, units: str, gene_length_bp: pd.Series | None, rep
     values = bulk.to_numpy(dtype=np.float64)
     if units == "log2":
         if values.min() < -1 or values.max() > 40:
-            raise ValueError(f"the bulk's values go from {values.min():.3g} to {values.max():.3g}; expected log2(value + 1) between 0 and 25, not standardised")
+            raise ValueError(
+                f"the bulk's values go from {values.min():.3g} to {values.max():.3g}; expected log2(value + 1) between 0 and 25, not standardised"
+            )
         bulk = pd.DataFrame(np.maximum(2**values - 1, 0), bulk.index, bulk.columns)
         units = recognised_units(bulk.round(6))
         print("log2(value + 1) undone")
     elif values.min() < 0:
-        raise ValueError("the bulk has negative values; expected TPM, FPKM, counts or log2(value + 1), neither standardised nor batch-corrected")
+        raise ValueError(
+            "the bulk has negative values; expected TPM, FPKM, counts or log2(value + 1), neither standardised nor batch-corrected"
+        )
     elif values.max() < LARGEST_LOG2 and (values % 1 != 0).any():
-        raise ValueError(f"the largest value of the bulk is {values.max():.3g}: it looks log-transformed; expected {units}: set BULK_UNITS to log2 or auto")
+        raise ValueError(
+            f"the largest value of the bulk is {values.max():.3g}: it looks log-transformed; expected {units}: set BULK_UNITS to log2 or auto"
+        )
     bulk = summed_duplicates(bulk)
     if replicates is not None:
         bulk = pooled_replicates(bulk, replicates)
     if units == "tpm" and (bulk.sum(axis=1) > 1.5e6).any():
-        print(f"WARNING: the bulk's samples sum to up to {bulk.sum(axis=1).max():,.0f}; TPM sum to 1,000,000: are these counts (BULK_UNITS)?")
+        print(
+            f"WARNING: the bulk's samples sum to up to {bulk.sum(axis=1).max():,.0f}; TPM sum to 1,000,000: are these counts (BULK_UNITS)?"
+        )
     if units == "counts" and (bulk.to_numpy() % 1 != 0).any():
-        print("WARNING: BULK_UNITS is counts, but the bulk holds fractions: are these TPM? (Expected counts of RSEM or salmon are fine.)")
+        print(
+            "WARNING: BULK_UNITS is counts, but the bulk holds fractions: are these TPM? (Expected counts of RSEM or salmon are fine.)"
+        )
     if units == "counts" and gene_length_bp is not None:
         bulk = bulk.loc[:, bulk.columns.isin(gene_length_bp.index)]
         return pd.DataFrame(tpm(bulk.to_numpy(), gene_length_bp[bulk.columns].to_numpy()), bulk.index, bulk.columns)
@@ -203,10 +235,14 @@ def pooled_replicates(bulk: pd.DataFrame, path: Path) -> pd.DataFrame:
     """
     table = pd.read_csv(path, sep=separator(path), dtype=str, keep_default_na=False)
     if table.shape[1] < 2 or not table.iloc[:, 0].isin(bulk.index).any():
-        raise ValueError(f"{path} names no sample of the bulk (such as {bulk.index[0]}); expected a header, then rows of sample and group")
+        raise ValueError(
+            f"{path} names no sample of the bulk (such as {bulk.index[0]}); expected a header, then rows of sample and group"
+        )
     group = table.drop_duplicates().set_index(table.columns[0]).iloc[:, 0]
     if group.index.has_duplicates:
-        raise ValueError(f"{path} puts {group.index[group.index.duplicated()][0]} into two groups; expected one row a sample")
+        raise ValueError(
+            f"{path} puts {group.index[group.index.duplicated()][0]} into two groups; expected one row a sample"
+        )
     groups = pd.Index([group.get(sample, sample) for sample in bulk.index])
     pooled = bulk.groupby(groups, sort=False).mean()
     print(f"{len(bulk):,} bulk samples pooled to {len(pooled):,} groups of replicates")
@@ -223,5 +259,7 @@ def sample_totals(values: np.ndarray) -> np.ndarray:
     """
     total = values.sum(axis=1, keepdims=True)
     if (total <= 0).any():
-        raise ValueError(f"{np.sum(total <= 0)} of {len(values)} bulk samples have no expression in the {values.shape[1]:,} genes of the model; expected some")
+        raise ValueError(
+            f"{np.sum(total <= 0)} of {len(values)} bulk samples have no expression in the {values.shape[1]:,} genes of the model; expected some"
+        )
     return total

@@ -23,7 +23,9 @@ def read_cell_numbers(path: Path, types: list[str]) -> pd.DataFrame:
         table = table.T.set_axis(["cells"])
     unknown = [str(name) for name in table.columns if name not in types]
     if unknown:
-        raise ValueError(f"{path} asks for cell types that the model does not know: {', '.join(unknown)}; it knows {', '.join(types)}")
+        raise ValueError(
+            f"{path} asks for cell types that the model does not know: {', '.join(unknown)}; it knows {', '.join(types)}"
+        )
     table = table.reindex(columns=types, fill_value=0)
     if not ((table >= 0) & (table % 1 == 0)).all(axis=None) or table.to_numpy().sum() == 0:
         raise ValueError(

@@ -2,9 +2,9 @@
 
 import functools
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Iterator
 
 import numpy as np
 import scipy.sparse as sp
@@ -16,7 +16,9 @@ from scipy.special import gammaln
 from lib.data.counts import selected_blocks
 
 SHUFFLED_CELLS = 256  # neighbours on disk that stay together when cells are shuffled there: one read
-WINDOW_CELLS = 8_192  # cells on disk that are in memory at a time, from random places, and are shuffled among themselves
+WINDOW_CELLS = (
+    8_192  # cells on disk that are in memory at a time, from random places, and are shuffled among themselves
+)
 GPU_SHARE = 0.5  # of the GPU's free memory that the counts may take; a larger set stays in the computer's
 
 
@@ -80,11 +82,16 @@ def transposed(x: torch.Tensor) -> torch.Tensor:
     indptr, indices, values = x.crow_indices(), x.col_indices(), x.values()
     if x.device.type == "cpu":
         columns = sp.csr_matrix((values.numpy(), indices.numpy(), indptr.numpy()), shape=x.shape).tocsc()
-        parts = (torch.from_numpy(a) for a in (columns.indptr.astype(np.int64), columns.indices.astype(np.int64), columns.data))
+        parts = (
+            torch.from_numpy(a)
+            for a in (columns.indptr.astype(np.int64), columns.indices.astype(np.int64), columns.data)
+        )
         return _csr(*parts, x.shape[::-1])
     by_column = indices.argsort(stable=True)
     rows = torch.repeat_interleave(indptr.diff(), output_size=len(indices))[by_column]
-    n_entries = torch.zeros(x.shape[1], dtype=torch.int64, device=x.device).index_add_(0, indices, torch.ones_like(indices))
+    n_entries = torch.zeros(x.shape[1], dtype=torch.int64, device=x.device).index_add_(
+        0, indices, torch.ones_like(indices)
+    )
     return _csr(F.pad(n_entries.cumsum(0), (1, 0)), rows, values[by_column], x.shape[::-1])
 
 
@@ -97,11 +104,16 @@ class InMemoryCells:
         self.indptr = counts.indptr.astype(np.int64)
         self.genes, self.counts = torch.from_numpy(counts.indices), torch.from_numpy(counts.data)
         self.library_size = torch.from_numpy(np.asarray(counts.sum(axis=1), dtype=np.float32).ravel())
-        logs = sp.csr_matrix((gammaln(counts.data.astype(np.float64) + 1), counts.indices, counts.indptr), shape=counts.shape)
+        logs = sp.csr_matrix(
+            (gammaln(counts.data.astype(np.float64) + 1), counts.indices, counts.indptr), shape=counts.shape
+        )
         self.log_factorials = torch.from_numpy(np.asarray(logs.sum(axis=1)).ravel())
         self.cell_type_idx = torch.from_numpy(cell_type_idx)
         self.is_labelled = cell_type_idx >= 0
-        if device.type == "cuda" and self.genes.nbytes + self.counts.nbytes < GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
+        if (
+            device.type == "cuda"
+            and self.genes.nbytes + self.counts.nbytes < GPU_SHARE * torch.cuda.mem_get_info(device)[0]
+        ):
             for name in ("genes", "counts", "library_size", "log_factorials", "cell_type_idx"):
                 setattr(self, name, getattr(self, name).to(device))
 
@@ -110,7 +122,9 @@ class InMemoryCells:
         begin, n_entries = self.indptr[cells], self.indptr[cells + 1] - self.indptr[cells]
         indptr = np.concatenate([[0], n_entries.cumsum()])
         held_on = self.counts.device
-        first, n_entries, rows = (torch.from_numpy(a).to(held_on, non_blocking=True) for a in (begin - indptr[:-1], n_entries, cells))
+        first, n_entries, rows = (
+            torch.from_numpy(a).to(held_on, non_blocking=True) for a in (begin - indptr[:-1], n_entries, cells)
+        )
         cell_of_entry = torch.repeat_interleave(n_entries, output_size=int(indptr[-1]))
         entries = torch.arange(int(indptr[-1]), device=held_on) + first[cell_of_entry]
         return Batch(
@@ -156,7 +170,11 @@ class CellDataset:
         self.device = device
         self.counts, self.in_memory_cells = counts, None
         if in_memory:
-            self.counts = sp.vstack([block for block, _ in self.blocks()], format="csr") if cells is not None or not sp.issparse(counts) else counts
+            self.counts = (
+                sp.vstack([block for block, _ in self.blocks()], format="csr")
+                if cells is not None or not sp.issparse(counts)
+                else counts
+            )
             self.in_memory_cells = InMemoryCells(self.counts, self.cell_type_idx, device)
 
     @functools.cached_property
@@ -169,7 +187,9 @@ class CellDataset:
 
     def blocks(self) -> Iterator[tuple[sp.csr_matrix, np.ndarray]]:
         """All cells in order, some at a time: counts and types."""
-        for counts, places in selected_blocks(self.counts, np.arange(len(self)) if self.in_memory_cells is not None else self.cells):
+        for counts, places in selected_blocks(
+            self.counts, np.arange(len(self)) if self.in_memory_cells is not None else self.cells
+        ):
             yield counts, self.cell_type_idx[places]
 
     def in_order(self, batch_size: int) -> Iterator[Batch]:
@@ -178,7 +198,9 @@ class CellDataset:
             for start in range(0, len(held.library_size), batch_size):
                 yield held.batch(np.arange(start, min(start + batch_size, len(held.library_size))))
 
-    def shuffled(self, batch_size: int, generator: torch.Generator, rank: int = 0, n_ranks: int = 1, balanced: bool = False) -> Iterator[Batch]:
+    def shuffled(
+        self, batch_size: int, generator: torch.Generator, rank: int = 0, n_ranks: int = 1, balanced: bool = False
+    ) -> Iterator[Batch]:
         """Every cell once, in an order drawn from `generator`; batches of a window differ by one cell at most.
 
         Cells on disk are shuffled in two steps: neighbours stay together in blocks, a window of random blocks is read, and
@@ -191,7 +213,9 @@ class CellDataset:
                 weights = torch.where(types < 0, 0.0, 1 / types[types >= 0].bincount()[types.clamp(min=0)])
                 order = torch.multinomial(weights, len(types), replacement=True, generator=generator).cpu().numpy()
             else:
-                order = torch.randperm(len(held.library_size), generator=generator, device=generator.device).cpu().numpy()
+                order = (
+                    torch.randperm(len(held.library_size), generator=generator, device=generator.device).cpu().numpy()
+                )
             for cells in np.array_split(order, max(1, round(len(order) / batch_size))):
                 yield held.batch(cells[rank::n_ranks], len(cells))
 

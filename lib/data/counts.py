@@ -5,8 +5,8 @@ cells it was trained on: so two files that do not belong together are refused (`
 """
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Iterable, Iterator
 
 import anndata as ad
 import h5py
@@ -42,13 +42,19 @@ def to_counts(matrix, what: str) -> sp.csr_matrix:
         If it is empty or holds NaN, negative or fractional values (log-normalised data are named as such).
     """
     if 0 in matrix.shape:
-        raise ValueError(f"{what} is empty: got {matrix.shape[0]} cells x {matrix.shape[1]} genes, expected at least one of each")
+        raise ValueError(
+            f"{what} is empty: got {matrix.shape[0]} cells x {matrix.shape[1]} genes, expected at least one of each"
+        )
     counts = sp.csr_matrix(matrix, dtype=np.float32, copy=False)
     values = counts.data
     if not np.isfinite(values).all():
-        raise ValueError(f"{what} holds {np.sum(~np.isfinite(values)):,} values that are NaN or infinite; expected raw counts")
+        raise ValueError(
+            f"{what} holds {np.sum(~np.isfinite(values)):,} values that are NaN or infinite; expected raw counts"
+        )
     if values.size and values.min() < 0:
-        raise ValueError(f"{what} holds negative values (lowest {values.min():g}): scaled or corrected data; expected raw counts")
+        raise ValueError(
+            f"{what} holds negative values (lowest {values.min():g}): scaled or corrected data; expected raw counts"
+        )
     fractional = np.mean(values != np.rint(values)) if values.size else 0
     if fractional:
         kind = "looks log-normalised" if values.max() < 25 else "looks normalised or corrected"
@@ -57,7 +63,9 @@ def to_counts(matrix, what: str) -> sp.csr_matrix:
             "expected raw counts, as they are before scanpy's normalize_total and log1p"
         )
     if values.size and values.max() >= 2**24:
-        raise ValueError(f"{what} holds counts up to {values.max():,.0f}; expected below 16,777,216 for a gene in a cell")
+        raise ValueError(
+            f"{what} holds counts up to {values.max():,.0f}; expected below 16,777,216 for a gene in a cell"
+        )
     if not values.any():
         raise ValueError(f"{what} holds zeros only; expected raw counts")
     counts.eliminate_zeros()
@@ -70,9 +78,13 @@ def sum_duplicate_genes(counts: sp.csr_matrix, gene_names: pd.Index) -> tuple[sp
     if gene_names.is_unique:
         return counts, gene_names
     codes, unique = pd.factorize(gene_names)
-    merge = sp.csr_matrix((np.ones(len(codes), np.float32), (np.arange(len(codes)), codes)), shape=(len(codes), len(unique)))
+    merge = sp.csr_matrix(
+        (np.ones(len(codes), np.float32), (np.arange(len(codes)), codes)), shape=(len(codes), len(unique))
+    )
     repeated = gene_names[gene_names.duplicated()].unique()
-    print(f"{len(repeated):,} gene names stand more than once (such as {', '.join(map(str, repeated[:3]))}): their counts were summed")
+    print(
+        f"{len(repeated):,} gene names stand more than once (such as {', '.join(map(str, repeated[:3]))}): their counts were summed"
+    )
     return (counts @ merge).tocsr(), pd.Index(unique)
 
 
@@ -173,7 +185,13 @@ def read_split(data_folder: Path) -> tuple[ad.AnnData, ad.AnnData]:
     """The train and the test cells; refused if they come from two different splits."""
     train = read_counts(data_folder / "train.h5ad", "_1_split_train_test.py")
     test = read_counts(data_folder / "test.h5ad", "_1_split_train_test.py")
-    check_same_split(test.uns["split_id"], data_folder / "test.h5ad", train.uns["split_id"], data_folder / "train.h5ad", "_1_split_train_test.py")
+    check_same_split(
+        test.uns["split_id"],
+        data_folder / "test.h5ad",
+        train.uns["split_id"],
+        data_folder / "train.h5ad",
+        "_1_split_train_test.py",
+    )
     return train, test
 
 
@@ -191,7 +209,9 @@ def check_same_split(split_id: str, what: object, expected_id: str, expected_by:
         )
 
 
-def check_same_names(got: list[str], got_by: object, expected: list[str], expected_by: object, kind: str, remedy: str) -> None:
+def check_same_names(
+    got: list[str], got_by: object, expected: list[str], expected_by: object, kind: str, remedy: str
+) -> None:
     """
     Raises
     ------

@@ -27,7 +27,9 @@ class Source(NamedTuple):
 def gse130148(raw: Path, geo_url: str, gene_length_url: str | None) -> Source:
     """Human lung, Drop-seq: 10,360 cells of 13 types (Vieira Braga et al., Nature Medicine 2019, doi 10.1038/s41591-019-0468-5)."""
     count_file = fetch(f"{geo_url}/GSE130148%5Fraw%5Fcounts.csv.gz", raw / "GSE130148_raw_counts.csv.gz")
-    label_file = fetch(f"{geo_url}/GSE130148%5Fbarcodes%5Fcell%5Ftypes.txt.gz", raw / "GSE130148_barcodes_cell_types.txt.gz")
+    label_file = fetch(
+        f"{geo_url}/GSE130148%5Fbarcodes%5Fcell%5Ftypes.txt.gz", raw / "GSE130148_barcodes_cell_types.txt.gz"
+    )
     length_file = None
     if gene_length_url is not None:
         try:
@@ -36,7 +38,9 @@ def gse130148(raw: Path, geo_url: str, gene_length_url: str | None) -> Source:
             print(f"WARNING: no gene lengths, so USE_GENE_LENGTHS in stage 2 will not work: {error}")
     adata = read_count_table(count_file, "genes_in_rows")
     if adata.n_obs != 10_360:
-        raise ValueError(f"{count_file} has {adata.n_obs:,} cells, expected the 10,360 of GSE130148; delete it and run this again, or give its path as DATASET")
+        raise ValueError(
+            f"{count_file} has {adata.n_obs:,} cells, expected the 10,360 of GSE130148; delete it and run this again, or give its path as DATASET"
+        )
     labels = read_labels(label_file, adata.obs_names, "celltype")
     adata.obs = labels.rename(columns={"ID": "donor"})
     return Source(adata, f"GEO GSE130148, {geo_url}", length_file)
@@ -52,9 +56,15 @@ def pbmc68k_reduced() -> Source:
     n_counts = source.obs["n_counts"].to_numpy(dtype=np.float64)
     exact = sp.diags_array(n_counts / 1e4).dot(normalized.expm1()).tocsr()
     counts = exact.rint()
-    assert np.abs((exact - counts).data).max(initial=0) < 0.25, "scanpy's pbmc68k_reduced has changed: counts no longer follow"
+    assert np.abs((exact - counts).data).max(initial=0) < 0.25, (
+        "scanpy's pbmc68k_reduced has changed: counts no longer follow"
+    )
     obs = pd.DataFrame({"cell_type": clean_labels(source.obs["bulk_labels"])}, index=source.obs_names)
-    return Source(ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=source.raw.var_names)), "scanpy.datasets.pbmc68k_reduced", None)
+    return Source(
+        ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=source.raw.var_names)),
+        "scanpy.datasets.pbmc68k_reduced",
+        None,
+    )
 
 
 NAMES = ("GSE130148", "pbmc68k_reduced", *published.READERS)

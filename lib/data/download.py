@@ -68,7 +68,9 @@ def _download(url: str, partial: Path) -> None:
     # Without "identity" a server may compress once more, and the byte ranges would be those of the compressed stream.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
-        if response.status_code == 416:  # nothing after what we have: it is whole, or it is not this file; the check tells
+        if (
+            response.status_code == 416
+        ):  # nothing after what we have: it is whole, or it is not this file; the check tells
             total = response.headers.get("Content-Range", "").rpartition("/")[2]
             if total == str(have):
                 return
@@ -102,7 +104,9 @@ def check_file(file: Path, named: Path) -> None:
     if not head:
         raise ValueError(f"{named.name} is empty; delete {file} and run this again")
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise ValueError(f"{named.name} is a web page, not data (it starts with {head[:40]!r}); expected the file itself at {named}")
+        raise ValueError(
+            f"{named.name} is a web page, not data (it starts with {head[:40]!r}); expected the file itself at {named}"
+        )
     if named.suffix != ".gz":
         return
     try:
@@ -110,4 +114,6 @@ def check_file(file: Path, named: Path) -> None:
             while stream.read(1 << 22):
                 pass
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{named.name} is not a whole gzip file ({error}); delete {file} and run this again") from error
+        raise ValueError(
+            f"{named.name} is not a whole gzip file ({error}); delete {file} and run this again"
+        ) from error

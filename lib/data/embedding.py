@@ -45,7 +45,9 @@ def principal_components(counts: ad.AnnData, n_top_genes: int, n_pcs: int) -> np
     if adata.n_vars > n_top_genes:
         sc.pp.highly_variable_genes(adata, n_top_genes=n_top_genes)
         adata = adata[:, adata.var["highly_variable"]].copy()
-    sc.pp.pca(adata, n_comps=min(n_pcs, adata.n_obs - 1, adata.n_vars - 1), svd_solver="covariance_eigh")  # no random start
+    sc.pp.pca(
+        adata, n_comps=min(n_pcs, adata.n_obs - 1, adata.n_vars - 1), svd_solver="covariance_eigh"
+    )  # no random start
     return np.asarray(adata.obsm["X_pca"], dtype=np.float32)
 
 
@@ -61,7 +63,9 @@ def mde(pcs: np.ndarray, n_neighbors: int, seed: int) -> np.ndarray:
     """Minimum-distortion embedding that preserves neighbours (pymde; Agrawal, Ali and Boyd 2021), cells x 2."""
     pymde = load_pymde()
     pymde.seed(seed)
-    problem = pymde.preserve_neighbors(torch.from_numpy(pcs), embedding_dim=2, n_neighbors=min(n_neighbors, len(pcs) - 1))
+    problem = pymde.preserve_neighbors(
+        torch.from_numpy(pcs), embedding_dim=2, n_neighbors=min(n_neighbors, len(pcs) - 1)
+    )
     return problem.embed().cpu().numpy()
 
 
@@ -75,7 +79,9 @@ def load_pymde() -> ModuleType:
     try:
         import pymde
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another build than torch
-        raise ImportError(f"MDE needs pymde and a torchvision that fits torch ({error}); pip install pymde, or set MDE to False") from error
+        raise ImportError(
+            f"MDE needs pymde and a torchvision that fits torch ({error}); pip install pymde, or set MDE to False"
+        ) from error
     return pymde
 
 

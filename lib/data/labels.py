@@ -26,7 +26,9 @@ def take_labels(adata: ad.AnnData, key: str | None) -> ad.AnnData:
         key = named_alike[0] if named_alike else None
     if key is not None:
         if key not in adata.obs:
-            raise ValueError(f"obs has no column {key!r}; it has {', '.join(adata.obs.columns) or 'none'}: set CELL_TYPE_KEY to one of them, or LABELS_FILE")
+            raise ValueError(
+                f"obs has no column {key!r}; it has {', '.join(adata.obs.columns) or 'none'}: set CELL_TYPE_KEY to one of them, or LABELS_FILE"
+            )
         adata.obs["cell_type"] = clean_labels(adata.obs[key])
     return adata
 
@@ -68,7 +70,9 @@ def read_label_table(path: Path) -> pd.DataFrame:
     return table
 
 
-def align_labels(table: pd.DataFrame, path: Path, barcodes: pd.Index, key: str | None, by_order: bool = False) -> pd.DataFrame:
+def align_labels(
+    table: pd.DataFrame, path: Path, barcodes: pd.Index, key: str | None, by_order: bool = False
+) -> pd.DataFrame:
     """See `read_labels`; `by_order` is for cells that have no barcodes of their own."""
     matches = {column: table[column].isin(barcodes).mean() for column in table}
     barcode_column = max(matches, key=matches.get)
@@ -78,17 +82,23 @@ def align_labels(table: pd.DataFrame, path: Path, barcodes: pd.Index, key: str |
                 f"{path} labels other cells: none of its {len(table):,} rows names one of the {len(barcodes):,} barcodes "
                 f"(such as {barcodes[0]}; the file has {', '.join(table.iloc[0].astype(str))})"
             )
-        print(f"WARNING: {path.name} names no barcode of the counts: its {len(table):,} rows are taken in the order of the cells")
+        print(
+            f"WARNING: {path.name} names no barcode of the counts: its {len(table):,} rows are taken in the order of the cells"
+        )
         table = table[[c for c in table if c.lower() not in BARCODE_COLUMNS]].set_axis(barcodes)
     else:
         table = table.drop_duplicates()
         twice = table[barcode_column][table[barcode_column].duplicated() & table[barcode_column].isin(barcodes)]
         if len(twice):
-            raise ValueError(f"{path} has two rows that differ for {len(twice):,} cells (such as {twice.iloc[0]}); expected one for each cell")
+            raise ValueError(
+                f"{path} has two rows that differ for {len(twice):,} cells (such as {twice.iloc[0]}); expected one for each cell"
+            )
         table = table.drop_duplicates(barcode_column).set_index(barcode_column)
     key = key or _label_column(table, path)
     if key not in table:
-        raise ValueError(f"{path} has no column {key!r}; it has {', '.join(table.columns)}: set CELL_TYPE_KEY to one of them")
+        raise ValueError(
+            f"{path} has no column {key!r}; it has {', '.join(table.columns)}: set CELL_TYPE_KEY to one of them"
+        )
     labels = clean_labels(table[key].reindex(barcodes))
     print(f"{labels.notna().sum():,} of {len(barcodes):,} cells have a label in {path.name}")
     others = table.reindex(barcodes).drop(columns=[c for c in table if c in (key, "cell_type", "")])
@@ -108,4 +118,6 @@ def _label_column(table: pd.DataFrame, path: Path) -> str:
             return found[0]
     if table.shape[1] == 1:
         return table.columns[0]
-    raise ValueError(f"{path}: cannot tell which column holds the cell types; it has {', '.join(table.columns)}: set CELL_TYPE_KEY to one of them")
+    raise ValueError(
+        f"{path}: cannot tell which column holds the cell types; it has {', '.join(table.columns)}: set CELL_TYPE_KEY to one of them"
+    )

@@ -16,7 +16,10 @@ import scipy.sparse as sp
 from lib.data.counts import log_normalize, selected_blocks
 from lib.data.tables import separator
 
-COLUMNS = (("cellName", "geneSymbolmore1", "geneSymbolmore2"), ("cell_type", "positive", "negative"))  # scType's, and plain ones
+COLUMNS = (
+    ("cellName", "geneSymbolmore1", "geneSymbolmore2"),
+    ("cell_type", "positive", "negative"),
+)  # scType's, and plain ones
 LEAST_SCORE = 0.25  # per cell of a cluster (scType)
 
 
@@ -39,18 +42,27 @@ def read_markers(path: Path) -> dict[str, Markers]:
     table.columns = table.columns.str.strip()
     columns = [names for names in COLUMNS if set(names[:2]) <= set(table.columns)]
     if not columns:
-        raise ValueError(f"{path} has the columns {', '.join(table.columns)}; expected {' or '.join(', '.join(names) for names in COLUMNS)}")
+        raise ValueError(
+            f"{path} has the columns {', '.join(table.columns)}; expected {' or '.join(', '.join(names) for names in COLUMNS)}"
+        )
     name, positive, negative = columns[0]
     markers = {}
     for row in table.to_dict("records"):
-        genes = [[gene for gene in row.get(column, "").replace(";", " ").replace(",", " ").split() if gene] for column in (positive, negative)]
+        genes = [
+            [gene for gene in row.get(column, "").replace(";", " ").replace(",", " ").split() if gene]
+            for column in (positive, negative)
+        ]
         if row[name].strip() in markers or not genes[0]:
-            raise ValueError(f"{path}: {row[name]!r} stands twice or has no positive marker; expected one row a type, with positive markers")
+            raise ValueError(
+                f"{path}: {row[name]!r} stands twice or has no positive marker; expected one row a type, with positive markers"
+            )
         markers[row[name].strip()] = Markers(*genes)
     return markers
 
 
-def cluster_types(adata, rows: np.ndarray, clusters: np.ndarray, markers: dict[str, Markers]) -> tuple[np.ndarray, pd.DataFrame]:
+def cluster_types(
+    adata, rows: np.ndarray, clusters: np.ndarray, markers: dict[str, Markers]
+) -> tuple[np.ndarray, pd.DataFrame]:
     """Type of each cell by its cluster, None where no type fits; and the table that says why.
 
     Parameters

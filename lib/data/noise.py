@@ -8,7 +8,9 @@ import scanpy as sc
 from lib.data.embedding import MIN_CELLS, principal_components
 
 
-def in_large_clusters(cells: ad.AnnData, least: int, n_top_genes: int, n_pcs: int, n_neighbors: int, resolution: float, seed: int) -> np.ndarray:
+def in_large_clusters(
+    cells: ad.AnnData, least: int, n_top_genes: int, n_pcs: int, n_neighbors: int, resolution: float, seed: int
+) -> np.ndarray:
     """Mask of the cells whose Leiden cluster has `least` cells or more: the noise filter of Bulk2Single.
 
     Highly variable genes, principal components, neighbours, Leiden (igraph); says how many cells of how many clusters are small.
@@ -30,5 +32,7 @@ def in_large_clusters(cells: ad.AnnData, least: int, n_top_genes: int, n_pcs: in
         raise ValueError(
             f"all {len(sizes)} clusters of the generated cells have fewer than {least} cells (the largest: {sizes.max()}); lower NOISE_CLUSTER_CELLS"
         )
-    print(f"noise filter: {np.sum(~kept):,} of {len(kept):,} cells dropped, in {np.sum(sizes < least)} of {len(sizes)} clusters of fewer than {least} cells")
+    print(
+        f"noise filter: {np.sum(~kept):,} of {len(kept):,} cells dropped, in {np.sum(sizes < least)} of {len(sizes)} clusters of fewer than {least} cells"
+    )
     return kept

@@ -29,7 +29,10 @@ URLS = {
     "ebi": "https://www.ebi.ac.uk/gxa/sc/experiment",
 }
 N_CELLS = {"pbmc1k": 1_222, "pbmc3k": 2_700, "pbmc68k": 68_579, "dentate_gyrus": 2_930, "E-ANND-5": 828_328}
-EBI_LABELS = tuple(f"Factor Value[{name}]" for name in ("inferred cell type - authors labels", "inferred cell type - ontology labels", "cell type"))
+EBI_LABELS = tuple(
+    f"Factor Value[{name}]"
+    for name in ("inferred cell type - authors labels", "inferred cell type - ontology labels", "cell type")
+)
 
 
 def read(name: str, raw: Path) -> tuple[ad.AnnData, str, pd.DataFrame | None]:
@@ -76,14 +79,21 @@ def dentate_gyrus(raw: Path) -> tuple[ad.AnnData, str, pd.DataFrame]:
     url = f"{URLS['scvelo']}/10X43_1.h5ad"
     source = ad.read_h5ad(fetch(url, raw / "dentate_gyrus_10X43_1.h5ad"))
     obs = pd.DataFrame({"cell_type": clean_labels(source.obs["clusters"])}, index=source.obs_names)
-    counts, names = (fetch(f"{URLS['geo']}/GSE74985%5F{file}", raw / f"GSE74985_{file}") for file in ("mergedCount.txt.gz", "genes.fpkm_tracking.gz"))
+    counts, names = (
+        fetch(f"{URLS['geo']}/GSE74985%5F{file}", raw / f"GSE74985_{file}")
+        for file in ("mergedCount.txt.gz", "genes.fpkm_tracking.gz")
+    )
     return ad.AnnData(source.layers["spliced"], obs=obs, var=source.var[[]].copy()), url, hipposeq(counts, names)
 
 
 def hipposeq(counts: Path, names: Path) -> pd.DataFrame:
     """The bulk of GSE74985, samples x gene symbols, read counts: Ensembl genes renamed by the series' own table, those of one name summed."""
     table = pd.read_csv(counts, sep="\t", index_col=0)
-    symbols = pd.read_csv(names, sep="\t", usecols=["gene_id", "gene_short_name"]).drop_duplicates("gene_id").set_index("gene_id")["gene_short_name"]
+    symbols = (
+        pd.read_csv(names, sep="\t", usecols=["gene_id", "gene_short_name"])
+        .drop_duplicates("gene_id")
+        .set_index("gene_id")["gene_short_name"]
+    )
     known = pd.Series(table.index.map(symbols), index=table.index)
     print(f"{counts.name}: {known.notna().sum():,} of {len(table):,} genes have a symbol")
     return table[known.notna()].groupby(known.dropna()).sum().T.rename_axis(index="sample", columns=None)
@@ -99,9 +109,13 @@ def e_annd_5(raw: Path) -> tuple[ad.AnnData, str, None]:
     columns = pd.read_csv(design, sep="\t", index_col=0, nrows=0).columns
     labels = [column for column in EBI_LABELS if column in columns]
     if not labels:
-        raise ValueError(f"{design} has no column of cell types; it has {', '.join(columns)}; expected one of {', '.join(EBI_LABELS)}")
+        raise ValueError(
+            f"{design} has no column of cell types; it has {', '.join(columns)}; expected one of {', '.join(EBI_LABELS)}"
+        )
     table = pd.read_csv(design, sep="\t", index_col=0, usecols=[0, 1 + columns.get_loc(labels[0])], dtype=str)
-    adata.obs = pd.DataFrame({"cell_type": clean_labels(table.iloc[:, 0].reindex(adata.obs_names))}, index=adata.obs_names.rename(None))
+    adata.obs = pd.DataFrame(
+        {"cell_type": clean_labels(table.iloc[:, 0].reindex(adata.obs_names))}, index=adata.obs_names.rename(None)
+    )
     return adata, url, None
 
 
@@ -117,5 +131,7 @@ def unpacked(archive: Path, folder: Path) -> Path:
         partial.rename(folder)
     found = sorted(path.parent for path in folder.rglob("matrix.mtx*"))
     if len(found) != 1:
-        raise ValueError(f"{archive} holds {len(found)} files called matrix.mtx, expected one; delete it and {folder}, and run this again")
+        raise ValueError(
+            f"{archive} holds {len(found)} files called matrix.mtx, expected one; delete it and {folder}, and run this again"
+        )
     return found[0]

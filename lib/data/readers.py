@@ -14,7 +14,9 @@ from lib.data.counts import check_orientation, gene_share, sum_duplicate_genes, 
 from lib.data.labels import BARCODE_COLUMNS, align_labels, read_label_table, take_labels
 from lib.data.tables import read_header, separator
 
-CSV_ROWS_AT_ONCE = 500  # a table of 18,000 genes x 10,000 cells is 1.5 GB when dense; read in bands it stays under 0.1 GB
+CSV_ROWS_AT_ONCE = (
+    500  # a table of 18,000 genes x 10,000 cells is 1.5 GB when dense; read in bands it stays under 0.1 GB
+)
 TABLE_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".txt", ".txt.gz")
 LIST_HEADERS = ("x", "v1", "gene", "genes", "gene_name", "feature", "features", "symbol", "barcode", "barcodes", "cell")
 
@@ -49,7 +51,9 @@ def read_dataset(path: Path, orientation: str = "auto", cell_type_key: str | Non
     elif name.endswith(TABLE_SUFFIXES):
         adata = take_labels(read_count_table(path, orientation), cell_type_key)
     else:
-        raise ValueError(f"{path} has a format that is not known; expected .h5ad, 10x .h5, a 10x or MTX folder, or one of {', '.join(TABLE_SUFFIXES)}")
+        raise ValueError(
+            f"{path} has a format that is not known; expected .h5ad, 10x .h5, a 10x or MTX folder, or one of {', '.join(TABLE_SUFFIXES)}"
+        )
     check_orientation(adata, str(path))
     return tidy(adata, str(path))
 
@@ -62,7 +66,9 @@ def tidy(adata: ad.AnnData, what: str) -> ad.AnnData:
     obs.index = obs.index.astype(str)
     if not obs.index.is_unique:
         repeated = obs.index[obs.index.duplicated()].unique()
-        print(f"{len(repeated):,} barcodes stand more than once (such as {repeated[0]}): -1, -2, ... was added to the later ones")
+        print(
+            f"{len(repeated):,} barcodes stand more than once (such as {repeated[0]}): -1, -2, ... was added to the later ones"
+        )
         obs.index = ad.utils.make_index_unique(obs.index)
     return ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=gene_names))
 
@@ -87,7 +93,9 @@ def read_h5ad(path: Path) -> ad.AnnData:
         if where != "X":
             print(f"counts taken from {where}")
         return ad.AnnData(counts, obs=adata.obs.copy(), var=pd.DataFrame(index=var_names))
-    raise ValueError("; ".join(refused) or f"{path} holds no matrix; expected raw counts in X, raw.X or layers['counts']")
+    raise ValueError(
+        "; ".join(refused) or f"{path} holds no matrix; expected raw counts in X, raw.X or layers['counts']"
+    )
 
 
 def read_mtx_folder(folder: Path, matrix_file: Path | None = None, cell_type_key: str | None = None) -> ad.AnnData:
@@ -109,11 +117,15 @@ def read_mtx_folder(folder: Path, matrix_file: Path | None = None, cell_type_key
 
     matrix = sp.csr_matrix(scipy.io.mmread(matrix_file))
     genes = _read_list(_called(lists, r"gene|feature"), matrix.shape, f"gene names of {matrix_file}")
-    square_of_cell_ranger = matrix.shape[0] == matrix.shape[1] and _called(lists, r"^(genes|features)\.tsv")  # genes x cells
+    square_of_cell_ranger = matrix.shape[0] == matrix.shape[1] and _called(
+        lists, r"^(genes|features)\.tsv"
+    )  # genes x cells
     if len(genes) != matrix.shape[1] or square_of_cell_ranger:
         matrix = matrix.T.tocsr()
     if len(genes) != matrix.shape[1]:
-        raise ValueError(f"{matrix_file} has the sides {matrix.shape[0]:,} and {matrix.shape[1]:,}, but there are {len(genes):,} genes")
+        raise ValueError(
+            f"{matrix_file} has the sides {matrix.shape[0]:,} and {matrix.shape[1]:,}, but there are {len(genes):,} genes"
+        )
     symbols = genes.iloc[:, min(1, genes.shape[1] - 1)]  # Cell Ranger: gene ID, symbol, kind of feature
     adata = ad.AnnData(matrix, var=pd.DataFrame(index=pd.Index(symbols.to_numpy())))
     _name_and_label_cells(adata, matrix_file, _called(lists, r"barcode|cell"), label_files, cell_type_key)
@@ -126,7 +138,9 @@ def _called(files: list[Path], pattern: str) -> list[Path]:
     return [f for f in files if re.search(pattern, f.name.lower())]
 
 
-def _name_and_label_cells(adata: ad.AnnData, matrix_file: Path, barcode_files: list[Path], label_files: list[Path], key: str | None) -> None:
+def _name_and_label_cells(
+    adata: ad.AnnData, matrix_file: Path, barcode_files: list[Path], label_files: list[Path], key: str | None
+) -> None:
     """Barcodes from their list, or else from the label file, or else numbers; then the labels."""
     if len(label_files) > 1:
         named = ", ".join(f.name for f in label_files)
@@ -143,7 +157,9 @@ def _name_and_label_cells(adata: ad.AnnData, matrix_file: Path, barcode_files: l
     if labels is not None:
         adata.obs = align_labels(labels, label_files[0], barcodes, key, by_order=barcodes is numbered)
     elif key is not None and not label_files:
-        raise ValueError(f"CELL_TYPE_KEY is {key!r}, but there is no file of cell types beside {matrix_file}; set LABELS_FILE")
+        raise ValueError(
+            f"CELL_TYPE_KEY is {key!r}, but there is no file of cell types beside {matrix_file}; set LABELS_FILE"
+        )
 
 
 def _read_list(found: list[Path], sides: tuple[int, ...], what: str) -> pd.DataFrame:
@@ -155,7 +171,9 @@ def _read_list(found: list[Path], sides: tuple[int, ...], what: str) -> pd.DataF
     if len(table) - 1 in sides and (is_header or len(table) not in sides):
         table = table.iloc[1:]
     if len(table) not in sides:
-        raise ValueError(f"{found[0]} has {len(table):,} lines, expected as many as a side of the table: {' or '.join(f'{n:,}' for n in sides)}")
+        raise ValueError(
+            f"{found[0]} has {len(table):,} lines, expected as many as a side of the table: {' or '.join(f'{n:,}' for n in sides)}"
+        )
     return table
 
 
@@ -171,7 +189,9 @@ def read_count_table(path: Path, orientation: str = "auto") -> ad.AnnData:
             continue
         text = [c for c, kind in band.dtypes.items() if not pd.api.types.is_numeric_dtype(kind)]
         if text:
-            raise ValueError(f"{path} has columns that are not numbers ({', '.join(map(str, text[:3]))}); expected names in the first column and counts in all others")
+            raise ValueError(
+                f"{path} has columns that are not numbers ({', '.join(map(str, text[:3]))}); expected names in the first column and counts in all others"
+            )
         bands.append(sp.csr_matrix(band.to_numpy(dtype=np.float32)))
         row_names += band.index.astype(str).tolist()
     if not bands:

@@ -26,7 +26,9 @@ from lib.evaluation.metrics import variable_genes
 
 N_GENES = 1000  # the most variable ones of the train cells
 ROUNDS, PATIENCE = 300, 10  # of boosting: at most; without a better error
-STOPPING_FRACTION = 0.125  # of the train cells of each type, to stop by (with a fifth of all cells as test cells: their 70/20/10)
+STOPPING_FRACTION = (
+    0.125  # of the train cells of each type, to stop by (with a fifth of all cells as test cells: their 70/20/10)
+)
 
 
 def read_classes(path: Path, cell_types: list[str]) -> list[str]:
@@ -39,28 +41,49 @@ def read_classes(path: Path, cell_types: list[str]) -> list[str]:
     """
     table = pd.read_csv(path, sep=separator(path), dtype=str).dropna(how="all")
     if table.shape[1] != 2:
-        raise ValueError(f"{path} has {table.shape[1]} columns ({', '.join(table.columns)}); expected two, cell type and class")
+        raise ValueError(
+            f"{path} has {table.shape[1]} columns ({', '.join(table.columns)}); expected two, cell type and class"
+        )
     classes = dict(zip(table.iloc[:, 0].str.strip(), table.iloc[:, 1].str.strip()))
     missing = [name for name in cell_types if name not in classes]
     if missing:
-        raise ValueError(f"{path} names no class for {', '.join(missing)}; expected a row for each of {', '.join(cell_types)}")
+        raise ValueError(
+            f"{path} names no class for {', '.join(missing)}; expected a row for each of {', '.join(cell_types)}"
+        )
     return [classes[name] for name in cell_types]
 
 
-def train_classifier(counts: sp.csr_matrix, types: np.ndarray, stop_counts: sp.csr_matrix, stop_types: np.ndarray, n_types: int, seed: int):
+def train_classifier(
+    counts: sp.csr_matrix,
+    types: np.ndarray,
+    stop_counts: sp.csr_matrix,
+    stop_types: np.ndarray,
+    n_types: int,
+    seed: int,
+):
     """XGBoost on log(1 + counts per 10,000), stopped early by the second set."""
     import xgboost
 
     features, stop_features = log_normalize(counts, 1e4), log_normalize(stop_counts, 1e4)
     matrix, stop_matrix = (xgboost.DMatrix(x, label=y) for x, y in ((features, types), (stop_features, stop_types)))
-    settings = {"objective": "multi:softprob", "num_class": n_types, "tree_method": "hist", "seed": seed, "eval_metric": "mlogloss"}
-    return xgboost.train(settings, matrix, ROUNDS, evals=[(stop_matrix, "stop")], early_stopping_rounds=PATIENCE, verbose_eval=False)
+    settings = {
+        "objective": "multi:softprob",
+        "num_class": n_types,
+        "tree_method": "hist",
+        "seed": seed,
+        "eval_metric": "mlogloss",
+    }
+    return xgboost.train(
+        settings, matrix, ROUNDS, evals=[(stop_matrix, "stop")], early_stopping_rounds=PATIENCE, verbose_eval=False
+    )
 
 
 def predict_types(classifier, counts: sp.csr_matrix) -> np.ndarray:
     import xgboost
 
-    chosen = classifier.predict(xgboost.DMatrix(log_normalize(counts, 1e4)), iteration_range=(0, classifier.best_iteration + 1))
+    chosen = classifier.predict(
+        xgboost.DMatrix(log_normalize(counts, 1e4)), iteration_range=(0, classifier.best_iteration + 1)
+    )
     return chosen.argmax(axis=1)
 
 
@@ -96,19 +119,28 @@ def protocol(
     genes = variable_genes(train, N_GENES)
     n_types = len(train.obs["cell_type"].cat.categories)
     real, real_test = (cells.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64) for cells in (train, test))
-    stops = select_per_type(real, STOPPING_FRACTION, np.random.default_rng(seed)) & (np.bincount(real, minlength=n_types)[real] > 1)
+    stops = select_per_type(real, STOPPING_FRACTION, np.random.default_rng(seed)) & (
+        np.bincount(real, minlength=n_types)[real] > 1
+    )
     known = np.flatnonzero(np.bincount(real, minlength=n_types))  # types that have train cells
     new = {name: np.repeat(known, n) for name, n in (("test", n_test), ("train", n_train), ("stop", n_stop))}
     made = {name: sample(types, seed + i)[:, genes] for i, (name, types) in enumerate(new.items())}
-    of_real = train_classifier(train.X[~stops][:, genes], real[~stops], train.X[stops][:, genes], real[stops], n_types, seed)
+    of_real = train_classifier(
+        train.X[~stops][:, genes], real[~stops], train.X[stops][:, genes], real[stops], n_types, seed
+    )
     of_new = train_classifier(made["train"], new["train"], made["stop"], new["stop"], n_types, seed)
     results = {
         ("real", "real"): (real_test, predict_types(of_real, test.X[:, genes])),
         ("real", "synthetic"): (new["test"], predict_types(of_real, made["test"])),
         ("synthetic", "real"): (real_test, predict_types(of_new, test.X[:, genes])),
     }
-    rows = [{"labels": "cell types", "trained on": a, "tested on": b} | scores(*pair) for (a, b), pair in results.items()]
+    rows = [
+        {"labels": "cell types", "trained on": a, "tested on": b} | scores(*pair) for (a, b), pair in results.items()
+    ]
     if classes is not None:
         names = np.asarray(classes)
-        rows += [{"labels": "classes", "trained on": a, "tested on": b} | scores(*(names[part] for part in pair)) for (a, b), pair in results.items()]
+        rows += [
+            {"labels": "classes", "trained on": a, "tested on": b} | scores(*(names[part] for part in pair))
+            for (a, b), pair in results.items()
+        ]
     return pd.DataFrame(rows)

@@ -77,7 +77,9 @@ def linear_auc(real: ad.AnnData, other: ad.AnnData, seed: int) -> float:
 
 def _auc(judge, features: np.ndarray, is_other: np.ndarray, seed: int) -> float:
     folds = StratifiedKFold(5, shuffle=True, random_state=seed)
-    return float(roc_auc_score(is_other, cross_val_predict(judge, features, is_other, cv=folds, method="predict_proba")[:, 1]))
+    return float(
+        roc_auc_score(is_other, cross_val_predict(judge, features, is_other, cv=folds, method="predict_proba")[:, 1])
+    )
 
 
 def mmd(x: np.ndarray, y: np.ndarray) -> float:
@@ -135,7 +137,9 @@ def gene_statistics(cells: ad.AnnData) -> pd.DataFrame:
     values = log_normalize(cells.X, 1e4).astype(np.float64)
     mean = np.asarray(values.mean(axis=0)).ravel()
     variance = np.asarray(values.power(2).mean(axis=0)).ravel() - mean**2
-    return pd.DataFrame({"mean": mean, "variance": variance, "zeros": 1 - values.getnnz(axis=0) / cells.n_obs}, index=cells.var_names)
+    return pd.DataFrame(
+        {"mean": mean, "variance": variance, "zeros": 1 - values.getnnz(axis=0) / cells.n_obs}, index=cells.var_names
+    )
 
 
 def log_fold_changes(cells: ad.AnnData) -> pd.DataFrame:
@@ -154,11 +158,16 @@ def marker_recovery(real: ad.AnnData, other: ad.AnnData) -> tuple[float, float]:
     """Share of each type's `N_MARKERS` genes of largest fold change that both sets agree on, and r of all fold changes; means over types."""
     ours, theirs = log_fold_changes(real), log_fold_changes(other)
     types = [name for name in ours if name in theirs and (real.obs["cell_type"] == name).sum() >= MIN_CELLS_PER_TYPE]
-    overlap = [len(set(ours[t].nlargest(N_MARKERS).index) & set(theirs[t].nlargest(N_MARKERS).index)) / N_MARKERS for t in types]
+    overlap = [
+        len(set(ours[t].nlargest(N_MARKERS).index) & set(theirs[t].nlargest(N_MARKERS).index)) / N_MARKERS
+        for t in types
+    ]
     return float(np.mean(overlap)), float(np.mean([pearson(ours[t], theirs[t]) for t in types]))
 
 
-def transfer_f1(train_pcs: np.ndarray, train_types: np.ndarray, test_pcs: np.ndarray, test_types: np.ndarray, seed: int) -> float:
+def transfer_f1(
+    train_pcs: np.ndarray, train_types: np.ndarray, test_pcs: np.ndarray, test_types: np.ndarray, seed: int
+) -> float:
     """Macro-averaged F1 of a random forest that learns the types from one set and names those of another."""
     forest = RandomForestClassifier(300, n_jobs=-1, random_state=seed).fit(train_pcs, train_types)
     return float(f1_score(test_types, forest.predict(test_pcs), average="macro"))
@@ -166,14 +175,19 @@ def transfer_f1(train_pcs: np.ndarray, train_types: np.ndarray, test_pcs: np.nda
 
 def memorisation(pcs: np.ndarray, train_pcs: np.ndarray, test_pcs: np.ndarray) -> float:
     """Share of cells whose nearest real cell is a train cell, with as many train as test cells to choose from; .5 is right, a copy scores 1."""
-    to_train, to_test = (NearestNeighbors(n_neighbors=1).fit(real).kneighbors(pcs)[0].ravel() for real in (train_pcs, test_pcs))
+    to_train, to_test = (
+        NearestNeighbors(n_neighbors=1).fit(real).kneighbors(pcs)[0].ravel() for real in (train_pcs, test_pcs)
+    )
     return float(np.mean(to_train < to_test) + 0.5 * np.mean(to_train == to_test))
 
 
 def distribution_distances(real: ad.AnnData, other: ad.AnnData) -> dict[str, float]:
     """Kolmogorov-Smirnov distances of library sizes and of numbers of genes detected."""
     totals, detected = zip(*(library_and_genes(cells) for cells in (real, other)))
-    return {"library size KS": float(ks_2samp(*totals).statistic), "genes detected KS": float(ks_2samp(*detected).statistic)}
+    return {
+        "library size KS": float(ks_2samp(*totals).statistic),
+        "genes detected KS": float(ks_2samp(*detected).statistic),
+    }
 
 
 def library_and_genes(cells: ad.AnnData) -> tuple[np.ndarray, np.ndarray]:
@@ -193,7 +207,9 @@ def fidelity(real: ad.AnnData, other: ad.AnnData, genes: np.ndarray, seed: int, 
     """
     pcs = principal_components(ad.concat([real, other], index_unique="-"), N_TOP_GENES, N_PCS)
     is_other = np.arange(len(pcs)) >= real.n_obs
-    correlation_r, correlation_mae = correlation_agreement(gene_correlation(real, genes), gene_correlation(other, genes))
+    correlation_r, correlation_mae = correlation_agreement(
+        gene_correlation(real, genes), gene_correlation(other, genes)
+    )
     a, b = gene_statistics(real), gene_statistics(other)
     found = {
         "forest AUC": forest_auc(pcs, is_other, seed),
@@ -226,7 +242,9 @@ def select_like(cells: ad.AnnData, wanted: pd.Series, rng: np.random.Generator) 
     return np.sort(np.concatenate(rows))
 
 
-def fidelity_table(test: ad.AnnData, generated: ad.AnnData, floor: ad.AnnData, others: ad.AnnData, genes: np.ndarray, seed: int) -> pd.DataFrame:
+def fidelity_table(
+    test: ad.AnnData, generated: ad.AnnData, floor: ad.AnnData, others: ad.AnnData, genes: np.ndarray, seed: int
+) -> pd.DataFrame:
     """Every figure of generated cells against test cells, beside that of real train cells against the same test cells.
 
     Parameters
@@ -243,7 +261,9 @@ def fidelity_table(test: ad.AnnData, generated: ad.AnnData, floor: ad.AnnData, o
     Rows: one a figure, of all cells and of every type that has `MIN_CELLS_PER_TYPE` cells; columns: cells, figure,
     generated, real.
     """
-    tables = [pd.DataFrame({"generated": fidelity(test, generated, genes, seed), "real": fidelity(test, floor, genes, seed)})]
+    tables = [
+        pd.DataFrame({"generated": fidelity(test, generated, genes, seed), "real": fidelity(test, floor, genes, seed)})
+    ]
     names = ["all"]
     both = ad.concat([test, floor, generated, others], index_unique="-")
     ends = np.cumsum([0, test.n_obs, floor.n_obs, generated.n_obs, others.n_obs])
@@ -255,6 +275,10 @@ def fidelity_table(test: ad.AnnData, generated: ad.AnnData, floor: ad.AnnData, o
         parts = [cells[(cells.obs["cell_type"] == name).to_numpy()].copy() for cells in (test, generated, floor)]
         if min(part.n_obs for part in parts) >= MIN_CELLS_PER_TYPE:
             real = parts[0]
-            tables.append(pd.DataFrame({c: fidelity(real, part, genes, seed, True) for c, part in zip(("generated", "real"), parts[1:])}))
+            tables.append(
+                pd.DataFrame(
+                    {c: fidelity(real, part, genes, seed, True) for c, part in zip(("generated", "real"), parts[1:])}
+                )
+            )
             names.append(name)
     return pd.concat(tables, keys=names, names=["cells", "figure"]).reset_index()

@@ -25,18 +25,27 @@ def comparison(table: pd.DataFrame, path: Path) -> None:
     panels = np.ravel(figure.subplots(3, 4))
     places = np.arange(len(names))[::-1]
     for axes, what in zip(panels, COMPARED):
-        axes.barh(places, table.loc[what, names], color=[GENERATED if name == "gmvae" else NEUTRAL for name in names], height=0.7)
+        axes.barh(
+            places,
+            table.loc[what, names],
+            color=[GENERATED if name == "gmvae" else NEUTRAL for name in names],
+            height=0.7,
+        )
         axes.axvline(table.loc[what, "real train cells"], c=ORIGINAL, lw=1.5, ls="--")
         low, high = min(0.0, table.loc[what].min()), table.loc[what].max()
         axes.set(xlim=(low, low + 1.25 * (high - low)))
         for place, name in zip(places, names):
-            text = axes.text(max(table.loc[what, name], 0), place, f" {table.loc[what, name]:.3f}", va="center", fontsize=8)
+            text = axes.text(
+                max(table.loc[what, name], 0), place, f" {table.loc[what, name]:.3f}", va="center", fontsize=8
+            )
             text.set_path_effects([matplotlib.patheffects.withStroke(linewidth=2.5, foreground="white")])
         axes.set_title(what, fontsize=9)
         axes.set_yticks(places, names if axes in panels[::4] else [""] * len(names), fontsize=8)
         axes.tick_params(axis="x", labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].plot([], [], c=ORIGINAL, lw=1.5, ls="--", label="real train cells against the same test cells: the best there is")
+    panels[0].plot(
+        [], [], c=ORIGINAL, lw=1.5, ls="--", label="real train cells against the same test cells: the best there is"
+    )
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize=9)
     save(figure, path)
 
@@ -52,7 +61,9 @@ def four_stages(embeddings: dict[str, list[np.ndarray]], cell_types: list[pd.Ser
         for axes, places, of, title in zip(row, stages, cell_types, titles):
             scatter_types(axes, places, of, name)
             axes.set_title(f"{title} ({len(places):,} cells)")
-    figure.legend(*row[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8, title="cell type")
+    figure.legend(
+        *row[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8, title="cell type"
+    )
     save(figure, path)
 
 
@@ -77,7 +88,9 @@ def composition(sets: dict[str, pd.DataFrame], path: Path) -> None:
     for name, colour in colours.items():
         axes.bar(places, table[name], bottom=bottom, color=colour, width=0.8, label=name, edgecolor="white", lw=0.3)
         bottom += table[name].to_numpy()
-    axes.set_xticks(places, [label.replace("_", " ") for label in table.index], rotation=90 if len(table) > 6 else 0, fontsize=8)
+    axes.set_xticks(
+        places, [label.replace("_", " ") for label in table.index], rotation=90 if len(table) > 6 else 0, fontsize=8
+    )
     axes.set(ylim=(0, 1), ylabel="proportion of cells")
     axes.spines[["top", "right"]].set_visible(False)
     handles, names = axes.get_legend_handles_labels()
@@ -99,10 +112,22 @@ def type_correlation(reference, generated, n_markers: int, path: Path) -> None:
     axes = figure.subplots()
     image = axes.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
     for i, j in np.ndindex(matrix.shape):
-        axes.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", fontsize=7, color="white" if abs(matrix[i, j]) > 0.6 else "black")
+        axes.text(
+            j,
+            i,
+            f"{matrix[i, j]:.2f}",
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="white" if abs(matrix[i, j]) > 0.6 else "black",
+        )
     axes.set_xticks(range(len(own)), own.index, rotation=90, fontsize=8)
     axes.set_yticks(range(len(made)), made.index, fontsize=8)
-    axes.set(xlabel="reference (test cells)", ylabel="generated", title=f"mean expression of the types, {genes.sum():,} marker genes")
+    axes.set(
+        xlabel="reference (test cells)",
+        ylabel="generated",
+        title=f"mean expression of the types, {genes.sum():,} marker genes",
+    )
     axes.title.set_fontsize(10)
     figure.colorbar(image, ax=axes, label="Pearson's r, about the mean of the types", shrink=0.8)
     save(figure, path)
@@ -113,5 +138,7 @@ def mean_expression(cells, genes: np.ndarray) -> pd.DataFrame:
     values = log_normalize(cells.X, 1e4)[:, genes]
     names = list(cells.obs["cell_type"].cat.categories)
     masks = [(cells.obs["cell_type"] == name).to_numpy() for name in names]
-    rows = [np.asarray(values[mask].mean(axis=0)).ravel() if mask.any() else np.full(genes.sum(), np.nan) for mask in masks]
+    rows = [
+        np.asarray(values[mask].mean(axis=0)).ravel() if mask.any() else np.full(genes.sum(), np.nan) for mask in masks
+    ]
     return pd.DataFrame(rows, index=names)

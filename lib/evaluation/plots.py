@@ -45,7 +45,9 @@ def umap_reference(umap: np.ndarray, cell_type: pd.Series, is_test: np.ndarray, 
     by_type, by_split = figure.subplots(1, 2)
     scatter_types(by_type, umap, cell_type)
     by_type.set_title(f"cell types ({len(umap):,} cells)")
-    figure.legend(*by_type.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8, title="cell type")
+    figure.legend(
+        *by_type.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8, title="cell type"
+    )
     for mask, colour, name in ((~is_test, "#C8C8C8", "train"), (is_test, ORIGINAL, "test")):
         by_split.scatter(*umap[mask].T, s=dot_size(len(umap)), c=colour, lw=0, rasterized=True)
         by_split.scatter([], [], s=30, c=colour, lw=0, label=f"{name} ({mask.sum():,})")
@@ -60,13 +62,30 @@ def scatter_types(axes, umap: np.ndarray, cell_type: pd.Series, method: str = "U
     colours = palette(list(cell_type.cat.categories))
     names = cell_type.to_numpy(dtype=object)
     order = np.random.default_rng(0).permutation(len(umap))  # no type hides another by being drawn last
-    axes.scatter(*umap[order].T, s=dot_size(len(umap)), c=[colours.get(names[i], "#DDDDDD") for i in order], lw=0, rasterized=True)
+    axes.scatter(
+        *umap[order].T,
+        s=dot_size(len(umap)),
+        c=[colours.get(names[i], "#DDDDDD") for i in order],
+        lw=0,
+        rasterized=True,
+    )
     for number, (name, colour) in enumerate(colours.items(), start=1):
         cells = umap[names == name]
         axes.scatter([], [], s=30, c=colour, lw=0, label=f"{number}  {name}")
         if len(cells):
-            x, y = cells[np.linalg.norm(cells - np.median(cells, axis=0), axis=1).argmin()]  # a cell, not the void between two groups
-            axes.text(x, y, number, fontsize=9, weight="bold", ha="center", va="center", path_effects=[matplotlib.patheffects.withStroke(linewidth=2, foreground="white")])
+            x, y = cells[
+                np.linalg.norm(cells - np.median(cells, axis=0), axis=1).argmin()
+            ]  # a cell, not the void between two groups
+            axes.text(
+                x,
+                y,
+                number,
+                fontsize=9,
+                weight="bold",
+                ha="center",
+                va="center",
+                path_effects=[matplotlib.patheffects.withStroke(linewidth=2, foreground="white")],
+            )
     embedding_axes(axes, method)
 
 
@@ -112,13 +131,23 @@ def proportions(
     n_rows = -(-len(colours) // n_columns)
     table = bulk_estimate.iloc[:MAX_BARS].rename(index=str)
     if bulk_true is not None:
-        table = pd.concat([bulk_true.rename(index=lambda name: f"{name}\ntrue"), table.rename(index=lambda name: f"{name}\npredicted")])
+        table = pd.concat(
+            [
+                bulk_true.rename(index=lambda name: f"{name}\ntrue"),
+                table.rename(index=lambda name: f"{name}\npredicted"),
+            ]
+        )
     widths = (2.1 * n_columns, 3.2 + 0.25 * len(table))
     figure = Figure(figsize=(sum(widths), max(2.2 * n_rows + 0.6, 4.5)), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=widths)
     drawn = ~true.index.str.startswith("own")
     errors = mae(true[drawn], estimate[drawn]), mae(true[drawn], constant[drawn]), ccc(true[drawn], estimate[drawn])
-    left.suptitle("{} random mixtures of test cells: MAE {:.3f} (train frequencies {:.3f}), CCC {:.2f}".format(drawn.sum(), *errors), fontsize=10)
+    left.suptitle(
+        "{} random mixtures of test cells: MAE {:.3f} (train frequencies {:.3f}), CCC {:.2f}".format(
+            drawn.sum(), *errors
+        ),
+        fontsize=10,
+    )
     for axes, (name, colour) in zip(np.ravel(left.subplots(n_rows, n_columns, squeeze=False)), colours.items()):
         x, y = true.loc[drawn, name], estimate.loc[drawn, name]
         top = 1.05 * max(x.max(), y.max(), 0.05)
@@ -135,14 +164,31 @@ def proportions(
     bars = right.subplots()
     bottom = np.zeros(len(table))
     for name, colour in colours.items():
-        bars.bar(np.arange(len(table)), table[name], bottom=bottom, color=colour, width=0.8, label=name, edgecolor="white", lw=0.3)
+        bars.bar(
+            np.arange(len(table)),
+            table[name],
+            bottom=bottom,
+            color=colour,
+            width=0.8,
+            label=name,
+            edgecolor="white",
+            lw=0.3,
+        )
         bottom += table[name].to_numpy()
         if len(bulk_estimate) <= MAX_BARS and name in bulk_spread:
             places = np.arange(len(table) - len(bulk_estimate), len(table))
             bars.errorbar(places, bottom[places], bulk_spread[name], fmt="none", ecolor="k", elinewidth=0.7)
     bars.set(xlim=(-0.6, len(table) - 0.4), ylim=(0, 1.02), ylabel="proportion of cells (lines: standard deviation)")
-    bars.set_title("the bulk" if len(bulk_estimate) <= MAX_BARS else f"first {MAX_BARS} of {len(bulk_estimate)} samples", fontsize=10)
-    bars.set_xticks(np.arange(len(table)), [name.replace("_", " ").replace("\n", ", ") for name in table.index], rotation=90, fontsize=8)
+    bars.set_title(
+        "the bulk" if len(bulk_estimate) <= MAX_BARS else f"first {MAX_BARS} of {len(bulk_estimate)} samples",
+        fontsize=10,
+    )
+    bars.set_xticks(
+        np.arange(len(table)),
+        [name.replace("_", " ").replace("\n", ", ") for name in table.index],
+        rotation=90,
+        fontsize=8,
+    )
     handles, labels = bars.get_legend_handles_labels()
     right.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False, fontsize=8, title="cell type")
     for axes in (*left.axes, bars):
@@ -165,7 +211,9 @@ def signature(reference: pd.DataFrame, adapted: pd.DataFrame, path: Path) -> Non
     figure = Figure(figsize=(3.5 + 0.17 * len(markers), 2.2 + 0.42 * len(reference)), layout="constrained")
     panels = figure.subplots(2, 1, sharex=True)
     for axes, table, title in zip(panels, scaled, ("single cells", "adapted to the bulk")):
-        image = axes.imshow(table[markers] / top, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        image = axes.imshow(
+            table[markers] / top, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest"
+        )
         axes.set_yticks(np.arange(len(reference)), reference.index, fontsize=8)
         axes.set_title(f"signature matrix: {title}", fontsize=10)
     panels[1].set_xticks(np.arange(len(markers)), markers, rotation=90, fontsize=7)
@@ -178,12 +226,16 @@ def original_vs_generated(umap: np.ndarray, is_generated: np.ndarray, path: Path
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     panels = figure.subplots(1, 3)
     size = dot_size(len(umap))
-    for axes, mask, colour, name in zip(panels, (~is_generated, is_generated), (ORIGINAL, GENERATED), ("original test cells", "generated cells")):
+    for axes, mask, colour, name in zip(
+        panels, (~is_generated, is_generated), (ORIGINAL, GENERATED), ("original test cells", "generated cells")
+    ):
         axes.scatter(*umap.T, s=size, c="#E6E6E6", lw=0, rasterized=True)
         axes.scatter(*umap[mask].T, s=size, c=colour, lw=0, rasterized=True)
         axes.set_title(f"{name} ({mask.sum():,})")
     order = np.random.default_rng(0).permutation(len(umap))
-    panels[2].scatter(*umap[order].T, s=size, c=np.where(is_generated, GENERATED, ORIGINAL)[order], lw=0, rasterized=True)
+    panels[2].scatter(
+        *umap[order].T, s=size, c=np.where(is_generated, GENERATED, ORIGINAL)[order], lw=0, rasterized=True
+    )
     panels[2].set_title("both")
     for colour, name in ((ORIGINAL, "original"), (GENERATED, "generated")):
         panels[2].scatter([], [], s=30, c=colour, lw=0, label=name)
@@ -193,7 +245,9 @@ def original_vs_generated(umap: np.ndarray, is_generated: np.ndarray, path: Path
     save(figure, path)
 
 
-def original_vs_generated_by_type(umap: np.ndarray, is_generated: np.ndarray, cell_type: pd.Series, path: Path, method: str = "UMAP") -> None:
+def original_vs_generated_by_type(
+    umap: np.ndarray, is_generated: np.ndarray, cell_type: pd.Series, path: Path, method: str = "UMAP"
+) -> None:
     """The same embedding, original and generated cells side by side, by type."""
     figure = Figure(figsize=(11.5, 4.8), layout="constrained")
     panels = figure.subplots(1, 2)
@@ -201,7 +255,9 @@ def original_vs_generated_by_type(umap: np.ndarray, is_generated: np.ndarray, ce
         axes.scatter(*umap.T, s=dot_size(len(umap)), c="#F0F0F0", lw=0, rasterized=True)
         scatter_types(axes, umap[mask], cell_type[mask], method)
         axes.set_title(f"{name} ({mask.sum():,})")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8, title="cell type")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8, title="cell type"
+    )
     save(figure, path)
 
 
@@ -216,9 +272,14 @@ def gene_correlation(original: np.ndarray, generated: np.ndarray, train: np.ndar
     figure = Figure(figsize=(11.5, 6), layout="constrained")
     panels = figure.subplots(1, 2)
     agreement, floor = (pearson(original[pairs], matrix[pairs]) for matrix in (generated, train))
-    titles = "original test cells", f"generated cells\nagreement with the original: r = {agreement:.2f} (real train cells: {floor:.2f})"
+    titles = (
+        "original test cells",
+        f"generated cells\nagreement with the original: r = {agreement:.2f} (real train cells: {floor:.2f})",
+    )
     for axes, matrix, title in zip(panels, (original, generated), titles):
-        image = axes.imshow(matrix[np.ix_(order, order)], cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+        image = axes.imshow(
+            matrix[np.ix_(order, order)], cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest"
+        )
         axes.set_title(title, fontsize=10)
         axes.set(xlabel=f"{len(original)} most variable genes", xticks=[], yticks=[])
     panels[0].set_ylabel("the same genes, in the same order")
@@ -237,7 +298,11 @@ def fidelity(table: pd.DataFrame, test, generated, floor, path: Path) -> None:
 
     figures = ["forest AUC", "linear AUC"]
     for axes, rows, names in (
-        (judges, table[(table["cells"] == "all") & table["figure"].isin(figures)].set_index("figure"), ["random forest\n(PCs)", "linear\n(genes)"]),
+        (
+            judges,
+            table[(table["cells"] == "all") & table["figure"].isin(figures)].set_index("figure"),
+            ["random forest\n(PCs)", "linear\n(genes)"],
+        ),
         (by_type, table[(table["cells"] != "all") & (table["figure"] == "forest AUC")].set_index("cells"), None),
     ):
         places = np.arange(len(rows))
@@ -245,10 +310,18 @@ def fidelity(table: pd.DataFrame, test, generated, floor, path: Path) -> None:
         axes.barh(places - 0.2, rows["generated"], 0.38, color=GENERATED, label="generated cells")
         axes.axvline(0.5, c="k", lw=0.8, ls="--")
         axes.set_yticks(places, names or list(rows.index), fontsize=8)
-        axes.set(xlim=(0.4, 1), xlabel="area under the ROC curve (0.5: cannot tell)", title="told apart from test cells" + ("" if names else ",\nwithin a type (random forest)"))
+        axes.set(
+            xlim=(0.4, 1),
+            xlabel="area under the ROC curve (0.5: cannot tell)",
+            title="told apart from test cells" + ("" if names else ",\nwithin a type (random forest)"),
+        )
     judges.legend(frameon=False, fontsize=8, loc="lower right")
 
-    for axes, values, label in zip((library, detected), zip(*(library_and_genes(cells) for _, cells, _ in sets)), ("counts per cell", "genes detected per cell")):
+    for axes, values, label in zip(
+        (library, detected),
+        zip(*(library_and_genes(cells) for _, cells, _ in sets)),
+        ("counts per cell", "genes detected per cell"),
+    ):
         bins = np.histogram_bin_edges(np.log10(np.concatenate(values) + 1), 40)
         for (name, _, colour), value in zip(sets, values):
             axes.hist(np.log10(value + 1), bins, histtype="step", color=colour, lw=1.5, density=True, label=name)
@@ -259,20 +332,42 @@ def fidelity(table: pd.DataFrame, test, generated, floor, path: Path) -> None:
     for axes, what in ((mean_variance, "variance"), (mean_zeros, "zeros")):
         for name, _, colour in (sets[0], sets[2]):
             of = statistics[name]
-            axes.scatter(of["mean"].clip(1e-3), of[what].clip(1e-3 if what == "variance" else 0), s=2, c=colour, lw=0, alpha=0.5, rasterized=True)
+            axes.scatter(
+                of["mean"].clip(1e-3),
+                of[what].clip(1e-3 if what == "variance" else 0),
+                s=2,
+                c=colour,
+                lw=0,
+                alpha=0.5,
+                rasterized=True,
+            )
             axes.scatter([], [], s=20, c=colour, lw=0, label=name)
-        axes.set(xscale="log", xlabel="mean of a gene, log(1 + counts per 10,000)", ylabel="variance" if what == "variance" else "share of zeros")
+        axes.set(
+            xscale="log",
+            xlabel="mean of a gene, log(1 + counts per 10,000)",
+            ylabel="variance" if what == "variance" else "share of zeros",
+        )
     mean_variance.set_yscale("log")
     mean_zeros.legend(frameon=False, fontsize=8)
 
     means = statistics["test"]["mean"], statistics["generated"]["mean"]
     correlation.scatter(*(m.clip(1e-3) for m in means), s=2, c=GENERATED, lw=0, alpha=0.5, rasterized=True)
-    correlation.set(xscale="log", yscale="log", xlabel="mean of a gene, test cells", ylabel="mean of a gene, generated cells", title=f"r = {pearson(*means):.3f}")
+    correlation.set(
+        xscale="log",
+        yscale="log",
+        xlabel="mean of a gene, test cells",
+        ylabel="mean of a gene, generated cells",
+        title=f"r = {pearson(*means):.3f}",
+    )
     changes, made = log_fold_changes(test), log_fold_changes(generated)
     for name, colour in palette(list(test.obs["cell_type"].cat.categories)).items():
         if name in changes and name in made:
             markers.scatter(changes[name], made[name], s=2, c=colour, lw=0, alpha=0.5, rasterized=True)
-    markers.set(xlabel="log2 fold change in a type, test cells", ylabel="the same, generated cells", title="all genes, in the colour of the type")
+    markers.set(
+        xlabel="log2 fold change in a type, test cells",
+        ylabel="the same, generated cells",
+        title="all genes, in the colour of the type",
+    )
     for axes in (correlation, markers):
         limits = min(axes.get_xlim()[0], axes.get_ylim()[0]), max(axes.get_xlim()[1], axes.get_ylim()[1])
         axes.plot(limits, limits, c="k", lw=0.8, ls="--")

@@ -25,7 +25,9 @@ def latent_and_reconstructed(model: GMVAE, cells: ad.AnnData, seed: int) -> tupl
     return torch.cat(z).cpu().numpy(), made
 
 
-def four_embeddings(model: GMVAE, cells: ad.AnnData, generated: ad.AnnData, n_top_genes: int, n_pcs: int, n_neighbors: int, seed: int):
+def four_embeddings(
+    model: GMVAE, cells: ad.AnnData, generated: ad.AnnData, n_top_genes: int, n_pcs: int, n_neighbors: int, seed: int
+):
     """t-SNE and UMAP of input, latent, reconstructed and generated cells, each of its own: for `panels.four_stages`.
 
     Returns
@@ -35,7 +37,9 @@ def four_embeddings(model: GMVAE, cells: ad.AnnData, generated: ad.AnnData, n_to
     z, reconstructed = latent_and_reconstructed(model, cells, seed)
     features = [principal_components(part, n_top_genes, n_pcs) for part in (cells, reconstructed, generated)]
     features.insert(1, z.astype(np.float32))
-    tsne = [TSNE(perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=seed).fit_transform(x) for x in features]
+    tsne = [
+        TSNE(perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=seed).fit_transform(x) for x in features
+    ]
     umap = [embed(x, n_neighbors, seed).obsm["X_umap"] for x in features]
     types = [cells.obs["cell_type"], cells.obs["cell_type"], cells.obs["cell_type"], generated.obs["cell_type"]]
     return {"t-SNE": tsne, "UMAP": umap}, types

@@ -22,7 +22,9 @@ N_FOLDS = 5
 MAX_DEVIATION = 10.0  # standard deviations, of one gene in one cell
 MAX_SCORE = 4.0  # standard deviations, of a cell on an axis
 MAX_LOADING = 1.5  # log fold change of a gene per standard deviation of z
-STANDARD_DEVIATIONS = np.array([0, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6])  # that loadings may have, over genes
+STANDARD_DEVIATIONS = np.array(
+    [0, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6]
+)  # that loadings may have, over genes
 
 
 @dataclass
@@ -55,7 +57,9 @@ def within_type_axes(dataset: CellDataset, marginals: GeneMarginals, max_axes: i
     logs.data = np.log1p(logs.data * np.repeat(target / library_size, np.diff(counts.indptr)))
     genes = np.sort(np.argsort(-_excess_variance(marginals, target, types))[:N_GENES])
     logs = logs[:, genes].toarray()
-    mean = np.stack([logs[types == k].mean(axis=0) if (types == k).any() else logs.mean(axis=0) for k in range(n_cell_types)])
+    mean = np.stack(
+        [logs[types == k].mean(axis=0) if (types == k).any() else logs.mean(axis=0) for k in range(n_cell_types)]
+    )
     logs -= mean[types]
     scale = logs.std(axis=0) + 1e-6
     deviations = np.clip(logs / scale, -MAX_DEVIATION, MAX_DEVIATION)
@@ -67,7 +71,9 @@ def within_type_axes(dataset: CellDataset, marginals: GeneMarginals, max_axes: i
     loadings = _loadings(counts, types, library_size, marginals, scores)
     n_cells, n_axes = scores.shape
     standard_error = np.broadcast_to(np.sqrt((scores**2).mean(axis=0) / n_cells), (len(genes), n_axes))
-    seen = _shrunken(deviations.T @ scores / n_cells, standard_error)  # loadings of the standardised logs, each with noise of variance 1
+    seen = _shrunken(
+        deviations.T @ scores / n_cells, standard_error
+    )  # loadings of the standardised logs, each with noise of variance 1
     variance = np.linalg.inv(seen.T @ seen + np.eye(n_axes))
     projection = np.zeros((dataset.n_genes, n_axes))
     projection[genes] = seen @ variance / scale[:, None]
@@ -121,7 +127,9 @@ def _leading(covariance: np.ndarray, n_axes: int) -> np.ndarray:
     return eigh(covariance, subset_by_index=[n - n_axes, n - 1])[1][:, ::-1]
 
 
-def _loadings(counts: sp.csr_matrix, types: np.ndarray, library_size: np.ndarray, marginals: GeneMarginals, scores: np.ndarray) -> np.ndarray:
+def _loadings(
+    counts: sp.csr_matrix, types: np.ndarray, library_size: np.ndarray, marginals: GeneMarginals, scores: np.ndarray
+) -> np.ndarray:
     """Slope of each gene's log mean on the scores, shrunk: genes x axes.
 
     E[x s] = mu x slope, where s has mean 0 and its part that is not noise variance 1. The slope's error is the larger of what
@@ -142,7 +150,9 @@ def _loadings(counts: sp.csr_matrix, types: np.ndarray, library_size: np.ndarray
         observed += squares - 2 * mu * (counts[cells].T @ (s**2 * l))
     slope, error = slope / total, np.sqrt(np.maximum(expected, observed)) / total
     shrunk = np.empty_like(slope)
-    for genes in np.array_split(np.argsort(total[:, 0], kind="stable"), min(20, max(1, len(total) // 100))):  # of like expression
+    for genes in np.array_split(
+        np.argsort(total[:, 0], kind="stable"), min(20, max(1, len(total) // 100))
+    ):  # of like expression
         shrunk[genes] = _shrunken(slope[genes], error[genes])
     return np.clip(shrunk, -MAX_LOADING, MAX_LOADING)
 

@@ -33,10 +33,17 @@ def fit_prior(points: np.ndarray, cell_type_idx: np.ndarray, n_cell_types: int, 
     correlation of normal scores). What a type with few cells lacks it takes from the deviations of all cells from their own
     type's mean.
     """
-    rows = np.concatenate([rng.permutation(np.flatnonzero(cell_type_idx == k))[:MAX_POINTS] for k in range(n_cell_types)])
+    rows = np.concatenate(
+        [rng.permutation(np.flatnonzero(cell_type_idx == k))[:MAX_POINTS] for k in range(n_cell_types)]
+    )
     points, cell_type_idx = points[rows].astype(np.float64), cell_type_idx[rows]
     levels = norm.cdf(np.linspace(-MAX_SCORE, MAX_SCORE, N_LEVELS))
-    mean = np.stack([points[cell_type_idx == k].mean(axis=0) if (cell_type_idx == k).any() else points.mean(axis=0) for k in range(n_cell_types)])
+    mean = np.stack(
+        [
+            points[cell_type_idx == k].mean(axis=0) if (cell_type_idx == k).any() else points.mean(axis=0)
+            for k in range(n_cell_types)
+        ]
+    )
     deviations = points - mean[cell_type_idx]
     pooled_quantiles = np.quantile(deviations, levels, axis=0, method="hazen")
     pooled_scores = _normal_scores(deviations)

@@ -16,7 +16,7 @@ the sum over all types weighted by q(y|x) (Kingma et al. 2014, "Semi-supervised 
 """
 
 import math
-from typing import Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import scipy.sparse as sp
@@ -69,12 +69,16 @@ class GMVAE(nn.Module):
             likelihood=likelihood, decoder=decoder, dispersion=dispersion, dropout=dropout,
         )  # fmt: skip
         self.n_genes, self.n_cell_types, self.n_latent = n_genes, n_cell_types, n_latent
-        self.q_genes = SparseLinear(n_genes, 3 * hidden[0])  # first layer of the three towers that see x, in one product
+        self.q_genes = SparseLinear(
+            n_genes, 3 * hidden[0]
+        )  # first layer of the three towers that see x, in one product
         self.q_y_x = Tower(1, hidden[:1], n_cell_types, dropout)
         self.q_z_xy_mean = Tower(n_cell_types + 1, hidden, n_latent, dropout)
         self.q_z_xy_log_var = Tower(n_cell_types + 1, hidden, n_latent, dropout)
         self.p_z_y_mean = nn.Sequential(nn.Linear(n_cell_types, hidden[0]), nn.ReLU(), nn.Linear(hidden[0], n_latent))
-        self.p_z_y_log_var = nn.Sequential(nn.Linear(n_cell_types, hidden[0]), nn.ReLU(), nn.Linear(hidden[0], n_latent))
+        self.p_z_y_log_var = nn.Sequential(
+            nn.Linear(n_cell_types, hidden[0]), nn.ReLU(), nn.Linear(hidden[0], n_latent)
+        )
         self.q_axes = SparseLinear(n_genes, n_latent) if decoder == "linear" else None  # adds to the mean of q(z|x,y)
         self.q_axes_offset = nn.Parameter(torch.zeros(n_cell_types, n_latent)) if decoder == "linear" else None
         self.p_x_z = nn.Identity() if decoder == "linear" else mlp((n_latent, *reversed(hidden)), dropout)
@@ -82,7 +86,9 @@ class GMVAE(nn.Module):
         self.p_x_z_log_mean = nn.Linear(n_decoded, n_genes)
         self.p_x_z_zi_logits = nn.Linear(n_decoded, n_genes) if likelihood == "zinb" else None
         self.p_x_z_log_theta = nn.Linear(n_decoded, n_genes) if dispersion == "gene-cell" else None
-        self.log_loading_ratio = nn.Parameter(torch.zeros(n_cell_types, n_genes)) if decoder == "linear" else None  # log a(y)
+        self.log_loading_ratio = (
+            nn.Parameter(torch.zeros(n_cell_types, n_genes)) if decoder == "linear" else None
+        )  # log a(y)
         self.log_theta = nn.Parameter(torch.zeros(n_genes))
         self.log_theta_ratio = nn.Parameter(torch.zeros(n_cell_types, n_genes)) if dispersion == "gene-type" else None
         self.p_l_z_mean = nn.Linear(n_latent, 1)
@@ -103,7 +109,9 @@ class GMVAE(nn.Module):
         n_per_type = np.bincount(cell_type_idx[cell_type_idx >= 0], minlength=self.n_cell_types)
         self.type_frequency.copy_(torch.from_numpy((n_per_type + 1) / (n_per_type + 1).sum()))
         mean_profile = self.type_frequency.cpu().double().numpy() @ marginals.profiles
-        self.log_profiles.copy_(torch.from_numpy(np.log(marginals.profiles if self.q_axes is not None else mean_profile)))
+        self.log_profiles.copy_(
+            torch.from_numpy(np.log(marginals.profiles if self.q_axes is not None else mean_profile))
+        )
         nn.init.zeros_(self.p_x_z_log_mean.bias)
         self.p_x_z_log_mean.weight.mul_(0.1)
         self.log_theta.copy_(torch.from_numpy(marginals.log_theta))
@@ -121,7 +129,12 @@ class GMVAE(nn.Module):
         self.p_x_z_log_mean.weight.copy_(torch.from_numpy(axes.loadings))
         self.q_axes.weight.copy_(torch.from_numpy(axes.projection))
         self.q_axes_offset.copy_(torch.from_numpy(axes.offset))
-        for last in (self.q_z_xy_mean.rest[-1], self.q_z_xy_log_var.rest[-1], self.p_z_y_mean[-1], self.p_z_y_log_var[-1]):
+        for last in (
+            self.q_z_xy_mean.rest[-1],
+            self.q_z_xy_log_var.rest[-1],
+            self.p_z_y_mean[-1],
+            self.p_z_y_log_var[-1],
+        ):
             last.weight.mul_(0.1), nn.init.zeros_(last.bias)
         self.q_z_xy_log_var.rest[-1].bias.copy_(torch.from_numpy(np.log(axes.variance)))
 
@@ -144,7 +157,9 @@ class GMVAE(nn.Module):
 
     def _fit_ratio(self, observed: np.ndarray, generator: torch.Generator) -> None:
         """What the mean counts of new cells lack of those of real cells, per type and gene, by empirical Bayes. observed: (n_cell_types, n_genes)."""
-        expected = np.stack([self._mean_profile(k, generator) for k in range(self.n_cell_types)]) * observed.sum(axis=1, keepdims=True)
+        expected = np.stack([self._mean_profile(k, generator) for k in range(self.n_cell_types)]) * observed.sum(
+            axis=1, keepdims=True
+        )
         self.prior["log_ratio"] = torch.from_numpy(np.log(shrunken_ratio(observed, expected + 1e-9))).float()
 
     def _missing_spread(self, held_out: CellDataset, seed: int) -> np.ndarray:
@@ -162,7 +177,9 @@ class GMVAE(nn.Module):
 
     def _seen_variance(self, dataset: CellDataset) -> np.ndarray:
         """Variance within the types of the means of q(z|x,y) of labelled cells: (n_latent,)."""
-        means, types = zip(*((self.q_z(self.encode_genes(b), b)[0].cpu(), b.cell_type_idx.cpu()) for b in self._labelled(dataset)))
+        means, types = zip(
+            *((self.q_z(self.encode_genes(b), b)[0].cpu(), b.cell_type_idx.cpu()) for b in self._labelled(dataset))
+        )
         return within_type_variance(torch.cat(means).double().numpy(), torch.cat(types).numpy())
 
     @staticmethod
@@ -186,17 +203,26 @@ class GMVAE(nn.Module):
         for _ in range(n_cells // GENERATED_AT_ONCE):
             y = torch.full((GENERATED_AT_ONCE,), cell_type_idx, device=generator.device)
             z, log_library = self.sample_z(y, 1.0, generator)
-            total = total + (log_library.exp()[:, None] * F.softmax(self.p_x(z, log_library.exp(), y).logits, dim=1)).sum(dim=0).double()
+            total = (
+                total
+                + (log_library.exp()[:, None] * F.softmax(self.p_x(z, log_library.exp(), y).logits, dim=1))
+                .sum(dim=0)
+                .double()
+            )
         return (total / total.sum()).cpu().numpy()
 
-    def sample_z(self, cell_type_idx: torch.Tensor, noise_factor: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def sample_z(
+        self, cell_type_idx: torch.Tensor, noise_factor: float, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """z (n_cells, n_latent) and log library size (n_cells,), relative to the median, of new cells: fitted, or p(z|y) p(l|z)."""
         mean, log_var = self.p_z(cell_type_idx)
         if self.prior is not None:
             *z, log_library = sample_prior(self.prior, cell_type_idx, generator).unbind(dim=1)
             middle = self.prior["mean"][:, :-1].to(mean.device)[cell_type_idx]
             return middle + noise_factor * (torch.stack(z, dim=1) - middle), log_library
-        z = mean + noise_factor * (0.5 * log_var).exp() * torch.randn(mean.shape, generator=generator, device=mean.device)
+        z = mean + noise_factor * (0.5 * log_var).exp() * torch.randn(
+            mean.shape, generator=generator, device=mean.device
+        )
         l_mean, l_log_var = self.p_l(z, cell_type_idx)
         return z, l_mean + (0.5 * l_log_var).exp() * torch.randn(l_mean.shape, generator=generator, device=mean.device)
 
@@ -298,18 +324,24 @@ class GMVAE(nn.Module):
             terms = self._labelled_terms(seen, batch, noise, kl_weight)
         loss = terms.pop("loss").mean() + self.shrinkage_penalty()
         elbo = -(terms["reconstruction_loss"] + terms["library_loss"] + terms["kl_z"])
-        return {"loss": loss, "elbo": elbo.mean().detach()} | {name: value.mean().detach() for name, value in terms.items()}
+        return {"loss": loss, "elbo": elbo.mean().detach()} | {
+            name: value.mean().detach() for name, value in terms.items()
+        }
 
-    def _labelled_terms(self, seen: torch.Tensor, batch: Batch, noise: torch.Tensor, kl_weight: float) -> dict[str, torch.Tensor]:
+    def _labelled_terms(
+        self, seen: torch.Tensor, batch: Batch, noise: torch.Tensor, kl_weight: float
+    ) -> dict[str, torch.Tensor]:
         terms = self.elbo_terms(seen, batch, noise)
         terms["kl_y"] = F.cross_entropy(self.q_y(seen, batch).float(), batch.cell_type_idx, reduction="none")
         bound = terms["reconstruction_loss"] + terms["library_loss"] + kl_weight * terms["kl_z"]
         return terms | {"loss": bound + terms["kl_y"]}
 
-    def _unlabelled_terms(self, seen: torch.Tensor, batch: Batch, noise: torch.Tensor, kl_weight: float) -> dict[str, torch.Tensor]:
+    def _unlabelled_terms(
+        self, seen: torch.Tensor, batch: Batch, noise: torch.Tensor, kl_weight: float
+    ) -> dict[str, torch.Tensor]:
         log_q_y = F.log_softmax(self.q_y(seen, batch).float(), dim=1)
         q_y = log_q_y.exp()
-        terms = {name: 0.0 for name in ("reconstruction_loss", "library_loss", "kl_z")}
+        terms = dict.fromkeys(("reconstruction_loss", "library_loss", "kl_z"), 0.0)
         for k in range(self.n_cell_types):
             for name, value in self.elbo_terms(seen, batch.of_type(k), noise).items():
                 terms[name] = terms[name] + q_y[:, k] * value
@@ -318,7 +350,9 @@ class GMVAE(nn.Module):
         return terms | {"loss": bound}
 
     @torch.no_grad()
-    def log_likelihood(self, dataset: CellDataset, n_samples: int = 50, batch_size: int = 128, seed: int = 0) -> np.ndarray:
+    def log_likelihood(
+        self, dataset: CellDataset, n_samples: int = 50, batch_size: int = 128, seed: int = 0
+    ) -> np.ndarray:
         """log of the integral of p(x|z,l) p(z|y) over z, of every cell of known type, in nats, l given.
 
         The importance-weighted bound of Burda et al. 2016, eq. 8:
@@ -332,9 +366,13 @@ class GMVAE(nn.Module):
             p_mean, p_log_var = self.p_z(batch.cell_type_idx)
             weights = []
             for _ in range(n_samples):
-                z = q_mean + (0.5 * q_log_var).exp() * torch.randn(q_mean.shape, generator=generator, device=q_mean.device)
+                z = q_mean + (0.5 * q_log_var).exp() * torch.randn(
+                    q_mean.shape, generator=generator, device=q_mean.device
+                )
                 log_ratio = gaussian_log_prob(z, p_mean, p_log_var) - gaussian_log_prob(z, q_mean, q_log_var)
-                weights.append(self.p_x(z, batch.library_size, batch.cell_type_idx).log_prob(batch) + log_ratio.sum(dim=1))
+                weights.append(
+                    self.p_x(z, batch.library_size, batch.cell_type_idx).log_prob(batch) + log_ratio.sum(dim=1)
+                )
             log_likelihood.append(torch.logsumexp(torch.stack(weights), dim=0) - math.log(n_samples))
         return torch.cat(log_likelihood).cpu().numpy()
 
@@ -380,7 +418,9 @@ class GMVAE(nn.Module):
             yield likelihood.sample(generator)
 
 
-def streams(n_cells: int, seed: int, blocks: range | None, device: torch.device) -> Iterator[tuple[slice, torch.Generator]]:
+def streams(
+    n_cells: int, seed: int, blocks: range | None, device: torch.device
+) -> Iterator[tuple[slice, torch.Generator]]:
     """Rows of each block of new cells, and a random stream of the block's own; blocks: numbers of those wanted, None for all."""
     for number in range(n_blocks(n_cells)) if blocks is None else blocks:
         stream = np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]

@@ -40,7 +40,9 @@ class SparseLinear(nn.Module):
 def sparse_linear(x: torch.Tensor, *layers: SparseLinear) -> torch.Tensor:
     """The outputs of several layers side by side, in one product: (n_rows, sum of n_out)."""
     with torch.autocast(x.device.type, enabled=False):  # sparse products have no half precision everywhere
-        return SparseProduct.apply(x, torch.cat([layer.weight for layer in layers], dim=1) if len(layers) > 1 else layers[0].weight)
+        return SparseProduct.apply(
+            x, torch.cat([layer.weight for layer in layers], dim=1) if len(layers) > 1 else layers[0].weight
+        )
 
 
 def mlp(sizes: tuple[int, ...], dropout: float = 0.0) -> nn.Sequential:
@@ -57,7 +59,9 @@ class Tower(nn.Module):
     def __init__(self, n_extra: int, hidden: tuple[int, ...], n_out: int, dropout: float):
         super().__init__()
         self.extra = nn.Linear(n_extra, hidden[0])
-        self.rest = nn.Sequential(nn.LayerNorm(hidden[0]), nn.ReLU(), nn.Dropout(dropout), mlp(hidden, dropout), nn.Linear(hidden[-1], n_out))
+        self.rest = nn.Sequential(
+            nn.LayerNorm(hidden[0]), nn.ReLU(), nn.Dropout(dropout), mlp(hidden, dropout), nn.Linear(hidden[-1], n_out)
+        )
 
     def forward(self, genes: torch.Tensor, extra: torch.Tensor) -> torch.Tensor:
         return self.rest(genes + self.extra(extra))

@@ -107,7 +107,9 @@ class _LogProb(torch.autograd.Function):
         of_mu_x = counts * (1 - s_x)
         of_lgamma = torch.ones_like(theta_x)  # theta (digamma(1 + theta) - digamma(theta)) = 1
         x, theta_several = counts[several].double(), theta_x[several].double()
-        of_lgamma[several] = (theta_several * (torch.digamma(x + theta_several) - torch.digamma(theta_several))).to(ratio.dtype)
+        of_lgamma[several] = (theta_several * (torch.digamma(x + theta_several) - torch.digamma(theta_several))).to(
+            ratio.dtype
+        )
         of_theta_x = of_lgamma - of_mu_x
         if zi_logits is not None:  # at these entries nothing was dropped: give back what the dense part takes
             of_mu_x = of_mu_x - dropped * theta_x * s_x
@@ -158,7 +160,9 @@ def _several(batch: Batch) -> torch.Tensor | slice:
     return (batch.counts > 1).nonzero()[:, 0] if batch.counts.device.type == "cpu" else slice(None)
 
 
-def gaussian_kl(q_mean: torch.Tensor, q_log_var: torch.Tensor, p_mean: torch.Tensor, p_log_var: torch.Tensor) -> torch.Tensor:
+def gaussian_kl(
+    q_mean: torch.Tensor, q_log_var: torch.Tensor, p_mean: torch.Tensor, p_log_var: torch.Tensor
+) -> torch.Tensor:
     """KL(q || p) of two Gaussians with diagonal covariance, summed over the last dimension, in nats."""
     variance_ratio = (q_log_var - p_log_var).exp()
     shift = (q_mean - p_mean).square() * (-p_log_var).exp()
@@ -201,7 +205,9 @@ class Likelihood:
         return sp.csr_matrix((counts.float().cpu().numpy(), genes.int().cpu().numpy(), indptr), shape=tuple(seen.shape))
 
 
-def sample_positive_nb(ratio: torch.Tensor, theta: torch.Tensor, quantile: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def sample_positive_nb(
+    ratio: torch.Tensor, theta: torch.Tensor, quantile: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
     """One count > 0 of each negative binomial, given that it is not 0.
 
     Where zeros are the minority, x is a Poisson draw whose rate is a gamma draw, repeated until it is not 0. Elsewhere the

@@ -10,7 +10,9 @@ from scipy.special import gammaln
 from lib.data.batches import CellDataset
 from lib.models.likelihoods import nb_log_prob
 
-PROFILE_VARIATION = np.array([0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000])  # squared, of a gene over types
+PROFILE_VARIATION = np.array(
+    [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000]
+)  # squared, of a gene over types
 
 
 class GeneMarginals(NamedTuple):
@@ -80,7 +82,9 @@ def counts_per_type(dataset: CellDataset, n_cell_types: int) -> np.ndarray:
 def _per_type(weight: np.ndarray, cell_type_idx: np.ndarray, n_cell_types: int) -> sp.csr_matrix:
     """Cell types x cells: the weight of each labelled cell in its type's row; times counts, sums per type."""
     cells = np.flatnonzero(cell_type_idx >= 0)
-    return sp.csr_matrix((weight[cells].astype(np.float64), (cell_type_idx[cells], cells)), shape=(n_cell_types, len(cell_type_idx)))
+    return sp.csr_matrix(
+        (weight[cells].astype(np.float64), (cell_type_idx[cells], cells)), shape=(n_cell_types, len(cell_type_idx))
+    )
 
 
 def _gamma_poisson(x: np.ndarray, mean: np.ndarray, shape: float) -> np.ndarray:

@@ -20,7 +20,13 @@ from lib.training import load_checkpoint
 
 CPU = torch.device("cpu")
 NAMES = ("beta_vae", "pca_cvae", "conv_cvae")
-ABOUT = {"stage": "_3_train_gmvae.py", "constants": {}, "gene_names": [f"GENE{i}" for i in range(60)], "cell_types": list("abc"), "split_id": "x"}
+ABOUT = {
+    "stage": "_3_train_gmvae.py",
+    "constants": {},
+    "gene_names": [f"GENE{i}" for i in range(60)],
+    "cell_types": list("abc"),
+    "split_id": "x",
+}
 FAST = {
     "beta_vae": {"epochs": 60, "batch_size": 64, "learning_rate": 2e-3},
     "pca_cvae": {"epochs": 40, "batch_size": 64},
@@ -43,7 +49,9 @@ def data():
 def fitted(name: str, data, folder, **settings):
     train, (test_counts, test_types) = data
     settings = generators.SETTINGS[name] | FAST[name] | settings
-    return generators.fit(name, train, CellDataset(test_counts, test_types, CPU), ABOUT, settings, SMALL[name], folder, seed=0)
+    return generators.fit(
+        name, train, CellDataset(test_counts, test_types, CPU), ABOUT, settings, SMALL[name], folder, seed=0
+    )
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -79,7 +87,12 @@ def test_cells_are_counts_with_library_sizes_of_their_type(trained, data):
     _, model, _ = trained
     train, types = data[0], np.repeat(np.arange(3), 300)
     cells = cells_of(model, types)
-    assert cells.format == "csr" and cells.shape == (900, 60) and (cells.data > 0).all() and (cells.data == np.rint(cells.data)).all()
+    assert (
+        cells.format == "csr"
+        and cells.shape == (900, 60)
+        and (cells.data > 0).all()
+        and (cells.data == np.rint(cells.data)).all()
+    )
     for k in range(3):
         made, real = np.asarray(cells[types == k].sum(axis=1)), train.library_size[train.cell_type_idx == k]
         assert np.median(made) == pytest.approx(np.median(real), rel=0.12)
@@ -108,7 +121,9 @@ def test_resumed_training_equals_uninterrupted(data, tmp_path):
     half.mkdir()
     fitted("beta_vae", data, half, epochs=2)
     settings = generators.SETTINGS["beta_vae"] | FAST["beta_vae"] | {"epochs": 4}
-    resumed, trainer = generators.fit("beta_vae", data[0], CellDataset(*data[1], CPU), ABOUT, settings, SMALL["beta_vae"], half, 0, resume=True)
+    resumed, trainer = generators.fit(
+        "beta_vae", data[0], CellDataset(*data[1], CPU), ABOUT, settings, SMALL["beta_vae"], half, 0, resume=True
+    )
     assert len(trainer.history) == 4
     for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
@@ -147,7 +162,12 @@ def test_the_beta_vae_has_bulk2singles_sizes_and_loss():
     model = BetaVAE(100, 3)
     widths = [layer.weight.shape[0] for layer in model.encoder if isinstance(layer, torch.nn.Linear)]
     assert (model.from_genes.weight.shape[1], *widths, model.n_latent) == (2048, 1024, 512, 2 * 256, 256)
-    assert [layer.weight.shape[0] for layer in model.decoder if isinstance(layer, torch.nn.Linear)] == [512, 1024, 2048, 100]
+    assert [layer.weight.shape[0] for layer in model.decoder if isinstance(layer, torch.nn.Linear)] == [
+        512,
+        1024,
+        2048,
+        100,
+    ]
     counts, types = simulated_cells(n_cells=20)
     small = BetaVAE(60, 3, n_latent=2, hidden=(8,))
     batch, noise = CellDataset(counts, types, CPU).in_memory_cells.batch(np.arange(20)), torch.randn(20, 2)
@@ -170,7 +190,10 @@ def test_top_markers_are_all_that_the_encoder_sees(data):
     assert seen[strongest].all()  # each type's strongest marker
     counts = train.counts[:30].toarray()
     counts[:, ~seen] = np.random.default_rng(0).permutation(counts[:, ~seen].T).T  # same library sizes
-    a, b = (CellDataset(c, np.zeros(30, int), CPU).in_memory_cells.batch(np.arange(30)).log_normalized(1e4) for c in (train.counts[:30], sp.csr_matrix(counts)))
+    a, b = (
+        CellDataset(c, np.zeros(30, int), CPU).in_memory_cells.batch(np.arange(30)).log_normalized(1e4)
+        for c in (train.counts[:30], sp.csr_matrix(counts))
+    )
     torch.testing.assert_close(model.q_z(a), model.q_z(b))
     assert not np.allclose(a.to_dense(), b.to_dense())
     assert beta_vae.marker_genes(train, 3, 60).tolist() == list(range(60))
@@ -184,7 +207,9 @@ def test_components_in_bands_are_those_of_all_cells_at_once(data, monkeypatch):
     model.initialise(train)
     batch = train.in_memory_cells.batch(np.arange(40))
     x = batch.log_normalized(1e4).to_dense()
-    torch.testing.assert_close(model.gene_mean + (model.pcs(batch) * model.pc_scale) @ model.components.T, x, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        model.gene_mean + (model.pcs(batch) * model.pc_scale) @ model.components.T, x, atol=2e-3, rtol=1e-3
+    )
     few = PCACVAE(60, 3, n_pcs=5)
     few.initialise(train)
     values = log_normalize(train.counts, 1e4).toarray()
@@ -235,15 +260,31 @@ def test_what_a_decoder_puts_below_zero_is_never_counted():
 @pytest.mark.parametrize("name, options", [("beta_vae", {"TOP_MARKERS": 20}), ("pca_cvae", {}), ("conv_cvae", {})])
 def test_stages_3_and_5_take_it_by_a_constant(pipeline, tmp_path, name, options):
     models, fig = tmp_path / "models", tmp_path / "fig"
-    pipeline.main(STAGES[3], GENERATOR=name, OTHER_EPOCHS=2, MODELS_DIR=str(models), FIG_DIR=str(fig), DEVICE="cpu", **options)
+    pipeline.main(
+        STAGES[3], GENERATOR=name, OTHER_EPOCHS=2, MODELS_DIR=str(models), FIG_DIR=str(fig), DEVICE="cpu", **options
+    )
     assert (fig / f"{name}_loss.png").stat().st_size > 0
     output = tmp_path / "cells.h5ad"
     few = {"MAX_CELLS_JUDGED": 60, "MAX_CELLS_DRAWN": 100, "DEVICE": "cpu"}
-    pipeline.main(STAGES[5], GENERATOR=name, CELL_COUNTS="test", OUTPUT=str(output), MODELS_DIR=str(models), FIG_DIR=str(fig), **few)
+    pipeline.main(
+        STAGES[5],
+        GENERATOR=name,
+        CELL_COUNTS="test",
+        OUTPUT=str(output),
+        MODELS_DIR=str(models),
+        FIG_DIR=str(fig),
+        **few,
+    )
     generated, test = ad.read_h5ad(output), ad.read_h5ad(pipeline.data / "test.h5ad")
-    assert generated.shape == test.shape and generated.uns["generator"] == name and (generated.X.data == np.rint(generated.X.data)).all()
+    assert (
+        generated.shape == test.shape
+        and generated.uns["generator"] == name
+        and (generated.X.data == np.rint(generated.X.data)).all()
+    )
 
 
 def test_a_generator_not_yet_trained_is_named(pipeline, tmp_path):
-    with pytest.raises(FileNotFoundError, match="beta_vae.pt is missing: run _3_train_gmvae.py --generator beta_vae first"):
+    with pytest.raises(
+        FileNotFoundError, match="beta_vae.pt is missing: run _3_train_gmvae.py --generator beta_vae first"
+    ):
         pipeline.main(STAGES[5], GENERATOR="beta_vae", MODELS_DIR=str(tmp_path))

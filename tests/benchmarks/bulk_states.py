@@ -26,13 +26,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from fidelity import PBMC3K, load, metrics  # noqa: E402
+from fidelity import PBMC3K, load, metrics
 
-from lib.baselines import registry as generators  # noqa: E402
-from lib.bulk import bulk_encoder  # noqa: E402
-from lib.bulk.pseudobulk import tpm  # noqa: E402
-from lib.data.counts import write_counts  # noqa: E402
-from lib.training import load_checkpoint  # noqa: E402
+from lib.baselines import registry as generators
+from lib.bulk import bulk_encoder
+from lib.bulk.pseudobulk import tpm
+from lib.data.counts import write_counts
+from lib.training import load_checkpoint
 
 STIMULATED = (
     "ISG15 ISG20 IFI6 IFI16 IFI27 IFI35 IFI44 IFI44L IFIT1 IFIT2 IFIT3 IFIT5 IFITM1 IFITM2 IFITM3 MX1 MX2 OAS1 OAS2 OAS3 OASL LY6E "
@@ -51,7 +51,9 @@ def answer(cells: ad.AnnData, chosen: np.ndarray, seed: int) -> sp.csr_matrix:
     strength = rng.lognormal(0, 0.4, cells.n_obs) * chosen
     counts = cells.X.tolil(copy=True)
     library = np.asarray(cells.X.sum(axis=1)).ravel()
-    counts[:, up] = cells.X[:, up].toarray() + rng.poisson((library * strength)[:, None] * gain[cells.obs["cell_type"].cat.codes])
+    counts[:, up] = cells.X[:, up].toarray() + rng.poisson(
+        (library * strength)[:, None] * gain[cells.obs["cell_type"].cat.codes]
+    )
     lost = rng.binomial(cells.X[:, down].toarray().astype(int), np.where(chosen, 0.5, 0.0)[:, None])
     counts[:, down] = cells.X[:, down].toarray() - lost
     return sp.csr_matrix(counts, dtype=np.float32)
@@ -75,7 +77,9 @@ def trained(train: ad.AnnData, seed: int, weight_decay: float | None) -> tuple[t
             ("_4_train_sctape", {"DECONVOLVER": "bulk_encoder"}),
         ):
             stage = importlib.reload(importlib.import_module(name))
-            for constant, value in ({"DATA_DIR": folder, "MODELS_DIR": folder, "FIG_DIR": folder, "SEED": seed} | more).items():
+            for constant, value in (
+                {"DATA_DIR": folder, "MODELS_DIR": folder, "FIG_DIR": folder, "SEED": seed} | more
+            ).items():
                 setattr(stage, constant, value)
             stage.main()
         model = generators.load(load_checkpoint(Path(folder) / "gmvae.pt", ""), torch.device("cpu"))
@@ -117,12 +121,16 @@ def main() -> None:
         genes = metrics.variable_genes(reference, metrics.N_CORRELATED_GENES)
         for bulk_name, all_answer in (("cells that answer", True), ("cells that do not", False)):
             real = with_counts(test, answer(test, np.full(test.n_obs, all_answer), seed + 2000))
-            bulk = pd.DataFrame(tpm(np.asarray(real.X.sum(axis=0)).reshape(1, -1)), index=["bulk"], columns=real.var_names)
+            bulk = pd.DataFrame(
+                tpm(np.asarray(real.X.sum(axis=0)).reshape(1, -1)), index=["bulk"], columns=real.var_names
+            )
             shift = bulk_encoder.shift(checkpoint, bulk)
             proportions = bulk_encoder.predict(checkpoint, bulk).to_numpy()
             with_genes = bulk_encoder.with_genes(shift, model, list(real.var_names), None, proportions, bulk, seed)
             made = {
-                "moved by the bulk": sp.vstack(list(model.sample(types, seed, shift=with_genes, groups=types)), format="csr"),
+                "moved by the bulk": sp.vstack(
+                    list(model.sample(types, seed, shift=with_genes, groups=types)), format="csr"
+                ),
                 "moved in z alone": sp.vstack(list(model.sample(types, seed, shift=shift, groups=types)), format="csr"),
                 "not moved": sp.vstack(list(model.sample(types, seed)), format="csr"),
             }
@@ -130,10 +138,15 @@ def main() -> None:
             rng = np.random.default_rng(seed)
             sets["real train cells, all"] = reference[metrics.select_like(reference, test.obs["cell_type"], rng)].copy()
             alike = with_counts(train, answer(train, np.full(train.n_obs, all_answer), seed + 3000))
-            sets["real train cells in the bulk's state"] = alike[metrics.select_like(alike, test.obs["cell_type"], rng)].copy()
+            sets["real train cells in the bulk's state"] = alike[
+                metrics.select_like(alike, test.obs["cell_type"], rng)
+            ].copy()
             error = np.abs(proportions[0] - np.bincount(types) / len(types)).mean()
             print(f"seed {seed}, bulk of {bulk_name}: MAE of the proportions {error:.4f}", flush=True)
-            rows += [pd.Series(distances(real, cells, genes, seed), name=(bulk_name, name, seed)) for name, cells in sets.items()]
+            rows += [
+                pd.Series(distances(real, cells, genes, seed), name=(bulk_name, name, seed))
+                for name, cells in sets.items()
+            ]
     table = pd.DataFrame(rows)
     table.index = pd.MultiIndex.from_tuples(table.index, names=["bulk of", "cells", "seed"])
     by_name = table.groupby(["bulk of", "cells"], sort=False)

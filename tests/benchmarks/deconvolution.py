@@ -56,7 +56,9 @@ class Case(NamedTuple):
     bulk: pd.DataFrame  # samples x genes
     truth: pd.DataFrame  # samples x types
     of_rna: bool
-    floor: pd.DataFrame | None  # samples x types: what the true shares of RNA say of the cells, by the train cells' library sizes
+    floor: (
+        pd.DataFrame | None
+    )  # samples x types: what the true shares of RNA say of the cells, by the train cells' library sizes
 
 
 def split_pbmc3k() -> tuple[ad.AnnData, ad.AnnData]:
@@ -65,12 +67,20 @@ def split_pbmc3k() -> tuple[ad.AnnData, ad.AnnData]:
     cell_type = pd.Categorical(adata.obs["cell_type"].astype(str))
     is_test = select_per_type(cell_type.codes.astype(np.int64), 0.25, np.random.default_rng(SPLIT_SEED))
     genes = counts[~is_test].getnnz(axis=0) >= 3
-    return tuple(as_cells(counts[rows][:, genes], cell_type[rows], adata.var_names[genes], "pbmc3k") for rows in (~is_test, is_test))
+    return tuple(
+        as_cells(counts[rows][:, genes], cell_type[rows], adata.var_names[genes], "pbmc3k")
+        for rows in (~is_test, is_test)
+    )
 
 
 def as_cells(counts: sp.csr_matrix, cell_type: pd.Categorical, gene_names: pd.Index, name: str) -> ad.AnnData:
     obs = pd.DataFrame({"cell_type": cell_type}, index=[f"cell_{i}" for i in range(counts.shape[0])])
-    return ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=gene_names), uns={"dataset": name, "split_id": digest([name, str(SPLIT_SEED)])})
+    return ad.AnnData(
+        counts,
+        obs=obs,
+        var=pd.DataFrame(index=gene_names),
+        uns={"dataset": name, "split_id": digest([name, str(SPLIT_SEED)])},
+    )
 
 
 def mixtures(seed: int, distorted: bool) -> Case:
@@ -80,7 +90,9 @@ def mixtures(seed: int, distorted: bool) -> Case:
     codes = test.obs["cell_type"].cat.codes.to_numpy()
     types = list(test.obs["cell_type"].cat.categories)
     composition = np.bincount(codes) / len(codes)
-    cells = pseudobulk.largest_remainder(pseudobulk.sample_proportions(N_MIXTURES, composition, SHARES, rng), CELLS_PER_MIXTURE)
+    cells = pseudobulk.largest_remainder(
+        pseudobulk.sample_proportions(N_MIXTURES, composition, SHARES, rng), CELLS_PER_MIXTURE
+    )
     mixing = pseudobulk.sample_cells(cells, codes, rng)
     values = pseudobulk.mix(mixing, test.X).astype(np.float64)
     library = np.asarray(test.X.sum(axis=1)).ravel()
@@ -100,9 +112,16 @@ def mixtures(seed: int, distorted: bool) -> Case:
 def lung(pooled: bool) -> Case:
     """Case (c)."""
     adata = ad.read_h5ad(DATA / "lung_cell_lines.h5ad")
-    train = as_cells(sp.csr_matrix(adata.X, dtype=np.float32), pd.Categorical(adata.obs["cell_type"].astype(str)), adata.var_names, "lung")
+    train = as_cells(
+        sp.csr_matrix(adata.X, dtype=np.float32),
+        pd.Categorical(adata.obs["cell_type"].astype(str)),
+        adata.var_names,
+        "lung",
+    )
     bulk = pd.read_csv(DATA / "lung_rnamix_bulk_counts.csv.gz", index_col=0).astype(np.float64)
-    truth = pd.read_csv(DATA / "lung_rnamix_proportions.csv", index_col=0).loc[bulk.index, list(train.obs["cell_type"].cat.categories)]
+    truth = pd.read_csv(DATA / "lung_rnamix_proportions.csv", index_col=0).loc[
+        bulk.index, list(train.obs["cell_type"].cat.categories)
+    ]
     if pooled:
         mix = bulk.index.str.split("_").str[0]
         bulk, truth = bulk.groupby(mix).sum(), truth.groupby(mix).mean()
@@ -131,7 +150,10 @@ def our_network(case: Case, seed: int) -> pd.DataFrame:
     with tempfile.TemporaryDirectory() as folder:
         for name in ("train", "test"):  # stage 2 makes test mixtures besides, of which nothing is used
             write_counts(train, Path(folder) / f"{name}.h5ad")
-        for name, constants in {"_2_make_pseudobulk": {"N_TRAIN_SAMPLES": N_TRAIN_SAMPLES, "N_TEST_DIRICHLET": 1}, "_4_train_sctape": {}}.items():
+        for name, constants in {
+            "_2_make_pseudobulk": {"N_TRAIN_SAMPLES": N_TRAIN_SAMPLES, "N_TEST_DIRICHLET": 1},
+            "_4_train_sctape": {},
+        }.items():
             stage = importlib.reload(importlib.import_module(name))
             folders = {k: folder for k in ("DATA_DIR", "MODELS_DIR", "FIG_DIR") if hasattr(stage, k)}
             for key, value in (folders | constants | {"SEED": seed}).items():
@@ -160,7 +182,9 @@ def released_sctape(case: Case, seed: int) -> pd.DataFrame:
     names = case.train.var_names[genes]
     cells = pd.DataFrame(case.train.X[:, genes].toarray(), case.train.obs["cell_type"].astype(str).to_numpy(), names)
     np.random.seed(seed)
-    _, predicted = Deconvolution(cells, case.bulk[names], sep="\t", datatype="counts", mode="overall", adaptive=False, seed=seed)
+    _, predicted = Deconvolution(
+        cells, case.bulk[names], sep="\t", datatype="counts", mode="overall", adaptive=False, seed=seed
+    )
     return predicted[case.truth.columns]
 
 
@@ -189,7 +213,12 @@ def scored(case: Case, estimate: pd.DataFrame) -> pd.DataFrame:
     true = case.truth.to_numpy()
     parts = {"all": slice(None)} | {name: [k] for k, name in enumerate(case.truth.columns)}
     figures = {"MAE": metrics.mae, "CCC": metrics.ccc, "r": metrics.pearson}
-    return pd.DataFrame({f: {name: figure(true[:, part], table[:, part]) for name, part in parts.items()} for f, figure in figures.items()})
+    return pd.DataFrame(
+        {
+            f: {name: figure(true[:, part], table[:, part]) for name, part in parts.items()}
+            for f, figure in figures.items()
+        }
+    )
 
 
 def main() -> None:
@@ -210,18 +239,32 @@ def main() -> None:
                 if estimate is None:
                     continue
                 if case.of_rna and name != "constant":
-                    estimate = pd.DataFrame(to_rna(estimate.to_numpy(), mean_library(case.train)), estimate.index, estimate.columns)
-                table = scored(case, estimate).assign(seconds=seconds, case=CASES[key][0], method=METHODS[name][0], seed=seed)
+                    estimate = pd.DataFrame(
+                        to_rna(estimate.to_numpy(), mean_library(case.train)), estimate.index, estimate.columns
+                    )
+                table = scored(case, estimate).assign(
+                    seconds=seconds, case=CASES[key][0], method=METHODS[name][0], seed=seed
+                )
                 rows.append(table.rename_axis("cells").reset_index())
-                print("{}, {}, seed {}: MAE {:.4f}, CCC {:.4f}, r {:.4f}, {:.1f} s".format(CASES[key][0], METHODS[name][0], seed, *table.loc["all", ["MAE", "CCC", "r", "seconds"]]), flush=True)
+                print(
+                    "{}, {}, seed {}: MAE {:.4f}, CCC {:.4f}, r {:.4f}, {:.1f} s".format(
+                        CASES[key][0], METHODS[name][0], seed, *table.loc["all", ["MAE", "CCC", "r", "seconds"]]
+                    ),
+                    flush=True,
+                )
                 if arguments.save:
                     pd.concat(rows).to_csv(arguments.save, index=False)
     everything = pd.concat(rows)
     figures = ["MAE", "CCC", "r", "seconds"]
     pooled = everything[everything["cells"] == "all"].groupby(["case", "method"], sort=False)[figures]
     mean, half = pooled.mean(), (pooled.max() - pooled.min()) / 2
-    print(f"\nall types together; mean of {len(arguments.seeds)} seeds +- half their range\n" + (mean.map("{:.4f}".format) + " +- " + half.map("{:.4f}".format)).to_string())
-    by_type = everything[everything["cells"] != "all"].groupby(["case", "cells", "method"], sort=False)[figures[:3]].mean()
+    print(
+        f"\nall types together; mean of {len(arguments.seeds)} seeds +- half their range\n"
+        + (mean.map("{:.4f}".format) + " +- " + half.map("{:.4f}".format)).to_string()
+    )
+    by_type = (
+        everything[everything["cells"] != "all"].groupby(["case", "cells", "method"], sort=False)[figures[:3]].mean()
+    )
     print("\nby type\n" + by_type.unstack("method").map("{:.3f}".format).to_string())
 
 

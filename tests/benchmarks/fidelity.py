@@ -64,10 +64,16 @@ def load(data: str) -> tuple[ad.AnnData, ad.AnnData]:
     counts = sp.csr_matrix(adata.X, dtype=np.float32)
     cell_type = pd.Categorical(adata.obs["cell_type"].astype(str))
     is_test = select_per_type(cell_type.codes.astype(np.int64), 0.25, np.random.default_rng(SPLIT_SEED))
-    whole = ad.AnnData(counts, obs=pd.DataFrame({"cell_type": cell_type}, index=adata.obs_names), var=pd.DataFrame(index=adata.var_names))
+    whole = ad.AnnData(
+        counts,
+        obs=pd.DataFrame({"cell_type": cell_type}, index=adata.obs_names),
+        var=pd.DataFrame(index=adata.var_names),
+    )
     whole.uns["dataset"] = str(data)
     train, test = part(whole, is_test)
-    print(f"{data}: {train.n_obs:,} train cells, {test.n_obs:,} test cells, {train.n_vars:,} genes, {len(cell_type.categories)} types")
+    print(
+        f"{data}: {train.n_obs:,} train cells, {test.n_obs:,} test cells, {train.n_vars:,} genes, {len(cell_type.categories)} types"
+    )
     return train, test
 
 
@@ -78,7 +84,10 @@ def part(cells: ad.AnnData, is_test: np.ndarray) -> tuple[ad.AnnData, ad.AnnData
     for rows in (~is_test, is_test):
         chosen = ad.AnnData(cells.X[rows][:, genes], obs=cells.obs[rows].copy(), var=cells.var[genes].copy())
         chosen.X.sort_indices()
-        chosen.uns |= {"dataset": cells.uns["dataset"], "split_id": digest([cells.uns["dataset"], str(is_test.tobytes())])}
+        chosen.uns |= {
+            "dataset": cells.uns["dataset"],
+            "split_id": digest([cells.uns["dataset"], str(is_test.tobytes())]),
+        }
         parts.append(chosen)
     return parts[0], parts[1]
 
@@ -90,7 +99,13 @@ def ours(train: ad.AnnData, types: np.ndarray, seed: int, **constants) -> sp.csr
     stage.as_in_the_paper = lambda: paper | {"EPOCHS": PAPER_EPOCHS}
     with tempfile.TemporaryDirectory() as folder:
         write_counts(train, Path(folder) / "train.h5ad")
-        for name, value in {"DATA_DIR": folder, "MODELS_DIR": folder, "FIG_DIR": folder, "SEED": seed, **constants}.items():
+        for name, value in {
+            "DATA_DIR": folder,
+            "MODELS_DIR": folder,
+            "FIG_DIR": folder,
+            "SEED": seed,
+            **constants,
+        }.items():
             setattr(stage, name, value)
         stage.main()
         checkpoint = torch.load(Path(folder) / "gmvae.pt", weights_only=True)
@@ -130,10 +145,14 @@ def scvi_posterior_predictive(train: ad.AnnData, types: np.ndarray, seed: int) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=str(PBMC3K), help="h5ad with raw counts in X and obs['cell_type'], or pbmc68k_reduced")
+    parser.add_argument(
+        "--data", default=str(PBMC3K), help="h5ad with raw counts in X and obs['cell_type'], or pbmc68k_reduced"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", help="some of: real ours scvi nb")
-    parser.add_argument("--ablation", action="store_true", help="variants of stage 3, judged on cells cut from the train cells")
+    parser.add_argument(
+        "--ablation", action="store_true", help="variants of stage 3, judged on cells cut from the train cells"
+    )
     arguments = parser.parse_args()
     all_train, test = load(arguments.data)
     train = all_train
@@ -146,7 +165,12 @@ def main() -> None:
     rows = []
     for seed in range(arguments.seeds):
         if arguments.ablation:
-            train, test = part(all_train, select_per_type(all_train.obs["cell_type"].cat.codes.to_numpy().astype(np.int64), 0.25, np.random.default_rng(seed)))
+            train, test = part(
+                all_train,
+                select_per_type(
+                    all_train.obs["cell_type"].cat.codes.to_numpy().astype(np.int64), 0.25, np.random.default_rng(seed)
+                ),
+            )
         types = test.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64)
         genes = metrics.variable_genes(train, metrics.N_CORRELATED_GENES)
         floor_rows = metrics.select_like(train, test.obs["cell_type"], np.random.default_rng(seed))
@@ -156,11 +180,21 @@ def main() -> None:
             if name == "real vs real":
                 cells = floor
             else:
-                cells = ad.AnnData(generators[name](train, types, seed), obs=test.obs[["cell_type"]].copy(), var=test.var[[]].copy())
+                cells = ad.AnnData(
+                    generators[name](train, types, seed), obs=test.obs[["cell_type"]].copy(), var=test.var[[]].copy()
+                )
             seconds = time.perf_counter() - started
-            found = metrics.fidelity(test, floor, genes, seed) if cells is floor else judged(test, floor, cells, genes, seed)
+            found = (
+                metrics.fidelity(test, floor, genes, seed)
+                if cells is floor
+                else judged(test, floor, cells, genes, seed)
+            )
             rows.append(found.rename((name, seed)))
-            print(f"{name}, seed {seed}: {seconds:.0f} s; " + ", ".join(f"{k} {v:.3f}" for k, v in found.iloc[:5].items()), flush=True)
+            print(
+                f"{name}, seed {seed}: {seconds:.0f} s; "
+                + ", ".join(f"{k} {v:.3f}" for k, v in found.iloc[:5].items()),
+                flush=True,
+            )
     table = pd.DataFrame(rows)
     table.index = pd.MultiIndex.from_tuples(table.index, names=["cells", "seed"])
     by_name = table.groupby("cells", sort=False)

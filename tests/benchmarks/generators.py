@@ -24,22 +24,31 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from fidelity import PBMC3K, load, metrics  # noqa: E402
+from fidelity import PBMC3K, load, metrics
 
-from lib.baselines import registry as generators  # noqa: E402
-from lib.data.counts import write_counts  # noqa: E402
-from lib.evaluation.comparison import judged  # noqa: E402
-from lib.training import load_checkpoint  # noqa: E402
+from lib.baselines import registry as generators
+from lib.data.counts import write_counts
+from lib.evaluation.comparison import judged
+from lib.training import load_checkpoint
 
 NAMES = tuple(generators.CLASSES)  # our GMVAE first
 
 
-def made_by(name: str, train: ad.AnnData, types: np.ndarray, seed: int, epochs: int | None) -> tuple[sp.csr_matrix, dict[str, float]]:
+def made_by(
+    name: str, train: ad.AnnData, types: np.ndarray, seed: int, epochs: int | None
+) -> tuple[sp.csr_matrix, dict[str, float]]:
     """New cells of the given types, and what they cost."""
     stage = importlib.reload(importlib.import_module("_3_train_gmvae"))
     with tempfile.TemporaryDirectory() as folder:
         write_counts(train, Path(folder) / "train.h5ad")
-        constants = {"DATA_DIR": folder, "MODELS_DIR": folder, "FIG_DIR": folder, "SEED": seed, "GENERATOR": name, "OTHER_EPOCHS": epochs}
+        constants = {
+            "DATA_DIR": folder,
+            "MODELS_DIR": folder,
+            "FIG_DIR": folder,
+            "SEED": seed,
+            "GENERATOR": name,
+            "OTHER_EPOCHS": epochs,
+        }
         for constant, value in constants.items():
             setattr(stage, constant, value)
         started = time.process_time()
@@ -52,12 +61,19 @@ def made_by(name: str, train: ad.AnnData, types: np.ndarray, seed: int, epochs: 
     counts = sp.vstack(list(model.sample(types, seed)), format="csr")
     rate = len(types) / (time.process_time() - started)
     n_parameters = sum(p.numel() for p in model.parameters())
-    return counts, {"train CPU seconds": seconds, "epochs": n_epochs, "cells per CPU second": rate, "parameters": n_parameters}
+    return counts, {
+        "train CPU seconds": seconds,
+        "epochs": n_epochs,
+        "cells per CPU second": rate,
+        "parameters": n_parameters,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=str(PBMC3K), help="h5ad with raw counts in X and obs['cell_type'], or pbmc68k_reduced")
+    parser.add_argument(
+        "--data", default=str(PBMC3K), help="h5ad with raw counts in X and obs['cell_type'], or pbmc68k_reduced"
+    )
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--epochs", type=int, help="at most, of the generators beside the GMVAE; default: as published")

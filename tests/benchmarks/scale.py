@@ -25,7 +25,13 @@ sys.path.insert(0, str(ROOT))
 from lib.data.counts import digest, write_blocks  # noqa: E402
 
 N_GENES, N_TYPES = 16_000, 12
-STAGES = ("_1_split_train_test.py", "_2_make_pseudobulk.py", "_3_train_gmvae.py", "_4_train_sctape.py", "_5_generate.py")
+STAGES = (
+    "_1_split_train_test.py",
+    "_2_make_pseudobulk.py",
+    "_3_train_gmvae.py",
+    "_4_train_sctape.py",
+    "_5_generate.py",
+)
 
 
 def simulate(n_cells: int, path: Path) -> None:
@@ -44,9 +50,15 @@ def simulate(n_cells: int, path: Path) -> None:
             mu *= (rng.lognormal(np.log(2000), 0.4, len(y)) / mu.sum(axis=1))[:, None]
             yield sp.csr_matrix(rng.poisson(mu * rng.standard_gamma(3.0, mu.shape) / 3).astype(np.float32))
 
-    obs = pd.DataFrame({"cell_type": pd.Categorical([f"type {k + 1}" for k in types])}, index=[f"cell_{i}" for i in range(n_cells)])
+    obs = pd.DataFrame(
+        {"cell_type": pd.Categorical([f"type {k + 1}" for k in types])}, index=[f"cell_{i}" for i in range(n_cells)]
+    )
     var = pd.DataFrame(index=[f"GENE{i}" for i in range(N_GENES)])
-    uns = {"dataset": f"simulated {n_cells}", "source": "tests/benchmarks/scale.py", "counts_id": digest([str(n_cells)])}
+    uns = {
+        "dataset": f"simulated {n_cells}",
+        "source": "tests/benchmarks/scale.py",
+        "counts_id": digest([str(n_cells)]),
+    }
     write_blocks(ad.AnnData(obs=obs, var=var, uns=uns), blocks(), path)
 
 
@@ -82,8 +94,19 @@ def main() -> None:
             options += ["--max-genes", "none", "--max-counts", "none"] if stage[1] == "1" else []
             seconds, memory, output = run([str(ROOT / stage), *options])
             per_cell = 1e3 * seconds / n_cells
-            rows.append({"cells": n_cells, "stage": stage[1], "seconds": seconds, "ms per cell": per_cell, "peak memory, GB": memory})
-            print(pd.DataFrame(rows[-1:]).to_string(index=False, header=len(rows) == 1, float_format="{:10.2f}".format), flush=True)
+            rows.append(
+                {
+                    "cells": n_cells,
+                    "stage": stage[1],
+                    "seconds": seconds,
+                    "ms per cell": per_cell,
+                    "peak memory, GB": memory,
+                }
+            )
+            print(
+                pd.DataFrame(rows[-1:]).to_string(index=False, header=len(rows) == 1, float_format="{:10.2f}".format),
+                flush=True,
+            )
             if stage[1] == "3":
                 epochs = pd.read_csv(place / "models" / "gmvae_history.csv")
                 print(f"   stage 3: {0.9 * 0.75 * n_cells / epochs['seconds'].iloc[-1]:,.0f} cells/s in its last epoch")

@@ -66,14 +66,22 @@ class Original(nn.Module):
             p_mean, p_log_var = self.p_z_mean(one_hot), self.p_z_log_var(one_hot)
             z = q_mean + (0.5 * q_log_var).exp() * torch.randn_like(q_mean)
             h = torch.relu(self.decoder(z))
-            zi_logits, mu, theta = self.heads[0](h), F.softplus(self.heads[1](h)) + 1e-6, F.softplus(self.heads[2](h)) + 1e-6
+            zi_logits, mu, theta = (
+                self.heads[0](h),
+                F.softplus(self.heads[1](h)) + 1e-6,
+                F.softplus(self.heads[2](h)) + 1e-6,
+            )
             log_nb = (
                 torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
                 + theta * (theta / (theta + mu)).log() + x * (mu / (theta + mu)).log()
             )  # fmt: skip
             pi = torch.sigmoid(zi_logits)
-            log_zinb = torch.where(x == 0, (pi + (1 - pi) * log_nb.exp() + 1e-10).log(), (1 - pi + 1e-10).log() + log_nb)
-            kl = 0.5 * (p_log_var - q_log_var + (q_log_var - p_log_var).exp() + (q_mean - p_mean) ** 2 / p_log_var.exp() - 1)
+            log_zinb = torch.where(
+                x == 0, (pi + (1 - pi) * log_nb.exp() + 1e-10).log(), (1 - pi + 1e-10).log() + log_nb
+            )
+            kl = 0.5 * (
+                p_log_var - q_log_var + (q_log_var - p_log_var).exp() + (q_mean - p_mean) ** 2 / p_log_var.exp() - 1
+            )
             loss = loss + (q_y[:, k] * (kl.sum(dim=1) - log_zinb.sum(dim=1))).mean()
         return loss
 
@@ -127,7 +135,10 @@ class OriginalSteps:
         self.model = Original(dataset.n_genes, n_cell_types)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=6e-6)
         batches: list[Batch] = list(dataset.shuffled(stage.BATCH_SIZE, torch.Generator().manual_seed(0)))[:n_steps]
-        self.batches = [(torch.zeros(b.n_cells, b.n_genes).index_put((b.cells, b.genes), b.counts), b.cell_type_idx) for b in batches]
+        self.batches = [
+            (torch.zeros(b.n_cells, b.n_genes).index_put((b.cells, b.genes), b.counts), b.cell_type_idx)
+            for b in batches
+        ]
 
     def __call__(self) -> int:
         for x, y in self.batches:
@@ -148,7 +159,9 @@ class Scvi:
         scvi.settings.progress_bar_style = "tqdm"
         self.adata = ad.AnnData(counts)
         scvi.model.SCVI.setup_anndata(self.adata)
-        self.model = scvi.model.SCVI(self.adata, n_hidden=stage.HIDDEN[0], n_layers=2, n_latent=stage.N_LATENT, gene_likelihood=likelihood)
+        self.model = scvi.model.SCVI(
+            self.adata, n_hidden=stage.HIDDEN[0], n_layers=2, n_latent=stage.N_LATENT, gene_likelihood=likelihood
+        )
 
     def train(self, epochs: int, **arguments) -> list[float]:
         """Seconds of each epoch, its validation left out."""
@@ -178,7 +191,9 @@ def load(path: Path | None, n_cell_types: int) -> tuple[sp.csr_matrix, np.ndarra
     """Counts, and K types: those of the data cut into K parts, since the number of types is all that matters for speed."""
     if path is not None and path.exists():
         adata = ad.read_h5ad(path)
-        print(f"{path.name}: {adata.n_obs:,} cells x {adata.n_vars:,} genes, {adata.X.nnz / np.prod(adata.shape):.1%} of the counts above zero")
+        print(
+            f"{path.name}: {adata.n_obs:,} cells x {adata.n_vars:,} genes, {adata.X.nnz / np.prod(adata.shape):.1%} of the counts above zero"
+        )
         counts = sp.csr_matrix(adata.X, dtype=np.float32)
     else:
         rng = np.random.default_rng(0)
@@ -214,8 +229,13 @@ def throughput(counts: sp.csr_matrix, types: np.ndarray, n_cell_types: int, roun
             speed = done if name.startswith("scVI") else done / (time.perf_counter() - started)
             if round_number:  # the first warms up
                 speeds[name].append(speed)
-    table = pd.DataFrame({name: np.percentile(values, [50, 0, 100]) for name, values in speeds.items()}, index=["median", "lowest", "highest"]).T
-    print(f"\ncells/s, batch {stage.BATCH_SIZE}, {torch.get_num_threads()} threads, K = {n_cell_types}, {rounds} rounds")
+    table = pd.DataFrame(
+        {name: np.percentile(values, [50, 0, 100]) for name, values in speeds.items()},
+        index=["median", "lowest", "highest"],
+    ).T
+    print(
+        f"\ncells/s, batch {stage.BATCH_SIZE}, {torch.get_num_threads()} threads, K = {n_cell_types}, {rounds} rounds"
+    )
     print(table.round(1).to_string())
     median = table["median"]
     for likelihood in ("nb", "zinb"):
@@ -227,7 +247,9 @@ def throughput(counts: sp.csr_matrix, types: np.ndarray, n_cell_types: int, roun
         print(f"ours, {likelihood}: " + ", ".join(parts))
 
 
-def time_to_likelihood(counts: sp.csr_matrix, types: np.ndarray, n_cell_types: int, likelihood: str, max_epochs: int) -> None:
+def time_to_likelihood(
+    counts: sp.csr_matrix, types: np.ndarray, n_cell_types: int, likelihood: str, max_epochs: int
+) -> None:
     """How long ours takes to the held-out bound that scVI ends at.
 
     Both are bounds on log p(x | l) of the same held-out cells: scVI's ELBO, and our ELBO + log p(y), which is below it, since
@@ -261,7 +283,9 @@ def time_to_likelihood(counts: sp.csr_matrix, types: np.ndarray, n_cell_types: i
             reached = spent
         if reached is not None and epoch > 30:
             break
-    print(f"\nheld-out bound on log p(x | l), nats per cell, {likelihood}: scVI {target:.1f} after {its_seconds:.1f} s ({best + 1} epochs, its best)")
+    print(
+        f"\nheld-out bound on log p(x | l), nats per cell, {likelihood}: scVI {target:.1f} after {its_seconds:.1f} s ({best + 1} epochs, its best)"
+    )
     if reached is None:
         print(f"ours: not reached; {best_bound:.1f} after {spent:.1f} s")
     else:
@@ -273,7 +297,11 @@ def peak_memory(arguments: list[str]) -> None:
     for name in ("ours, nb", "ours, zinb", "scVI, zinb", "original formulation, zinb"):
         done = subprocess.run([sys.executable, __file__, "--only", name, *arguments], capture_output=True, text=True)
         last = done.stdout.strip().splitlines()
-        print(f"{name:30s} {float(last[-1]) / 1e6:.2f}" if done.returncode == 0 else f"{name:30s} failed: {done.stderr.strip().splitlines()[-1]}")
+        print(
+            f"{name:30s} {float(last[-1]) / 1e6:.2f}"
+            if done.returncode == 0
+            else f"{name:30s} failed: {done.stderr.strip().splitlines()[-1]}"
+        )
 
 
 def train_one(name: str, counts: sp.csr_matrix, types: np.ndarray, n_cell_types: int) -> None:
@@ -290,12 +318,16 @@ def train_one(name: str, counts: sp.csr_matrix, types: np.ndarray, n_cell_types:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=PBMC3K, help="h5ad with raw counts in X; simulated where it does not exist")
+    parser.add_argument(
+        "--data", type=Path, default=PBMC3K, help="h5ad with raw counts in X; simulated where it does not exist"
+    )
     parser.add_argument("--n-cell-types", type=int, default=17)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--max-epochs", type=int, default=200, help="of scVI, for the time to a likelihood")
-    parser.add_argument("--likelihood", action=argparse.BooleanOptionalAction, default=True, help="time to scVI's held-out likelihood")
+    parser.add_argument(
+        "--likelihood", action=argparse.BooleanOptionalAction, default=True, help="time to scVI's held-out likelihood"
+    )
     parser.add_argument("--only", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     stage.BATCH_SIZE = arguments.batch_size
@@ -310,7 +342,16 @@ def main() -> None:
             labels = obs["cell_type"].astype("category").cat.codes.to_numpy(dtype=np.int64)
         for likelihood in ("nb", "zinb"):
             time_to_likelihood(counts, labels, labels.max() + 1, likelihood, arguments.max_epochs)
-    peak_memory(["--data", str(arguments.data), "--batch-size", str(arguments.batch_size), "--n-cell-types", str(arguments.n_cell_types)])
+    peak_memory(
+        [
+            "--data",
+            str(arguments.data),
+            "--batch-size",
+            str(arguments.batch_size),
+            "--n-cell-types",
+            str(arguments.n_cell_types),
+        ]
+    )
 
 
 if __name__ == "__main__":

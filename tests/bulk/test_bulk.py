@@ -37,7 +37,9 @@ def test_one_sample_is_enough(tmp_path, table):
 def test_duplicate_genes_are_summed_and_said(tmp_path, table, capsys, genes_in_rows):
     twice = pd.concat([table.T, table.T.iloc[:1]])
     (twice if genes_in_rows else twice.T).to_csv(tmp_path / "bulk.csv")
-    assert to_tpm(read_bulk(tmp_path / "bulk.csv", GENES), "tpm", None).loc["s1", "ACTB"] == pytest.approx(20 / 110 * 1e6)
+    assert to_tpm(read_bulk(tmp_path / "bulk.csv", GENES), "tpm", None).loc["s1", "ACTB"] == pytest.approx(
+        20 / 110 * 1e6
+    )
     assert "1 genes that stand more than once were summed" in capsys.readouterr().out
 
 
@@ -104,7 +106,9 @@ def test_logs_are_undone_before_duplicates_are_summed(table):
 
 def test_ensembl_ids_with_versions_are_mapped(tmp_path, table):
     ids = ["ENSG00000075624.17", "ENSG00000111640", "ENSG00000198851.10", "ENSG00000177455.15"]
-    pd.DataFrame({"Gene name": GENES, "Gene stable ID": [i.split(".")[0] for i in ids]}).to_csv(tmp_path / "ids.tsv", sep="\t", index=False)
+    pd.DataFrame({"Gene name": GENES, "Gene stable ID": [i.split(".")[0] for i in ids]}).to_csv(
+        tmp_path / "ids.tsv", sep="\t", index=False
+    )
     gene_ids = read_gene_ids(tmp_path / "ids.tsv")
     assert gene_ids["ENSG00000198851"] == "CD3E"
     table.set_axis(ids, axis=1).T.to_csv(tmp_path / "bulk.csv")
@@ -118,7 +122,11 @@ def test_ensembl_ids_with_versions_are_mapped(tmp_path, table):
 
 def test_cells_with_ensembl_ids_need_no_table():
     known = {"ENSG00000075624"}
-    assert list(gene_names(pd.Index(["ENSG00000075624.17", "ENSMUSG00000064351.1", "ACTB"]), known, {})) == ["ENSG00000075624", "ENSMUSG00000064351", "ACTB"]
+    assert list(gene_names(pd.Index(["ENSG00000075624.17", "ENSMUSG00000064351.1", "ACTB"]), known, {})) == [
+        "ENSG00000075624",
+        "ENSMUSG00000064351",
+        "ACTB",
+    ]
 
 
 def test_a_column_of_descriptions_or_of_better_names(tmp_path, table, capsys):

@@ -28,7 +28,9 @@ def two_state_cells(n_cells: int, answers: np.ndarray, seed: int) -> ad.AnnData:
     mu = profiles[types] * np.exp(answers[:, None] * change)
     mu *= rng.lognormal(np.log(600), 0.3, n_cells)[:, None] / mu.sum(axis=1, keepdims=True)
     counts = sp.csr_matrix(rng.poisson(rng.gamma(10.0, mu / 10.0)).astype(np.float32))
-    obs = pd.DataFrame({"cell_type": pd.Categorical.from_codes(types, list("abc"))}, index=[f"cell_{i}" for i in range(n_cells)])
+    obs = pd.DataFrame(
+        {"cell_type": pd.Categorical.from_codes(types, list("abc"))}, index=[f"cell_{i}" for i in range(n_cells)]
+    )
     return ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=[f"GENE{i}" for i in range(N_GENES)]))
 
 
@@ -43,10 +45,23 @@ def fitted(tmp_path_factory):
     torch.manual_seed(0)
     encoder = BulkEncoder(N_GENES, N_TYPES, made.axes["axes"].shape[1], hidden=64, n_latent=32)
     encoder.initialise(made.fit[0], np.full(N_TYPES, 300))
-    about = {"arguments": encoder.arguments, "gene_names": list(cells.var_names[made.genes]), "cell_types": list("abc"), "axes": made.axes}
+    about = {
+        "arguments": encoder.arguments,
+        "gene_names": list(cells.var_names[made.genes]),
+        "cell_types": list("abc"),
+        "axes": made.axes,
+    }
     about |= {"mean_profile": torch.full((N_GENES,), 1 / N_GENES), "constants": {"MIN_GENE_COVERAGE": 0.7}}
     optimizer = torch.optim.Adam(encoder.parameters(), lr=2e-3)
-    trainer = Trainer("bulk_encoder", encoder, optimizer, torch.Generator().manual_seed(0), about, tmp_path_factory.mktemp("encoder"), 30)
+    trainer = Trainer(
+        "bulk_encoder",
+        encoder,
+        optimizer,
+        torch.Generator().manual_seed(0),
+        about,
+        tmp_path_factory.mktemp("encoder"),
+        30,
+    )
     bulk_encoder_fit.fit(trainer, made, epochs=60, batch_size=100, max_gradient_norm=1.0)
     return model, about | {"weights": trainer.best_weights}, encoder, made
 
@@ -67,7 +82,10 @@ def test_a_bulk_moves_the_cells_towards_those_it_was_made_of(fitted):
     types = np.arange(600) % N_TYPES
     still = type_means(sp.vstack(list(model.sample(types, 3))))
     shift = bulk_encoder.shift(checkpoint, bulk_of(*kinds))
-    moved = [type_means(sp.vstack(list(model.sample(types, 3, shift=shift, groups=types + N_TYPES * sample)))) for sample in (0, 1)]
+    moved = [
+        type_means(sp.vstack(list(model.sample(types, 3, shift=shift, groups=types + N_TYPES * sample))))
+        for sample in (0, 1)
+    ]
     truth = [type_means(cells) for cells in kinds]
 
     def error(a, b):
@@ -77,7 +95,9 @@ def test_a_bulk_moves_the_cells_towards_those_it_was_made_of(fitted):
         assert (error(moved[own], truth[own]) < error(still, truth[own])).all()
         assert error(moved[own], truth[own]).mean() < 0.75 * error(still, truth[own]).mean()
         assert (error(moved[own], truth[1 - own]) > error(still, truth[1 - own])).all()
-    assert np.abs(moved[1] - truth[1])[:, 12:].mean() < 1.3 * np.abs(still - truth[1])[:, 12:].mean() + 0.02  # and nothing else moves
+    assert (
+        np.abs(moved[1] - truth[1])[:, 12:].mean() < 1.3 * np.abs(still - truth[1])[:, 12:].mean() + 0.02
+    )  # and nothing else moves
 
 
 def test_it_reads_states_and_proportions_of_cells_it_has_not_seen(fitted):
@@ -128,7 +148,9 @@ def test_mixtures_know_where_their_cells_lie():
 
 def test_a_shift_moves_and_scales_z_on_the_axes_alone(fitted, monkeypatch):
     model, checkpoint, _, made = fitted
-    vectors = torch.linalg.qr(torch.randn(5, 2, generator=torch.Generator().manual_seed(0)))[0]  # two axes in a z of five dimensions
+    vectors = torch.linalg.qr(torch.randn(5, 2, generator=torch.Generator().manual_seed(0)))[
+        0
+    ]  # two axes in a z of five dimensions
     axes = {"middle": torch.randn(N_TYPES, 5), "axes": vectors, "spread": torch.tensor([2.0, 0.7])}
     means, log_scales = torch.randn(2, N_TYPES, 2).numpy(), torch.randn(2, N_TYPES, 2).numpy() * 0.5
     monkeypatch.setattr(bulk_encoder, "read", lambda *_: (None, means, log_scales))
@@ -143,7 +165,8 @@ def test_a_shift_moves_and_scales_z_on_the_axes_alone(fitted, monkeypatch):
     monkeypatch.setattr(bulk_encoder, "read", lambda *_: (None, means, log_scales))
     types = np.arange(300) % N_TYPES
     still, unmoved = (
-        sp.vstack(list(model.sample(types, 1, **m))) for m in ({}, {"shift": bulk_encoder.shift(checkpoint, pd.DataFrame(index=["x", "y"])), "groups": types})
+        sp.vstack(list(model.sample(types, 1, **m)))
+        for m in ({}, {"shift": bulk_encoder.shift(checkpoint, pd.DataFrame(index=["x", "y"])), "groups": types})
     )
     assert (still != unmoved).nnz < 0.001 * still.nnz  # the identity, up to rounding
 
@@ -165,7 +188,9 @@ def test_types_of_few_cells_and_absent_types_teach_nothing(fitted):
 
 def test_a_bulk_without_the_genes_is_refused(fitted):
     _, checkpoint, _, _ = fitted
-    with pytest.raises(ValueError, match="has 50% of the 60 genes that the bulk encoder was trained on, expected at least 70%"):
+    with pytest.raises(
+        ValueError, match="has 50% of the 60 genes that the bulk encoder was trained on, expected at least 70%"
+    ):
         bulk_encoder.read(checkpoint, bulk_of(two_state_cells(9, np.zeros(9), 0)).iloc[:, :30])
 
 
@@ -203,7 +228,11 @@ def test_genes_move_by_what_stands_out_of_the_bulk(fitted):
     quiet = bulk_encoder.with_genes(identity, model, genes, None, np.full((1, 3), 1 / 3), platform, seed=0).log_ratio
     assert (quiet == 0).float().mean() > 0.85
     lengths = dict(zip(genes, np.random.default_rng(1).uniform(500, 9000, N_GENES)))
-    by_length = bulk_encoder.with_genes(identity, model, genes, lengths, np.full((1, 3), 1 / 3), raised / np.array(list(lengths.values())), seed=0).log_ratio
+    by_length = bulk_encoder.with_genes(
+        identity, model, genes, lengths, np.full((1, 3), 1 / 3), raised / np.array(list(lengths.values())), seed=0
+    ).log_ratio
     assert by_length[0, 20] > 1 and (by_length != 0).float().mean() < 0.15
-    missing = bulk_encoder.with_genes(identity, model, genes, None, np.full((1, 3), 1 / 3), raised.drop(columns="GENE20"), seed=0).log_ratio
+    missing = bulk_encoder.with_genes(
+        identity, model, genes, None, np.full((1, 3), 1 / 3), raised.drop(columns="GENE20"), seed=0
+    ).log_ratio
     assert missing[0, 20] == 0 and (missing != 0).float().mean() < 0.15

@@ -33,7 +33,9 @@ def world():
     means = rng.lognormal(0, 1, N_GENES) * np.where(rng.random((N_TYPES, N_GENES)) < 0.15, 8, 1)
     types = np.repeat(np.arange(N_TYPES), 60)
     counts = rng.poisson(means[types] * rng.gamma(5, 1 / 5, (len(types), N_GENES)))
-    reference = reference_profiles(sp.csr_matrix(counts.astype(np.float32)), types, [f"G{i}" for i in range(N_GENES)], list("abcd"))
+    reference = reference_profiles(
+        sp.csr_matrix(counts.astype(np.float32)), types, [f"G{i}" for i in range(N_GENES)], list("abcd")
+    )
     return reference, means, rng.dirichlet(np.ones(N_TYPES), 30)
 
 
@@ -54,7 +56,9 @@ def test_least_squares_are_scipys_for_one_and_for_many_grams():
     same = non_negative_least_squares(grams[:1], targets)
 
     def minimum(target):
-        return scipy.optimize.minimize(lambda x: x @ grams[0] @ x / 2 - target @ x, np.ones(5), bounds=[(0, None)] * 5, tol=1e-12).x
+        return scipy.optimize.minimize(
+            lambda x: x @ grams[0] @ x / 2 - target @ x, np.ones(5), bounds=[(0, None)] * 5, tol=1e-12
+        ).x
 
     one_by_one = [minimum(target) for target in targets]
     np.testing.assert_allclose(same, one_by_one, atol=1e-4)
@@ -70,7 +74,9 @@ def test_decoder_step_is_the_minimum_of_its_objective():
     for g in range(8):
 
         def objective(log_f, g=g):
-            return ((y[:, g] - np.exp(log_f) * fitted[:, g]) ** 2).sum() / (2 * noise[0, g]) + log_f**2 / (2 * PLATFORM_SD**2)
+            return ((y[:, g] - np.exp(log_f) * fitted[:, g]) ** 2).sum() / (2 * noise[0, g]) + log_f**2 / (
+                2 * PLATFORM_SD**2
+            )
 
         best = scipy.optimize.minimize_scalar(objective, bounds=(-4, 4), method="bounded", options={"xatol": 1e-9})
         np.testing.assert_allclose(np.log(factors[0, g]), best.x, atol=1e-4)
@@ -87,7 +93,10 @@ def test_true_profiles_give_true_proportions(world):
 def test_another_platform_costs_little_with_adaptation_and_much_without(world):
     _, _, true = world
     bulk = bulk_of(world, platform_sd=1.0)
-    errors = {mode: mae(true, deconvolve(world[0], bulk, mode, n_members=0).proportions) for mode in ("overall", "high-resolution", "none")}
+    errors = {
+        mode: mae(true, deconvolve(world[0], bulk, mode, n_members=0).proportions)
+        for mode in ("overall", "high-resolution", "none")
+    }
     assert errors["overall"] < 0.03
     assert errors["overall"] < 0.6 * errors["none"]
     assert errors["high-resolution"] < 1.2 * errors["none"]
@@ -109,9 +118,13 @@ def test_one_sample_works_and_units_and_order_of_genes_do_not_matter(world, mode
     np.testing.assert_allclose(one.proportions.sum(axis=1), 1)
     assert mae(world[2][[4]], one.proportions) < 0.12
     shuffled = bulk.iloc[[4]].sample(frac=1, axis=1, random_state=0).assign(other=1e6) * 37
-    np.testing.assert_allclose(deconvolve(world[0], shuffled, mode, n_members=0).proportions, one.proportions, atol=1e-6)
+    np.testing.assert_allclose(
+        deconvolve(world[0], shuffled, mode, n_members=0).proportions, one.proportions, atol=1e-6
+    )
     if mode != "overall":  # samples do not see each other
-        np.testing.assert_allclose(deconvolve(world[0], bulk, mode, n_members=0).proportions.iloc[[4]], one.proportions, atol=2e-3)
+        np.testing.assert_allclose(
+            deconvolve(world[0], bulk, mode, n_members=0).proportions.iloc[[4]], one.proportions, atol=2e-3
+        )
 
 
 def test_duplicate_samples_get_the_same_and_runs_repeat(world):
@@ -137,7 +150,9 @@ def test_missing_genes_are_tolerated_told_and_refused(world, capsys):
     estimate = deconvolve(world[0], bulk.iloc[:, : int(0.7 * N_GENES)], n_members=0)
     assert "the bulk has 7" in capsys.readouterr().out
     assert mae(world[2], estimate.proportions) < 0.03
-    with pytest.raises(ValueError, match=r"the bulk has \d+% of the \d+ signature genes, expected at least 50%.*GENE_IDS"):
+    with pytest.raises(
+        ValueError, match=r"the bulk has \d+% of the \d+ signature genes, expected at least 50%.*GENE_IDS"
+    ):
         deconvolve(world[0], bulk.iloc[:, :100], n_members=0)
     with pytest.raises(ValueError, match="1 of 30 bulk samples have no expression in the"):
         deconvolve(world[0], bulk.mul([0] + [1] * 29, axis=0), n_members=0)
@@ -190,7 +205,9 @@ def test_high_resolution_expression_follows_the_sample(world):
 
 def test_scaled_has_the_sum_of_the_mean_cell(world):
     reference = world[0]
-    np.testing.assert_allclose(scaled(bulk_of(world).to_numpy(), reference).sum(axis=1), reference.mean.mean(axis=0).sum())
+    np.testing.assert_allclose(
+        scaled(bulk_of(world).to_numpy(), reference).sum(axis=1), reference.mean.mean(axis=0).sum()
+    )
 
 
 LUNG = ROOT.parent / "shared" / "data"

@@ -26,7 +26,9 @@ def test_largest_remainder_keeps_totals_exactly():
 
 def test_proportions_have_absent_and_rare_types_and_vary():
     composition = np.array([0.6, 0.3, 0.1])
-    drawn = sample_proportions(4000, composition, {"sparse": 0.25, "rare": 0.25, "near": 0.25}, np.random.default_rng(0))
+    drawn = sample_proportions(
+        4000, composition, {"sparse": 0.25, "rare": 0.25, "near": 0.25}, np.random.default_rng(0)
+    )
     np.testing.assert_allclose(drawn.sum(axis=1), 1)
     assert 0.08 < (drawn == 0).mean() < 0.17  # a quarter of the samples lacks half of its types, at most two of three
     assert ((drawn > 0) & (drawn < 0.03)).mean() > 0.05

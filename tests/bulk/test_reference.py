@@ -35,7 +35,9 @@ def test_signature_genes_differ_between_types_and_are_not_technical():
     reference = Reference(names, ["T", "B"], mean, np.full((2, 5), 1.0), np.array([100, 100]))
     # z of CD3E: 9 / sqrt(.01 + .01) = 64; of ACTB: 0
     assert [names[g] for g in signature_genes(reference)] == ["CD3E", "CD19"]
-    noisy = reference._replace(variance=np.full((2, 5), 400.0))  # CD3E: 9 / sqrt(8) = 3.2, too little, but the best there is
+    noisy = reference._replace(
+        variance=np.full((2, 5), 400.0)
+    )  # CD3E: 9 / sqrt(8) = 3.2, too little, but the best there is
     assert [names[g] for g in signature_genes(noisy)] == ["CD3E", "CD19"]
     assert [names[g] for g in signature_genes(reference, np.array([False, True, True, True, True]))] == ["CD19"]
 
@@ -47,7 +49,9 @@ def test_ribosomal_kinases_are_no_ribosomal_proteins():
 
 
 def test_it_survives_a_checkpoint(tmp_path):
-    reference = Reference(["A", "B"], ["x", "y"], np.array([[1.5, 0.0], [2.0, 3.25]]), np.ones((2, 2)), np.array([3, 4]))
+    reference = Reference(
+        ["A", "B"], ["x", "y"], np.array([[1.5, 0.0], [2.0, 3.25]]), np.ones((2, 2)), np.array([3, 4])
+    )
     torch.save({"reference": reference.to_checkpoint()}, tmp_path / "c.pt")
     back = Reference.from_checkpoint(torch.load(tmp_path / "c.pt", weights_only=True)["reference"])
     assert back.gene_names == reference.gene_names and back.cell_types == reference.cell_types
@@ -56,7 +60,9 @@ def test_it_survives_a_checkpoint(tmp_path):
 
 
 def test_per_length_divides_by_it_and_keeps_the_scale():
-    reference = Reference(["A", "B", "C"], ["x", "y"], np.array([[4.0, 2.0, 1.0], [2.0, 2.0, 1.0]]), np.ones((2, 3)), np.array([3, 4]))
+    reference = Reference(
+        ["A", "B", "C"], ["x", "y"], np.array([[4.0, 2.0, 1.0], [2.0, 2.0, 1.0]]), np.ones((2, 3)), np.array([3, 4])
+    )
     assert reference.per_length(None) is reference
     found = reference.per_length(pd.Series({"A": 2000.0, "B": 1000.0}))
     assert found.gene_names == ["A", "B"]

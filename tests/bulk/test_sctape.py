@@ -44,7 +44,13 @@ def learned(n_genes: int = 30, n_types: int = 3):
         "arguments": model.arguments, "weights": model.state_dict(), "gene_names": names, "cell_types": ["a", "b", "c"],
         "mean_profile": torch.from_numpy((proportions @ signature).mean(axis=0)), "constants": {"MIN_GENE_COVERAGE": 0.7},
     }  # fmt: skip
-    return checkpoint, model, signature, pd.DataFrame(proportions[1000:] @ signature * 1e6, columns=names), proportions[1000:]
+    return (
+        checkpoint,
+        model,
+        signature,
+        pd.DataFrame(proportions[1000:] @ signature * 1e6, columns=names),
+        proportions[1000:],
+    )
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,10 @@ def test_selected_cells_are_those_cells():
     counts, types = simulated_cells()
     dataset = CellDataset(counts, types, torch.device("cpu"))
     chosen = torch.tensor([False, True, True, False, True])
-    selected, expected = dataset.in_memory_cells.batch(np.arange(5)).select(chosen), dataset.in_memory_cells.batch(np.array([1, 2, 4]))
+    selected, expected = (
+        dataset.in_memory_cells.batch(np.arange(5)).select(chosen),
+        dataset.in_memory_cells.batch(np.array([1, 2, 4])),
+    )
     for name, value in vars(expected).items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(getattr(selected, name), value), name
@@ -93,7 +96,10 @@ def test_processes_share_every_batch(on_disk, where):
     shares = [list(on_disk[where].shuffled(12, torch.Generator().manual_seed(3), rank, 3)) for rank in range(3)]
     for batch, *parts in zip(whole, *shares, strict=True):
         assert sorted(torch.cat([p.cell_type_idx for p in parts]).tolist()) == sorted(batch.cell_type_idx.tolist())
-        assert all(p.n_global == batch.n_cells for p in parts) and max(p.n_cells for p in parts) - min(p.n_cells for p in parts) <= 1
+        assert (
+            all(p.n_global == batch.n_cells for p in parts)
+            and max(p.n_cells for p in parts) - min(p.n_cells for p in parts) <= 1
+        )
 
 
 def test_the_transpose_in_csr_form():

@@ -56,26 +56,39 @@ def test_duplicate_genes_are_summed_and_said(capsys):
 def test_the_fingerprint_changes_with_anything_that_matters():
     adata = simulated_dataset(n_cells=30)
     prints = {fingerprint(adata)}
-    other = adata.copy(); other.X[0, other.X[0].indices[0]] += 1  # noqa: E702
+    other = adata.copy()
+    other.X[0, other.X[0].indices[0]] += 1
     prints.add(fingerprint(other))
     prints.add(fingerprint(ad.AnnData(adata.X, obs=adata.obs.set_axis([f"x{i}" for i in range(30)]), var=adata.var)))
-    other = adata.copy(); other.obs["cell_type"] = other.obs["cell_type"].cat.rename_categories({"type 0": "other"})  # noqa: E702
+    other = adata.copy()
+    other.obs["cell_type"] = other.obs["cell_type"].cat.rename_categories({"type 0": "other"})
     prints.add(fingerprint(other))
-    prints.add(fingerprint(ad.AnnData(adata.X, obs=adata.obs, var=adata.var.set_axis([f"x{i}" for i in range(adata.n_vars)]))))
+    prints.add(
+        fingerprint(ad.AnnData(adata.X, obs=adata.obs, var=adata.var.set_axis([f"x{i}" for i in range(adata.n_vars)])))
+    )
     assert len(prints) == 5 and fingerprint(adata.copy()) in prints
 
 
 def test_both_sides_are_named():
-    with pytest.raises(ValueError, match=r"model.pt has 2 genes, data.h5ad has 2, and they differ \(only there: C; missing there: B\); run it"):
+    with pytest.raises(
+        ValueError,
+        match=r"model.pt has 2 genes, data.h5ad has 2, and they differ \(only there: C; missing there: B\); run it",
+    ):
         check_same_names(["A", "C"], "model.pt", ["A", "B"], "data.h5ad", "genes", "it")
     with pytest.raises(ValueError, match="another order"):
         check_same_names(["B", "A"], "model.pt", ["A", "B"], "data.h5ad", "genes", "it")
-    with pytest.raises(ValueError, match="model.pt does not belong to data.h5ad: it comes from split a, expected split b"):
+    with pytest.raises(
+        ValueError, match="model.pt does not belong to data.h5ad: it comes from split a, expected split b"
+    ):
         check_same_split("a", "model.pt", "b", "data.h5ad", "_3_train_gmvae.py")
 
 
 def test_log_normalize_by_hand():
-    np.testing.assert_allclose(log_normalize(sp.csr_matrix([[1.0, 3.0], [0.0, 0.0]]), 100).toarray(), [[np.log(26), np.log(76)], [0, 0]], rtol=1e-6)
+    np.testing.assert_allclose(
+        log_normalize(sp.csr_matrix([[1.0, 3.0], [0.0, 0.0]]), 100).toarray(),
+        [[np.log(26), np.log(76)], [0, 0]],
+        rtol=1e-6,
+    )
 
 
 def test_counts_written_in_blocks_are_read_back_in_blocks(tmp_path):

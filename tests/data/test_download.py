@@ -154,7 +154,9 @@ def test_a_file_that_is_there_is_used(site, tmp_path, capsys):
     assert site.ranges == [] and f"using the file in {tmp_path}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("content", "message"), [(PAGE, "is a web page"), (GZIP[:-20], "is not a whole gzip file"), (b"", "is empty")])
+@pytest.mark.parametrize(
+    ("content", "message"), [(PAGE, "is a web page"), (GZIP[:-20], "is not a whole gzip file"), (b"", "is empty")]
+)
 def test_a_file_that_is_there_is_checked(site, tmp_path, content, message):
     path = tmp_path / "counts.csv.gz"
     path.write_bytes(content)
@@ -165,7 +167,10 @@ def test_a_file_that_is_there_is_checked(site, tmp_path, content, message):
 
 def test_without_a_server_the_remedy_is_told(site, tmp_path):
     site.stop()
-    with pytest.raises(ConnectionError, match=rf"counts.bin could not be downloaded .*save it as {tmp_path / 'counts.bin'}, and run this again"):
+    with pytest.raises(
+        ConnectionError,
+        match=rf"counts.bin could not be downloaded .*save it as {tmp_path / 'counts.bin'}, and run this again",
+    ):
         fetch_body(site, tmp_path)
 
 
@@ -183,7 +188,11 @@ def test_a_half_file_longer_than_the_servers_is_dropped(site, tmp_path):
 # Stage 0, from the first byte
 
 N_CELLS, N_GENES = 10_360, 30
-COUNTS, LABELS, LENGTHS = "suppl/GSE130148_raw_counts.csv.gz", "suppl/GSE130148_barcodes_cell_types.txt.gz", "GeneLength.txt"
+COUNTS, LABELS, LENGTHS = (
+    "suppl/GSE130148_raw_counts.csv.gz",
+    "suppl/GSE130148_barcodes_cell_types.txt.gz",
+    "GeneLength.txt",
+)
 
 
 @pytest.fixture(scope="module")
@@ -195,20 +204,36 @@ def lung():
     genes = [f"GENE{i}" for i in range(N_GENES)]
     barcodes = [f"ASK{i % 4}_{i:012b}" for i in range(N_CELLS)]
     types = rng.choice(["Type 1", "B cell", "Macrophages", "1_Unicorns and artifacts"], N_CELLS)
-    obs = pd.DataFrame({"celltype": types, "ID": [f"donor {i % 4}" for i in range(N_CELLS)], "GEO_Sample": "GSM3732842"}, index=barcodes)
+    obs = pd.DataFrame(
+        {"celltype": types, "ID": [f"donor {i % 4}" for i in range(N_CELLS)], "GEO_Sample": "GSM3732842"},
+        index=barcodes,
+    )
     header = '"",' + ",".join(f'"{barcode}"' for barcode in barcodes)
     rows = [f'"{gene}",' + ",".join(map(str, counts[:, i])) for i, gene in enumerate(genes)]
-    labels = obs.sample(frac=1, random_state=0).rename_axis("cell.barcode").to_csv(sep="\t")  # not in the order of the counts
+    labels = (
+        obs.sample(frac=1, random_state=0).rename_axis("cell.barcode").to_csv(sep="\t")
+    )  # not in the order of the counts
     lengths = "Gene start (bp),Gene end (bp),Gene name,Transcript start (bp),Transcript end (bp)\n"
     for i, gene in enumerate(genes[:-1]):  # the last gene's length is not known
         lengths += f"100,90000,{gene},200,{1200 + i}\n100,90000,{gene},500,900\n"
-    files = {COUNTS: gzip.compress("\n".join([header, *rows, ""]).encode()), LABELS: gzip.compress(labels.encode()), LENGTHS: lengths.encode()}
+    files = {
+        COUNTS: gzip.compress("\n".join([header, *rows, ""]).encode()),
+        LABELS: gzip.compress(labels.encode()),
+        LENGTHS: lengths.encode(),
+    }
     return ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=genes)), files
 
 
 def run_stage(site, place, check=True):
     # "_" stands as %5F in GEO's own links
-    return place.run("_0_download_data.py", "--geo-url", site.url("suppl"), "--gene-length-url", site.url("GeneLength.txt"), check=check)
+    return place.run(
+        "_0_download_data.py",
+        "--geo-url",
+        site.url("suppl"),
+        "--gene-length-url",
+        site.url("GeneLength.txt"),
+        check=check,
+    )
 
 
 def test_stage_0_downloads_and_writes_the_lung_cells(site, tmp_path, lung):
@@ -216,7 +241,11 @@ def test_stage_0_downloads_and_writes_the_lung_cells(site, tmp_path, lung):
     place = Workplace(tmp_path / "place")
     printed = run_stage(site, place).stdout
     assert "10,360 cells x 30 genes" in printed and "python _1_split_train_test.py" in printed
-    assert files_in(place.data / "raw") == ["GSE130148_barcodes_cell_types.txt.gz", "GSE130148_raw_counts.csv.gz", "GeneLength.txt"]
+    assert files_in(place.data / "raw") == [
+        "GSE130148_barcodes_cell_types.txt.gz",
+        "GSE130148_raw_counts.csv.gz",
+        "GeneLength.txt",
+    ]
 
     adata = ad.read_h5ad(place.data / "counts.h5ad")
     assert sp.issparse(adata.X) and adata.X.format == "csr"

@@ -59,7 +59,11 @@ def test_mde_hands_the_components_to_pymde(monkeypatch):
         asked.update(shape=tuple(data.shape), n_neighbors=n_neighbors)
         return SimpleNamespace(embed=lambda: data[:, :embedding_dim])
 
-    monkeypatch.setitem(sys.modules, "pymde", SimpleNamespace(seed=lambda seed: asked.update(seed=seed), preserve_neighbors=preserve_neighbors))
+    monkeypatch.setitem(
+        sys.modules,
+        "pymde",
+        SimpleNamespace(seed=lambda seed: asked.update(seed=seed), preserve_neighbors=preserve_neighbors),
+    )
     pcs = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
     np.testing.assert_array_equal(mde(pcs, 15, 7), pcs[:, :2])
     assert asked == {"shape": (12, 5), "n_neighbors": 11, "seed": 7}
@@ -76,5 +80,7 @@ def test_mde_of_pymde_keeps_groups_together():
 
 def test_without_pymde_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pymde", None)
-    with pytest.raises(ImportError, match="MDE needs pymde and a torchvision that fits torch .* pip install pymde, or set MDE to False"):
+    with pytest.raises(
+        ImportError, match="MDE needs pymde and a torchvision that fits torch .* pip install pymde, or set MDE to False"
+    ):
         load_pymde()

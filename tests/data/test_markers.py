@@ -8,14 +8,22 @@ from helpers import STAGES, Workplace, split_only
 
 from lib.data.markers import Markers, cell_scores, read_markers
 
-PBMC = {"B": "CD79A MS4A1 CD79B", "T": "CD3D CD3E IL32 CD2", "Mono": "LYZ S100A9 CST3", "NK": "GNLY NKG7 KLRD1", "DC": "FCER1A CLEC10A"}
+PBMC = {
+    "B": "CD79A MS4A1 CD79B",
+    "T": "CD3D CD3E IL32 CD2",
+    "Mono": "LYZ S100A9 CST3",
+    "NK": "GNLY NKG7 KLRD1",
+    "DC": "FCER1A CLEC10A",
+}
 
 
 def test_scores_by_hand():
     """Two cells, three types; gene G marks two of three types (sensitivity 1/2), A and B one each, N is negative."""
     markers = {"x": Markers(["a", "g"], ["n"]), "y": Markers(["b", "G"], []), "z": Markers(["c"], [])}
     values = np.array([[1.0, 0.0, 2.0, 4.0], [0.0, 3.0, 0.0, 0.0]])
-    z = np.array([[1, -1, 1, 1], [-1, 1, -1, -1]]) / np.sqrt(2)  # two cells: +-1/sqrt(2) with the sample's standard deviation
+    z = np.array([[1, -1, 1, 1], [-1, 1, -1, -1]]) / np.sqrt(
+        2
+    )  # two cells: +-1/sqrt(2) with the sample's standard deviation
     found = cell_scores(values, ["A", "B", "G", "N"], markers)
     np.testing.assert_allclose(found[:, 0], (z[:, 0] + z[:, 2] / 2) / np.sqrt(2) - z[:, 3] * 1.0)
     np.testing.assert_allclose(found[:, 1], (z[:, 1] + z[:, 2] / 2) / np.sqrt(2))
@@ -25,10 +33,19 @@ def test_scores_by_hand():
 def test_both_forms_of_the_table(tmp_path):
     plain, sctype = tmp_path / "a.csv", tmp_path / "b.tsv"
     plain.write_text('cell_type,positive,negative\nB,CD79A;MS4A1,CD3D\nT,"CD3D,CD3E",\n')
-    sctype.write_text("tissueType\tcellName\tgeneSymbolmore1\tgeneSymbolmore2\tshortName\nImmune\tB\tCD79A,MS4A1\tCD3D\tB\nImmune\tT\tCD3D, CD3E\t\tT\n")
-    assert read_markers(plain) == read_markers(sctype) == {"B": Markers(["CD79A", "MS4A1"], ["CD3D"]), "T": Markers(["CD3D", "CD3E"], [])}
+    sctype.write_text(
+        "tissueType\tcellName\tgeneSymbolmore1\tgeneSymbolmore2\tshortName\nImmune\tB\tCD79A,MS4A1\tCD3D\tB\nImmune\tT\tCD3D, CD3E\t\tT\n"
+    )
+    assert (
+        read_markers(plain)
+        == read_markers(sctype)
+        == {"B": Markers(["CD79A", "MS4A1"], ["CD3D"]), "T": Markers(["CD3D", "CD3E"], [])}
+    )
     plain.write_text("type,genes\nB,CD79A\n")
-    with pytest.raises(ValueError, match="has the columns type, genes; expected cellName, geneSymbolmore1, geneSymbolmore2 or cell_type, positive"):
+    with pytest.raises(
+        ValueError,
+        match="has the columns type, genes; expected cellName, geneSymbolmore1, geneSymbolmore2 or cell_type, positive",
+    ):
         read_markers(plain)
     plain.write_text("cell_type,positive\nB,CD79A\nB,MS4A1\n")
     with pytest.raises(ValueError, match="'B' stands twice"):
@@ -44,7 +61,19 @@ def test_clusters_of_blood_get_their_names(pipeline, tmp_path):
     place.main(STAGES[1], LABELS="markers", MARKERS_FILE=str(tmp_path / "markers.csv"))
     cells = ad.concat([ad.read_h5ad(place.data / f"{part}.h5ad") for part in ("train", "test")])
     truth = ad.read_h5ad(place.data / "counts.h5ad").obs["cell_type"][cells.obs_names].astype(str)
-    expected = truth.map(lambda name: "B" if "CD19" in name else "Mono" if "CD14" in name else "DC" if "Dendritic" in name else "NK" if "CD56" in name else "T")
+    expected = truth.map(
+        lambda name: (
+            "B"
+            if "CD19" in name
+            else "Mono"
+            if "CD14" in name
+            else "DC"
+            if "Dendritic" in name
+            else "NK"
+            if "CD56" in name
+            else "T"
+        )
+    )
     known = ~truth.isin(["CD34+"])
     assert (cells.obs["cell_type"].astype(str)[known] == expected[known]).mean() > 0.7
     assert {"B", "T"} <= set(cells.obs["cell_type"]) and len(cells) > 500
@@ -55,6 +84,8 @@ def test_markers_that_the_data_lack_are_named(tmp_path):
 
     (tmp_path / "markers.csv").write_text("cell_type,positive\na,GENE1;GENE2\nb,CD3D\n")
     with pytest.raises(ValueError, match="the data have no positive marker of b"):
-        split_only(tmp_path / "place", simulated_dataset(), LABELS="markers", MARKERS_FILE=str(tmp_path / "markers.csv"))
+        split_only(
+            tmp_path / "place", simulated_dataset(), LABELS="markers", MARKERS_FILE=str(tmp_path / "markers.csv")
+        )
     with pytest.raises(ValueError, match="LABELS is markers and MARKERS_FILE is None"):
         split_only(tmp_path / "other", simulated_dataset(), LABELS="markers")

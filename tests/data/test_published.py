@@ -16,7 +16,12 @@ from helpers import Workplace
 
 from lib.data import published
 
-GENES = [("ENSG00000243485", "MIR1302-10"), ("ENSG00000075624", "ACTB"), ("ENSG00000111640", "GAPDH"), ("ENSG00000166710", "B2M")]
+GENES = [
+    ("ENSG00000243485", "MIR1302-10"),
+    ("ENSG00000075624", "ACTB"),
+    ("ENSG00000111640", "GAPDH"),
+    ("ENSG00000166710", "B2M"),
+]
 COUNTS = np.array([[0, 3, 1, 2], [1, 0, 0, 5], [0, 2, 2, 0]])  # cells x genes
 BARCODES = ["AAACATACAACCAC-1", "AAACATTGAGCTAC-1", "AAACATTGATCAGC-1"]
 
@@ -61,7 +66,11 @@ def test_pbmc1k(served, tmp_path):
     with h5py.File(packed, "w") as file:
         group = file.create_group("matrix")
         group["barcodes"] = np.array(BARCODES, dtype="S18")
-        group["data"], group["indices"], group["indptr"] = csc.data.astype(np.int32), csc.indices.astype(np.int64), csc.indptr.astype(np.int64)
+        group["data"], group["indices"], group["indptr"] = (
+            csc.data.astype(np.int32),
+            csc.indices.astype(np.int64),
+            csc.indptr.astype(np.int64),
+        )
         group["shape"] = np.array(csc.shape, dtype=np.int32)
         features = group.create_group("features")
         features["_all_tag_keys"] = np.array(["genome"], dtype="S6")
@@ -75,7 +84,11 @@ def test_pbmc1k(served, tmp_path):
     served["10x/3.0.0/pbmc_1k_v3/pbmc_1k_v3_filtered_feature_bc_matrix.h5"] = packed.getvalue()
     adata = stage_0(tmp_path, "pbmc1k")
     np.testing.assert_array_equal(adata.X.toarray(), COUNTS)
-    assert list(adata.var_names) == [b for _, b in GENES] and list(adata.obs_names) == BARCODES and "cell_type" not in adata.obs
+    assert (
+        list(adata.var_names) == [b for _, b in GENES]
+        and list(adata.obs_names) == BARCODES
+        and "cell_type" not in adata.obs
+    )
 
 
 def test_pbmc3k(served, tmp_path):
@@ -87,9 +100,13 @@ def test_pbmc3k(served, tmp_path):
 
 
 def test_pbmc68k(served, tmp_path):
-    served["10x/1.1.0/fresh_68k_pbmc_donor_a/fresh_68k_pbmc_donor_a_filtered_gene_bc_matrices.tar.gz"] = tar("filtered_matrices_mex/hg19")
+    served["10x/1.1.0/fresh_68k_pbmc_donor_a/fresh_68k_pbmc_donor_a_filtered_gene_bc_matrices.tar.gz"] = tar(
+        "filtered_matrices_mex/hg19"
+    )
     rows = zip(BARCODES[::-1], ["CD14+ Monocyte", "CD19+ B", "CD56+ NK"])
-    served["zheng/68k_pbmc_barcodes_annotation.tsv"] = ("TSNE.1\tTSNE.2\tbarcodes\tcelltype\n" + "".join(f"1.5\t-2\t{b}\t{t}\n" for b, t in rows)).encode()
+    served["zheng/68k_pbmc_barcodes_annotation.tsv"] = (
+        "TSNE.1\tTSNE.2\tbarcodes\tcelltype\n" + "".join(f"1.5\t-2\t{b}\t{t}\n" for b, t in rows)
+    ).encode()
     adata = stage_0(tmp_path, "pbmc68k")
     assert list(adata.obs["cell_type"]) == ["CD56+ NK", "CD19+ B", "CD14+ Monocyte"]
     np.testing.assert_array_equal(adata.X.toarray(), COUNTS)
@@ -97,14 +114,21 @@ def test_pbmc68k(served, tmp_path):
 
 def test_dentate_gyrus_and_its_bulk(served, tmp_path):
     genes = ["Actb", "Gapdh", "Prox1", "Rbfox3"]
-    obs = pd.DataFrame({"clusters": pd.Categorical(["Granule mature", "OPC", "nIPC"]), "age(days)": ["12", "12", "35"]}, index=BARCODES)
+    obs = pd.DataFrame(
+        {"clusters": pd.Categorical(["Granule mature", "OPC", "nIPC"]), "age(days)": ["12", "12", "35"]}, index=BARCODES
+    )
     spliced = sp.csr_matrix(COUNTS.astype(np.float32))
-    source = ad.AnnData(spliced * 0.5, obs=obs, var=pd.DataFrame(index=genes), layers={"spliced": spliced, "unspliced": spliced * 2})
+    source = ad.AnnData(
+        spliced * 0.5, obs=obs, var=pd.DataFrame(index=genes), layers={"spliced": spliced, "unspliced": spliced * 2}
+    )
     source.write_h5ad(tmp_path / "source.h5ad")
     served["scvelo/10X43_1.h5ad"] = (tmp_path / "source.h5ad").read_bytes()
     counts = "\tdg_d_1\tdg_d_2\nENSMUSG01\t5\t0\nENSMUSG02\t7\t1\nENSMUSG03\t1\t1\nENSMUSG99\t4\t4\n"
     header = "tracking_id\tclass_code\tnearest_ref_id\tgene_id\tgene_short_name\ttss_id\tlocus\tlength\tcoverage\tdg_d_FPKM\n"
-    tracking = header + "".join(f"ENSMUSG0{i}\t-\t-\tENSMUSG0{i}\t{g}\tTSS1\tchr1:1-2\t-\t-\t1.5\n" for i, g in ((1, "Actb"), (2, "Prox1"), (3, "Actb")))
+    tracking = header + "".join(
+        f"ENSMUSG0{i}\t-\t-\tENSMUSG0{i}\t{g}\tTSS1\tchr1:1-2\t-\t-\t1.5\n"
+        for i, g in ((1, "Actb"), (2, "Prox1"), (3, "Actb"))
+    )
     served["geo/GSE74985_mergedCount.txt.gz"] = gzip.compress(counts.encode())
     served["geo/GSE74985_genes.fpkm_tracking.gz"] = gzip.compress(tracking.encode())
     adata = stage_0(tmp_path, "dentate_gyrus")
@@ -130,7 +154,10 @@ def test_e_annd_5(served, tmp_path):
     served["ebi/E-ANND-5/download/zip?accessKey=&fileType=quantification-raw"] = archive()
     adata = stage_0(tmp_path, "E-ANND-5")
     np.testing.assert_array_equal(adata.X.toarray(), COUNTS)
-    assert adata.obs["cell_type"].isna().tolist() == [True, False, False] and list(adata.obs["cell_type"][1:]) == ["B", "T"]
+    assert adata.obs["cell_type"].isna().tolist() == [True, False, False] and list(adata.obs["cell_type"][1:]) == [
+        "B",
+        "T",
+    ]
     (tmp_path / "data" / "raw" / "E-ANND-5_experimental_design.tsv").write_text("Assay\tFactor Value[age]\nx\t1\n")
     with pytest.raises(ValueError, match=r"has no column of cell types; it has Factor Value\[age\]"):
         stage_0(tmp_path, "E-ANND-5")

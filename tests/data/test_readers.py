@@ -79,7 +79,11 @@ def cellranger_h5(folder):
     with h5py.File(folder / "filtered_feature_bc_matrix.h5", "w") as file:
         matrix = file.create_group("matrix")
         matrix["barcodes"] = np.array(BARCODES, dtype="S")
-        matrix["data"], matrix["indices"], matrix["indptr"] = columns.data, columns.indices.astype(np.int64), columns.indptr.astype(np.int64)
+        matrix["data"], matrix["indices"], matrix["indptr"] = (
+            columns.data,
+            columns.indices.astype(np.int64),
+            columns.indptr.astype(np.int64),
+        )
         matrix["shape"] = np.array(COUNTS.T.shape, dtype=np.int32)
         for name, values in {
             "id": [f"ENSG{i:011d}" for i in range(len(GENES))],
@@ -211,7 +215,10 @@ def test_the_table_that_stage_5_writes(tmp_path, n_cells):
     # The header of genes.csv makes its lines as many as 9 cells, which must not turn it into a gene
     write_mtx(tmp_path / "counts.mtx", COUNTS[:n_cells])
     write_lines(tmp_path / "genes.csv", ["gene", *GENES])
-    write_lines(tmp_path / "clusters.csv", ["barcode,cell_type,sample", *(f"generated_{i + 1},{t},s1" for i, t in enumerate(TYPES[:n_cells]))])
+    write_lines(
+        tmp_path / "clusters.csv",
+        ["barcode,cell_type,sample", *(f"generated_{i + 1},{t},s1" for i, t in enumerate(TYPES[:n_cells]))],
+    )
     adata = read_dataset(tmp_path)
     assert list(adata.var_names) == GENES
     np.testing.assert_array_equal(adata.X.toarray(), COUNTS[:n_cells])
@@ -322,7 +329,9 @@ def test_an_h5ad_without_counts_anywhere_names_every_place(tmp_path):
     adata = cells(log_normalized())
     adata.raw = cells(log_normalized())
     adata.layers["counts"] = -COUNTS
-    with pytest.raises(ValueError, match=r"layers\['counts'\] of .* negative .*raw.X of .* log-normalised.*; X of .* log-normalised"):
+    with pytest.raises(
+        ValueError, match=r"layers\['counts'\] of .* negative .*raw.X of .* log-normalised.*; X of .* log-normalised"
+    ):
         read_dataset(h5ad(tmp_path, adata))
 
 
@@ -340,7 +349,11 @@ def test_an_empty_h5ad_is_refused(tmp_path):
         ("counts.csv", ",c1,c2\nACTB,3,\nB2M,5,6\n", "1 values that are NaN"),
         ("counts.csv", ",c1,c2\n", "counts.csv is empty"),
         ("counts.csv", "", "counts.csv is empty"),
-        ("counts.csv", ",c1,c2\nfoo,3,4\nbar,5,6\n", r"cannot tell genes from cells: .*rows: foo, bar; columns: c1, c2\); set ORIENTATION"),
+        (
+            "counts.csv",
+            ",c1,c2\nfoo,3,4\nbar,5,6\n",
+            r"cannot tell genes from cells: .*rows: foo, bar; columns: c1, c2\); set ORIENTATION",
+        ),
         ("counts.xlsx", "", r"counts.xlsx has a format that is not known; expected .h5ad, 10x .h5, .*\.csv"),
     ],
 )
@@ -356,7 +369,9 @@ def test_a_told_orientation_is_obeyed(tmp_path, genes_in_rows):
     adata = read_count_table(tmp_path / "counts.csv", "genes_in_rows" if genes_in_rows else "cells_in_rows")
     rows, columns = (adata.var_names, adata.obs_names) if genes_in_rows else (adata.obs_names, adata.var_names)
     assert list(rows) == ["foo", "bar"] and list(columns) == ["a", "b", "c"]
-    np.testing.assert_array_equal(adata.X.toarray(), [[3, 5], [4, 6], [0, 1]] if genes_in_rows else [[3, 4, 0], [5, 6, 1]])
+    np.testing.assert_array_equal(
+        adata.X.toarray(), [[3, 5], [4, 6], [0, 1]] if genes_in_rows else [[3, 4, 0], [5, 6, 1]]
+    )
 
 
 def test_ensembl_ids_tell_the_orientation_too(tmp_path):
@@ -366,7 +381,9 @@ def test_ensembl_ids_tell_the_orientation_too(tmp_path):
 
 
 def test_a_transposed_h5ad_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"cells.h5ad looks transposed: its rows carry gene names \(ACTB, GAPDH, MALAT1\)"):
+    with pytest.raises(
+        ValueError, match=r"cells.h5ad looks transposed: its rows carry gene names \(ACTB, GAPDH, MALAT1\)"
+    ):
         read_dataset(h5ad(tmp_path, cells().T.copy()))
 
 
@@ -409,7 +426,16 @@ def labels_of(folder, lines, barcodes=BARCODES, key=None):
         ("x,y", "{b},{t}"),
         ('"barcode"\t"celltype"', '"{i}"\t"{b}"\t"{t}"'),
     ],
-    ids=["barcode first", "barcode last", "GSE130148", "write.csv", "row names", "cluster", "one column left", "row numbers and barcodes"],
+    ids=[
+        "barcode first",
+        "barcode last",
+        "GSE130148",
+        "write.csv",
+        "row names",
+        "cluster",
+        "one column left",
+        "row numbers and barcodes",
+    ],
 )
 def test_labels_go_to_their_barcodes(tmp_path, capsys, header, line):
     labels = labels_of(tmp_path, [header, *(line.format(i=i, b=BARCODES[i], t=TYPES[i]) for i in ORDER)])
@@ -427,12 +453,17 @@ def test_labels_without_barcodes_are_taken_in_order_and_that_is_said(tmp_path, c
     if numbered:
         lines = ["," + header, *(f"{i},{cell_type}" for i, cell_type in enumerate(TYPES))]
     assert labels_of(tmp_path, lines)["cell_type"].tolist() == TYPES
-    assert "labels.txt names no barcode of the counts: its 12 rows are taken in the order of the cells" in capsys.readouterr().out
+    assert (
+        "labels.txt names no barcode of the counts: its 12 rows are taken in the order of the cells"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("n_rows", [11, 13])
 def test_labels_of_other_cells_are_refused(tmp_path, n_rows):
-    with pytest.raises(ValueError, match=rf"labels.txt labels other cells: none of its {n_rows} rows names one of the 12 barcodes"):
+    with pytest.raises(
+        ValueError, match=rf"labels.txt labels other cells: none of its {n_rows} rows names one of the 12 barcodes"
+    ):
         labels_of(tmp_path, ["barcode,cell_type", *(f"other{i},T" for i in range(n_rows))])
 
 
@@ -442,18 +473,46 @@ def test_a_table_of_labels_without_rows_is_refused(tmp_path):
 
 
 def test_words_that_mean_no_label(tmp_path):
-    words = ["T", "1_Unicorns and artifacts", "NA", "", "nan", "Unknown", "unassigned", " B ", "None", "NK", "Unlabelled", "Nana cell"]
-    labels = labels_of(tmp_path, ["barcode,cell_type", *(f"{b},{word}" for b, word in zip(BARCODES, words))])["cell_type"]
-    assert labels.dropna().to_dict() == {BARCODES[0]: "T", BARCODES[7]: "B", BARCODES[9]: "NK", BARCODES[11]: "Nana cell"}
+    words = [
+        "T",
+        "1_Unicorns and artifacts",
+        "NA",
+        "",
+        "nan",
+        "Unknown",
+        "unassigned",
+        " B ",
+        "None",
+        "NK",
+        "Unlabelled",
+        "Nana cell",
+    ]
+    labels = labels_of(tmp_path, ["barcode,cell_type", *(f"{b},{word}" for b, word in zip(BARCODES, words))])[
+        "cell_type"
+    ]
+    assert labels.dropna().to_dict() == {
+        BARCODES[0]: "T",
+        BARCODES[7]: "B",
+        BARCODES[9]: "NK",
+        BARCODES[11]: "Nana cell",
+    }
 
 
-TWO_KEYS = ["barcode,cell_type,cell_type_fine,n", *(f"{b},{t},{t} fine,{i}" for i, (b, t) in enumerate(zip(BARCODES, TYPES)))]
+TWO_KEYS = [
+    "barcode,cell_type,cell_type_fine,n",
+    *(f"{b},{t},{t} fine,{i}" for i, (b, t) in enumerate(zip(BARCODES, TYPES))),
+]
 
 
 def test_the_key_chooses_among_several_columns(tmp_path):
-    with pytest.raises(ValueError, match="cannot tell which column holds the cell types; it has cell_type, cell_type_fine, n: set CELL_TYPE_KEY"):
+    with pytest.raises(
+        ValueError,
+        match="cannot tell which column holds the cell types; it has cell_type, cell_type_fine, n: set CELL_TYPE_KEY",
+    ):
         labels_of(tmp_path, TWO_KEYS)
-    with pytest.raises(ValueError, match="has no column 'louvain'; it has cell_type, cell_type_fine, n: set CELL_TYPE_KEY"):
+    with pytest.raises(
+        ValueError, match="has no column 'louvain'; it has cell_type, cell_type_fine, n: set CELL_TYPE_KEY"
+    ):
         labels_of(tmp_path, TWO_KEYS, key="louvain")
     assert labels_of(tmp_path, TWO_KEYS, key="cell_type")["cell_type"].tolist() == TYPES
 
@@ -517,10 +576,15 @@ def test_a_table_of_gene_and_length(tmp_path, separator):
     assert lengths.to_dict() == {"ACTB": 1500, "B2M": 80} and lengths.name == "gene_length_bp"
 
 
-@pytest.mark.parametrize("lines", [["gene,strand,length", "ACTB,+,1500"], ["gene,length", "ACTB,long"], ["gene", "ACTB"]])
+@pytest.mark.parametrize(
+    "lines", [["gene,strand,length", "ACTB,+,1500"], ["gene,length", "ACTB,long"], ["gene", "ACTB"]]
+)
 def test_a_table_of_something_else_is_no_gene_lengths(tmp_path, lines):
     write_lines(tmp_path / "lengths.csv", lines)
-    with pytest.raises(ValueError, match=f"lengths.csv is no table of gene lengths: it has the columns {lines[0].replace(',', ', ')}; expected"):
+    with pytest.raises(
+        ValueError,
+        match=f"lengths.csv is no table of gene lengths: it has the columns {lines[0].replace(',', ', ')}; expected",
+    ):
         read_gene_lengths(tmp_path / "lengths.csv")
 
 
@@ -530,7 +594,11 @@ def test_a_table_of_something_else_is_no_gene_lengths(tmp_path, lines):
 def test_the_counts_of_pbmc68k_reduced_follow_from_what_scanpy_stores(tmp_path):
     adata = datasets.load("pbmc68k_reduced", tmp_path, "", "").adata
     stored = sc.datasets.pbmc68k_reduced()
-    assert adata.shape == (700, 765) and list(adata.obs_names) == list(stored.obs_names) and list(adata.var_names) == list(stored.raw.var_names)
+    assert (
+        adata.shape == (700, 765)
+        and list(adata.obs_names) == list(stored.obs_names)
+        and list(adata.var_names) == list(stored.raw.var_names)
+    )
     counts = adata.X.toarray().astype(np.float64)
     assert (counts == np.rint(counts)).all() and counts.min() == 0 and counts.max() > 100
     again = np.log1p(counts / stored.obs["n_counts"].to_numpy(dtype=np.float64)[:, None] * 1e4)

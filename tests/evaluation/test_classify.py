@@ -8,7 +8,7 @@ from helpers import STAGES, simulated_dataset
 
 pytest.importorskip("xgboost")
 
-from lib.evaluation import classifier_transfer as classify  # noqa: E402
+from lib.evaluation import classifier_transfer as classify
 
 
 @pytest.fixture(scope="module")
@@ -34,23 +34,41 @@ def test_good_cells_score_as_real_ones_and_mislabelled_cells_do_not(cells):
     sizes = {"n_test": 40, "n_train": 80, "n_stop": 20}
     table = classify.protocol(train, test, good, 0, **sizes).set_index(["trained on", "tested on"])
     assert (table["F1 (macro)"] > 0.9).all()
-    swapped = classify.protocol(train, test, lambda types, seed: good(np.array([1, 0, 2])[types], seed), 0, **sizes).set_index(["trained on", "tested on"])
+    swapped = classify.protocol(
+        train, test, lambda types, seed: good(np.array([1, 0, 2])[types], seed), 0, **sizes
+    ).set_index(["trained on", "tested on"])
     assert swapped.loc[("real", "real"), "F1 (macro)"] > 0.9
-    assert swapped.loc[("real", "synthetic"), "F1 (macro)"] < 0.5 and swapped.loc[("synthetic", "real"), "F1 (macro)"] < 0.5
+    assert (
+        swapped.loc[("real", "synthetic"), "F1 (macro)"] < 0.5
+        and swapped.loc[("synthetic", "real"), "F1 (macro)"] < 0.5
+    )
 
 
 def test_a_wrong_type_of_the_right_class_counts_as_right(cells):
     train, test = cells
     good = copies_of(train)
-    table = classify.protocol(train, test, lambda types, seed: good(np.array([1, 0, 2])[types], seed), 0, ["x", "x", "y"], n_test=40, n_train=80, n_stop=20)
+    table = classify.protocol(
+        train,
+        test,
+        lambda types, seed: good(np.array([1, 0, 2])[types], seed),
+        0,
+        ["x", "x", "y"],
+        n_test=40,
+        n_train=80,
+        n_stop=20,
+    )
     assert (table.loc[table["labels"] == "classes", "F1 (macro)"] > 0.9).all()
 
 
 def test_scores_by_hand():
     """Type 0: 2 of 3 found, 2 of 2 right; type 1: 1 of 1 found, 1 of 2 right."""
     found = classify.scores(np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1]))
-    assert found["precision (macro)"] == pytest.approx((1 + 1 / 2) / 2) and found["recall (macro)"] == pytest.approx((2 / 3 + 1) / 2)
-    assert found["F1 (macro)"] == pytest.approx((0.8 + 2 / 3) / 2) and found["F1 (weighted)"] == pytest.approx(0.75 * 0.8 + 0.25 * 2 / 3)
+    assert found["precision (macro)"] == pytest.approx((1 + 1 / 2) / 2) and found["recall (macro)"] == pytest.approx(
+        (2 / 3 + 1) / 2
+    )
+    assert found["F1 (macro)"] == pytest.approx((0.8 + 2 / 3) / 2) and found["F1 (weighted)"] == pytest.approx(
+        0.75 * 0.8 + 0.25 * 2 / 3
+    )
 
 
 def test_the_table_of_classes(tmp_path):
@@ -66,9 +84,19 @@ def test_the_table_of_classes(tmp_path):
 
 def test_stage_5_prints_the_tables(pipeline, tmp_path, capsys):
     types = list(ad.read_h5ad(pipeline.data / "test.h5ad").obs["cell_type"].cat.categories)
-    pd.DataFrame({"cell type": types, "class": ["T" if "CD4" in t or "CD8" in t else "other" for t in types]}).to_csv(tmp_path / "classes.csv", index=False)
-    constants = {"MAX_CELLS_JUDGED": 60, "MAX_CELLS_DRAWN": 100, "OUTPUT": str(tmp_path / "cells.h5ad"), "FIG_DIR": str(tmp_path), "CELL_COUNTS": "test"}
-    pipeline.main(STAGES[5], XGBOOST=True, XGBOOST_CELLS=(20, 30, 10), CLASS_FILE=str(tmp_path / "classes.csv"), **constants)
+    pd.DataFrame({"cell type": types, "class": ["T" if "CD4" in t or "CD8" in t else "other" for t in types]}).to_csv(
+        tmp_path / "classes.csv", index=False
+    )
+    constants = {
+        "MAX_CELLS_JUDGED": 60,
+        "MAX_CELLS_DRAWN": 100,
+        "OUTPUT": str(tmp_path / "cells.h5ad"),
+        "FIG_DIR": str(tmp_path),
+        "CELL_COUNTS": "test",
+    }
+    pipeline.main(
+        STAGES[5], XGBOOST=True, XGBOOST_CELLS=(20, 30, 10), CLASS_FILE=str(tmp_path / "classes.csv"), **constants
+    )
     table = pd.read_csv(tmp_path / "xgboost.csv")
     assert len(table) == 6 and table["F1 (macro)"].between(0, 1).all() and "synthetic" in capsys.readouterr().out
     fine, coarse = (table[table["labels"] == labels].reset_index() for labels in ("cell types", "classes"))

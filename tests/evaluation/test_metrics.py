@@ -66,7 +66,9 @@ def altered(cells: ad.AnnData, edit) -> ad.AnnData:
 def test_real_cells_pass_every_judge(sets):
     real, other = sets
     found = metrics.fidelity(real, other, np.arange(60), seed=0)
-    assert found["forest AUC"] < 0.57 and found["linear AUC"] < 0.57 and found["iLISI"] > 1.8 and abs(found["MMD"]) < 0.005
+    assert (
+        found["forest AUC"] < 0.57 and found["linear AUC"] < 0.57 and found["iLISI"] > 1.8 and abs(found["MMD"]) < 0.005
+    )
     assert found["gene correlation r"] > 0.9 and found["library size KS"] < 0.1 and found["marker overlap"] > 0.8
     assert found["F1 train on these, test on real"] > 0.9
 
@@ -96,5 +98,9 @@ def test_each_judge_sees_its_own_fault(sets):
 def test_markers_of_swapped_types_are_not_recovered(sets):
     real, other = sets
     swapped = other.copy()
-    swapped.obs["cell_type"] = swapped.obs["cell_type"].cat.rename_categories({"type 0": "type 1", "type 1": "type 0"}).cat.reorder_categories(real.obs["cell_type"].cat.categories)
+    swapped.obs["cell_type"] = (
+        swapped.obs["cell_type"]
+        .cat.rename_categories({"type 0": "type 1", "type 1": "type 0"})
+        .cat.reorder_categories(real.obs["cell_type"].cat.categories)
+    )
     assert marker_recovery(real, other)[1] > 0.9 > 0.3 > marker_recovery(real, swapped)[1]

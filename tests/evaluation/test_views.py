@@ -46,14 +46,21 @@ def test_proportions_kept_from_before_are_used_again_and_all_stages_are_drawn(pi
     kept = pd.read_csv(pipeline.data / "predicted_proportions.csv", index_col=0)
     two = pd.concat([kept, kept.iloc[:, ::-1].set_axis(kept.columns, axis=1).rename(index=lambda _: "turned")])
     two.drop(columns=two.columns[(two == 0).all()]).to_csv(tmp_path / "kept.csv")
-    options = FEW | {"OUTPUT": str(tmp_path / "cells.h5ad"), "FIG_DIR": str(tmp_path), "PROPORTIONS_FILE": str(tmp_path / "kept.csv")}
+    options = FEW | {
+        "OUTPUT": str(tmp_path / "cells.h5ad"),
+        "FIG_DIR": str(tmp_path),
+        "PROPORTIONS_FILE": str(tmp_path / "kept.csv"),
+    }
     pipeline.main(STAGES[5], N_CELLS=80, FOUR_STAGES=True, **options)
     generated = ad.read_h5ad(tmp_path / "cells.h5ad")
     made = pd.crosstab(generated.obs["sample"], generated.obs["cell_type"], dropna=False).loc[two.index, kept.columns]
     np.testing.assert_array_equal(made, largest_remainder(two.div(two.sum(axis=1), axis=0).to_numpy(), 80))
     for name in ("four_stages", "composition", "type_correlation"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
-    for edit, message in ((lambda t: t * 2, "must hold proportions"), (lambda t: t.rename(columns={t.columns[0]: "Unicorn"}), "unknown: Unicorn")):
+    for edit, message in (
+        (lambda t: t * 2, "must hold proportions"),
+        (lambda t: t.rename(columns={t.columns[0]: "Unicorn"}), "unknown: Unicorn"),
+    ):
         edit(two).to_csv(tmp_path / "kept.csv")
         with pytest.raises(ValueError, match=message):
             pipeline.main(STAGES[5], **options)
@@ -76,7 +83,11 @@ def test_replicates_are_one_sample(pipeline, tmp_path):
     tpm = pd.read_csv(pipeline.data / "pseudobulk_test_tpm.csv", index_col=0).iloc[:3].rename_axis(None)
     tpm.to_csv(tmp_path / "bulk.csv")
     pd.DataFrame({"sample": ["own_1", "own_3"], "group": "together"}).to_csv(tmp_path / "groups.csv", index=False)
-    stage.BULK_FILE, stage.BULK_UNITS, stage.REPLICATES = str(tmp_path / "bulk.csv"), "tpm", str(tmp_path / "groups.csv")
+    stage.BULK_FILE, stage.BULK_UNITS, stage.REPLICATES = (
+        str(tmp_path / "bulk.csv"),
+        "tpm",
+        str(tmp_path / "groups.csv"),
+    )
     test = ad.read_h5ad(pipeline.data / "test.h5ad")
     bulk = stage.bulk_samples(test, {"gene_length_bp": None})
     stage.BULK_FILE = stage.REPLICATES = None
@@ -90,9 +101,17 @@ def test_several_generators_are_compared(pipeline, tmp_path):
     models.mkdir()
     for name in ("gmvae.pt", "sctape.pt"):
         (models / name).write_bytes((pipeline.models / name).read_bytes())
-    pipeline.main(STAGES[3], GENERATOR="conv_cvae", OTHER_EPOCHS=1, MODELS_DIR=str(models), FIG_DIR=str(tmp_path), DEVICE="cpu")
     pipeline.main(
-        STAGES[5], CELL_COUNTS="test", OUTPUT=str(tmp_path / "cells.h5ad"), MODELS_DIR=str(models), FIG_DIR=str(tmp_path), DEVICE="cpu", MAX_CELLS_DRAWN=120
+        STAGES[3], GENERATOR="conv_cvae", OTHER_EPOCHS=1, MODELS_DIR=str(models), FIG_DIR=str(tmp_path), DEVICE="cpu"
+    )
+    pipeline.main(
+        STAGES[5],
+        CELL_COUNTS="test",
+        OUTPUT=str(tmp_path / "cells.h5ad"),
+        MODELS_DIR=str(models),
+        FIG_DIR=str(tmp_path),
+        DEVICE="cpu",
+        MAX_CELLS_DRAWN=120,
     )
     table = pd.read_csv(tmp_path / "comparison.csv", index_col=0)
     assert list(table.columns) == ["gmvae", "conv_cvae", "real train cells"] and not table.isna().any(axis=None)

@@ -41,7 +41,9 @@ def test_as_many_axes_as_there_are_programmes_and_not_the_types():
     axes = found(counts, types)
     assert 3 <= axes.loadings.shape[1] <= 4
     seen = scores(axes, counts, types)
-    assert np.linalg.svd(np.linalg.qr(z - z.mean(axis=0))[0].T @ np.linalg.qr(seen - seen.mean(axis=0))[0])[1].min() > 0.9
+    assert (
+        np.linalg.svd(np.linalg.qr(z - z.mean(axis=0))[0].T @ np.linalg.qr(seen - seen.mean(axis=0))[0])[1].min() > 0.9
+    )
     assert np.abs(np.corrcoef(seen.T, types)[-1, :-1]).max() < 0.1
 
 
@@ -88,4 +90,6 @@ def test_shrinkage_is_that_of_a_known_prior():
     estimate = true + error * rng.normal(size=4000)
     shrunk = _shrunken(estimate[:, None], error[:, None])[:, 0]
     assert np.mean((shrunk[2000:] - true[2000:]) ** 2) < 0.75 * np.mean((estimate[2000:] - true[2000:]) ** 2)
-    np.testing.assert_allclose(shrunk[:2000][np.abs(true[:2000]) > 0.3], estimate[:2000][np.abs(true[:2000]) > 0.3], rtol=0.05)
+    np.testing.assert_allclose(
+        shrunk[:2000][np.abs(true[:2000]) > 0.3], estimate[:2000][np.abs(true[:2000]) > 0.3], rtol=0.05
+    )

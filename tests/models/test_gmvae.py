@@ -42,10 +42,15 @@ def test_it_beats_a_model_without_latent_variables_on_cells_it_has_not_seen(data
     assert model.log_likelihood(test, n_samples=50).mean() > nb_per_type_log_likelihood(train, test).mean() + 8
 
 
-@pytest.mark.parametrize("arguments", [{"dispersion": "gene"}, {"decoder": "mlp"}, {"likelihood": "zinb", "decoder": "mlp", "dispersion": "gene-cell"}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"dispersion": "gene"}, {"decoder": "mlp"}, {"likelihood": "zinb", "decoder": "mlp", "dispersion": "gene-cell"}],
+)
 def test_every_variant_learns(data, arguments):
     test = CellDataset(*data[1], CPU)
-    untrained, learned = (trained_gmvae(*data[0], epochs=n, **arguments).log_likelihood(test, 20).mean() for n in (0, 25))
+    untrained, learned = (
+        trained_gmvae(*data[0], epochs=n, **arguments).log_likelihood(test, 20).mean() for n in (0, 25)
+    )
     assert learned > untrained + 5
 
 
@@ -65,7 +70,12 @@ def test_the_likelihood_is_exact_where_z_does_nothing(data, model):
     blind.load_state_dict(model.state_dict())
     torch.nn.init.zeros_(blind.p_x_z_log_mean.weight)
     # p(z|y) = N(0, 1), q(z|x,y) = N(0.3, e^0.4): different, so the weights must cancel, and q covers p
-    heads = (blind.p_z_y_mean[-1], 0.0), (blind.p_z_y_log_var[-1], 0.0), (blind.q_z_xy_mean.rest[-1], 0.3), (blind.q_z_xy_log_var.rest[-1], 0.4)
+    heads = (
+        (blind.p_z_y_mean[-1], 0.0),
+        (blind.p_z_y_log_var[-1], 0.0),
+        (blind.q_z_xy_mean.rest[-1], 0.3),
+        (blind.q_z_xy_log_var.rest[-1], 0.4),
+    )
     for head, bias in heads:
         torch.nn.init.zeros_(head.weight), torch.nn.init.constant_(head.bias, bias)
     test, batch = CellDataset(*data[1], CPU), all_cells(*data[1])
@@ -86,7 +96,9 @@ def test_cells_without_labels_sum_over_all_types(data):
         of_type_k = all_cells(counts[:5], np.full(5, k))
         terms = model.elbo_terms(model.encode_genes(of_type_k), of_type_k, noise)
         expected = expected + q[:, k] * (terms["reconstruction_loss"] + terms["library_loss"] + terms["kl_z"]).detach()
-    assert model(unknown, noise)["loss"].item() == pytest.approx((expected.mean() + model.shrinkage_penalty()).item(), rel=1e-5)
+    assert model(unknown, noise)["loss"].item() == pytest.approx(
+        (expected.mean() + model.shrinkage_penalty()).item(), rel=1e-5
+    )
 
 
 def test_mixed_batches_equal_their_parts(data):
@@ -96,7 +108,9 @@ def test_mixed_batches_equal_their_parts(data):
     model.p_x_z.register_forward_hook(lambda _, z, __: decoded.append(len(z[0])))
     labels, noise = np.where(np.arange(8) < 4, types[:8], -1), torch.randn(8, 4)
     whole = model(all_cells(counts[:8], labels), noise)["loss"].item()
-    parts = [model(all_cells(counts[part], labels[part]), noise[part])["loss"].item() for part in (slice(4), slice(4, 8))]
+    parts = [
+        model(all_cells(counts[part], labels[part]), noise[part])["loss"].item() for part in (slice(4), slice(4, 8))
+    ]
     assert whole == pytest.approx(np.mean(parts), rel=1e-5)
     assert sum(decoded) == 2 * (4 + 4 * 3)  # a labelled cell is decoded once, whoever shares its batch
 
@@ -131,7 +145,9 @@ def test_generation_is_seeded_and_in_the_order_asked_for(model):
     np.testing.assert_array_equal(a.toarray(), b.toarray())
     assert (a != c).nnz > 0
     part = sp.vstack(list(model.sample(wanted, 1, blocks=range(1, 3))))
-    np.testing.assert_array_equal(part.toarray(), a[GENERATED_AT_ONCE:].toarray())  # whoever makes a block, it is the same
+    np.testing.assert_array_equal(
+        part.toarray(), a[GENERATED_AT_ONCE:].toarray()
+    )  # whoever makes a block, it is the same
     assert list(model.sample(np.array([], dtype=int), 1)) == []
 
 
@@ -141,7 +157,9 @@ def test_after_the_fit_cells_have_the_means_of_their_type_even_if_training_stopp
 
     def error() -> float:
         made = sp.vstack(list(model.sample(np.repeat([0, 1, 2], 1000), seed=0)), format="csr")
-        shares = [[x.sum(axis=0) / x.sum() for x in (counts[types == k], made[1000 * k : 1000 * (k + 1)])] for k in range(3)]
+        shares = [
+            [x.sum(axis=0) / x.sum() for x in (counts[types == k], made[1000 * k : 1000 * (k + 1)])] for k in range(3)
+        ]
         return np.mean([np.abs(np.asarray(real) - np.asarray(drawn)).sum() for real, drawn in shares])
 
     before = error()
@@ -164,7 +182,12 @@ def test_noise_factor_narrows_the_cells(model):
 def test_the_sampler_draws_from_the_likelihood(zi_logits):
     n, mu, theta = 40_000, 3.0, 2.0
     one_gene = torch.zeros((n, 1))  # all of the library is its mean
-    draws = Likelihood(one_gene, torch.full((n,), math.log(mu)), torch.tensor([math.log(theta)]), None if zi_logits is None else torch.full((n, 1), zi_logits))
+    draws = Likelihood(
+        one_gene,
+        torch.full((n,), math.log(mu)),
+        torch.tensor([math.log(theta)]),
+        None if zi_logits is None else torch.full((n, 1), zi_logits),
+    )
     x = draws.sample(torch.Generator().manual_seed(0)).toarray()
     keep = 1.0 if zi_logits is None else 0.5
     variance = mu + mu**2 / theta
@@ -173,7 +196,9 @@ def test_the_sampler_draws_from_the_likelihood(zi_logits):
     assert (x == 0).mean() == pytest.approx(1 - keep + keep * (theta / (theta + mu)) ** theta, abs=0.01)
 
 
-@pytest.mark.parametrize("mu, theta", [(0.05, 0.02), (0.3, 5.0), (4.0, 0.1), (4.0, 30.0), (300.0, 2.0), (50.0, 0.02), (0.01, 1e6)])
+@pytest.mark.parametrize(
+    "mu, theta", [(0.05, 0.02), (0.3, 5.0), (4.0, 0.1), (4.0, 30.0), (300.0, 2.0), (50.0, 0.02), (0.01, 1e6)]
+)
 def test_positive_counts_follow_the_truncated_distribution(mu, theta):
     """Both ways of drawing, against scipy's negative binomial without its zeros."""
     n, generator = 60_000, torch.Generator().manual_seed(1)
@@ -206,7 +231,9 @@ def test_dispersion_is_that_of_each_type(data):
     rng = np.random.default_rng(0)
     types = rng.integers(0, 3, 900)
     mu, theta = np.full((900, 30), 8.0), np.where(types == 0, 0.5, 50.0)[:, None]
-    counts = sp.csr_matrix(np.column_stack([rng.poisson(rng.gamma(theta, mu / theta)), rng.poisson(20, (900, 30))]).astype(np.float32))
+    counts = sp.csr_matrix(
+        np.column_stack([rng.poisson(rng.gamma(theta, mu / theta)), rng.poisson(20, (900, 30))]).astype(np.float32)
+    )
     model = trained_gmvae(counts, types, epochs=40)
     learned = (model.log_theta + model.log_theta_ratio).detach()[:, :30].mean(dim=1)
     assert learned[0] < learned[1] - 1 and learned[0] < learned[2] - 1
@@ -241,5 +268,7 @@ def test_z_spreads_as_held_out_cells_do(data):
     assert not torch.equal(train_like, model.prior["quantiles"])
     made = sp.vstack(list(model.sample(np.resize(held_out[1], 3000), 1)), format="csr")
     with torch.no_grad():
-        seen = [model._seen_variance(CellDataset(x, y, CPU)) for x, y in (held_out, (made, np.resize(held_out[1], 3000)))]
+        seen = [
+            model._seen_variance(CellDataset(x, y, CPU)) for x, y in (held_out, (made, np.resize(held_out[1], 3000)))
+        ]
     np.testing.assert_allclose(seen[1], seen[0], rtol=0.15)

@@ -14,7 +14,9 @@ CPU = torch.device("cpu")
 
 
 def batch_of(counts: np.ndarray):
-    return CellDataset(sp.csr_matrix(counts.astype(np.float32)), np.zeros(len(counts)), CPU).in_memory_cells.batch(np.arange(len(counts)))
+    return CellDataset(sp.csr_matrix(counts.astype(np.float32)), np.zeros(len(counts)), CPU).in_memory_cells.batch(
+        np.arange(len(counts))
+    )
 
 
 def mean(mu) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,19 +82,25 @@ def test_zinb_equals_the_mixture_formula(cells):
 def test_zinb_without_inflation_is_nb(cells):
     counts, mu = cells
     arguments = batch_of(counts), *mean(mu), torch.zeros(50)
-    np.testing.assert_allclose(zinb_log_prob(*arguments, torch.full(mu.shape, -40.0)), nb_log_prob(*arguments), rtol=1e-6)
+    np.testing.assert_allclose(
+        zinb_log_prob(*arguments, torch.full(mu.shape, -40.0)), nb_log_prob(*arguments), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("zero_inflated", [False, True])
 def test_gradients_equal_finite_differences(zero_inflated):
     batch = batch_of(np.array([[0, 2, 7], [1, 0, 0]]))
     generator = torch.Generator().manual_seed(0)
-    logits, zi_logits = (torch.randn((2, 3), generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    logits, zi_logits = (
+        torch.randn((2, 3), generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2)
+    )
     log_library = torch.randn(2, generator=generator, dtype=torch.float64, requires_grad=True)
     for shape in ((3,), (2, 3)):
         log_theta = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
         if zero_inflated:
-            assert torch.autograd.gradcheck(lambda *p: zinb_log_prob(batch, *p), (logits, log_library, log_theta, zi_logits))
+            assert torch.autograd.gradcheck(
+                lambda *p: zinb_log_prob(batch, *p), (logits, log_library, log_theta, zi_logits)
+            )
         else:
             assert torch.autograd.gradcheck(lambda *p: nb_log_prob(batch, *p), (logits, log_library, log_theta))
 
@@ -137,7 +145,9 @@ def test_profiles_are_means_where_types_differ_and_shrunk_where_chance_does():
 
 
 def test_a_type_without_cells_has_the_profile_of_all():
-    profiles = type_profiles(CellDataset(sp.csr_matrix(np.array([[8.0, 2, 0], [6, 4, 0], [0, 0, 10]])), np.array([0, 0, -1]), CPU), 2)
+    profiles = type_profiles(
+        CellDataset(sp.csr_matrix(np.array([[8.0, 2, 0], [6, 4, 0], [0, 0, 10]])), np.array([0, 0, -1]), CPU), 2
+    )
     assert (profiles > 0).all()
     np.testing.assert_allclose(profiles[1], (np.array([14, 6, 0]) + 0.5) / 21.5, rtol=1e-6)
 

@@ -28,7 +28,9 @@ def test_mean_and_covariance_are_those_of_the_cells(fitted):
     for k, rows in ((0, slice(900)), (1, slice(900, 1800))):
         made = draws(prior, k)
         np.testing.assert_allclose(made.mean(axis=0), points[rows].mean(axis=0), atol=0.06)
-        np.testing.assert_allclose(np.cov(made.T), np.cov(points[rows].T), rtol=0.06, atol=0.05)  # the last one through its quantiles
+        np.testing.assert_allclose(
+            np.cov(made.T), np.cov(points[rows].T), rtol=0.06, atol=0.05
+        )  # the last one through its quantiles
 
 
 def test_library_sizes_keep_their_distribution_and_their_bond_with_z():
@@ -45,7 +47,9 @@ def test_library_sizes_keep_their_distribution_and_their_bond_with_z():
 
 def test_the_shape_is_kept(fitted):
     _, prior = fitted
-    assert np.mean(np.abs(draws(prior, 1)[:, 0]) < 1) < 0.05  # hardly anything between the two groups, where a Gaussian has a quarter
+    assert (
+        np.mean(np.abs(draws(prior, 1)[:, 0]) < 1) < 0.05
+    )  # hardly anything between the two groups, where a Gaussian has a quarter
 
 
 def test_heavy_tails_stay_heavy():
