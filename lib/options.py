@@ -1,8 +1,8 @@
-"""The constants at the top of a stage script, offered as command-line options of the same name.
+"""The constants at the top of a stage script are also its command-line options.
 
-A stage declares `EPOCHS = 300  # passes over the data`; `python stage.py --epochs 50` sets it for one run. A comment that
-stands alone above a block of constants is the heading of that block in `--help`; the comment beside a constant is its help.
-A constant whose type its value cannot show (None, a choice) carries an annotation: `BULK_FILE: str | None = None`.
+A stage declares `EPOCHS = 300  # passes over the data`; `python stage.py --epochs 50` sets it for one run. A comment on a line of
+its own above a block of constants is the heading of that block in `--help`; the comment beside a constant is its help text.
+A constant whose value does not show its type (None, a choice) has an annotation: `BULK_FILE: str | None = None`.
 """
 
 import argparse
@@ -26,9 +26,12 @@ class Constant(NamedTuple):
     comment: str
 
 
+GIVEN: set[str] = set()  # constants that were set on the command line of this process
+
+
 def run(module: dict[str, Any]) -> None:
-    """Run a stage: its constants from the command line, then its `main()`; an error is told in one line, not in a traceback."""
-    from_command_line(module)
+    """Run a stage: set its constants from the command line, then call its `main()`. Errors of the user's data are printed in one line."""
+    GIVEN.update(from_command_line(module))
     try:
         module["main"]()
     except (ValueError, OSError) as error:
@@ -41,15 +44,15 @@ def run(module: dict[str, Any]) -> None:
         sys.exit(1)
 
 
-def from_command_line(module: dict[str, Any], arguments: list[str] | None = None) -> None:
-    """Set the UPPER_CASE constants of a script from the command line.
+def from_command_line(module: dict[str, Any], arguments: list[str] | None = None) -> set[str]:
+    """Set the UPPER_CASE constants of a script from the command line; returns the names of those that were given.
 
     Parameters
     ----------
     module
         `globals()` of the script; its constants are replaced in place.
     arguments
-        The words of the command line; None takes those of this process.
+        Words of the command line; None: those of this process.
 
     Raises
     ------
@@ -68,12 +71,26 @@ def from_command_line(module: dict[str, Any], arguments: list[str] | None = None
         if constant.group not in groups:
             groups[constant.group] = parser.add_argument_group(constant.group)
         _add_option(groups[constant.group], constant, default)
-    for name, value in vars(parser.parse_args(arguments)).items():
-        module[name] = value
+    given = vars(parser.parse_args(arguments))
+    module.update(given)
+    return set(given)
+
+
+def apply_preset(module: dict[str, Any], preset: dict[str, tuple[Any, Any]]) -> None:
+    """Set constants to the values of a preset, except those that the user has set: on the command line, or by editing the script.
+
+    Parameters
+    ----------
+    preset
+        For each constant its default in the script and its value in the preset.
+    """
+    for name, (default, value) in preset.items():
+        if name not in GIVEN and module[name] == default:
+            module[name] = value
 
 
 def constants(module: dict[str, Any]) -> dict[str, Any]:
-    """The constants of a script as they stand, to be kept with what it makes."""
+    """Present values of the constants of a script, to be stored with its output."""
     return {constant.name: module[constant.name] for constant in _declared(module)}
 
 
@@ -173,7 +190,7 @@ def _add_option(group: Any, constant: Constant, default: Any) -> None:
         else default
     )
     text = f"{constant.comment} [{shown}]".strip().replace("%", "%%")
-    arguments = {"dest": constant.name, "default": default, "help": text}
+    arguments = {"dest": constant.name, "default": argparse.SUPPRESS, "help": text}
     if constant.type is bool:
         group.add_argument(option, action=argparse.BooleanOptionalAction, **arguments)
     elif get_origin(constant.type) is tuple:

@@ -1,8 +1,8 @@
-"""What both trainings share: the epochs, early stopping, checkpoints to use and to resume, the history and its picture.
+"""What all trainings share: epochs, early stopping, checkpoints to use and to resume, and the history.
 
-A checkpoint is a plain dict of tensors and builtins that loads with `weights_only=True`. `<name>.pt` holds the weights that
-were best on held-out data, to use; `<name>_last.pt` holds, besides, all that a later run needs to go on as if it had not
-stopped.
+A checkpoint is a plain dict of tensors and builtins that loads with `weights_only=True`. `<name>.pt` holds the weights with the
+best held-out loss, to use. `<name>_last.pt` also holds the state of the optimizer and of the random generators, so that a resumed
+training gives the same result as an uninterrupted one.
 """
 
 import copy
@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from lib import parallel
 from lib.data.counts import check_same_names, check_same_split
-from lib.evaluation import plots
 from lib.files import replacing, require
 
+CHECKPOINT_FORMAT = 2  # raised when checkpoints of older versions cannot be used any more
 SAVE_EVERY_S = 60
 FREE_TO_CHANGE = {
     "EPOCHS",
@@ -35,15 +35,15 @@ FREE_TO_CHANGE = {
     "DATA_DIR",
     "MODELS_DIR",
     "FIG_DIR",
-}  # between a run and its resumption
+}  # may change when a run is resumed
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees, and use it again.
+    """Keep freed memory in this process instead of returning it to the system (Linux with glibc; elsewhere this does nothing).
 
-    A step of training frees and takes the same tens of megabytes; glibc gives each such piece back to the system, which then
-    has to clear its pages anew: on two cores a third of the time of a step. Pieces above 32 MB, such as cells read from disk,
-    still go back, or they would leave gaps that nothing fills. Elsewhere than on Linux this does nothing.
+    Each training step allocates and frees the same tens of megabytes. Returned pages must be cleared by the system before they
+    are used again, which takes a third of a step on two cores. Pieces above 32 MB, such as cells read from disk, are still
+    returned, because they would fragment the memory.
     """
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -53,7 +53,10 @@ def keep_freed_memory() -> None:
 
 
 def clip_gradients(model: torch.nn.Module, max_norm: float) -> None:
-    """Scale all gradients down to this norm where it is larger. A processor looks first and saves a pass; a GPU must not wait to look."""
+    """Scale all gradients so that their common norm is at most `max_norm`.
+
+    On a CPU the norm is checked first, which saves a pass; on a GPU the check would wait for the device.
+    """
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     if norm.device.type == "cuda" or not norm <= max_norm:
@@ -64,7 +67,7 @@ def tensor_epoch(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, data: tuple[torch.Tensor, ...], batch_size: int, max_gradient_norm: float,
     generator: torch.Generator,
 ) -> dict[str, float]:  # fmt: skip
-    """Train on the rows of tensors once, in random order, each batch shared out among the processes; mean losses of a row."""
+    """One epoch over the rows of tensors in random order, each batch divided among the processes. Returns the mean losses per row."""
     device = data[0].device
     order = torch.randperm(len(data[0]), generator=generator).to(device)
     parts = []
@@ -81,13 +84,22 @@ def tensor_epoch(
 
 
 def load_checkpoint(path: Path, stage: str) -> dict[str, Any]:
-    """
+    """Read a checkpoint that `stage` has written.
+
     Raises
     ------
     FileNotFoundError
-        If the stage that trains it was not run.
+        If the stage was not run.
+    ValueError
+        If it was written by an older version of this project.
     """
-    return torch.load(require(path, stage), map_location="cpu", weights_only=True)
+    checkpoint = torch.load(require(path, stage), map_location="cpu", weights_only=True)
+    if checkpoint.get("format") != CHECKPOINT_FORMAT:
+        raise ValueError(
+            f"{path} was written by another version of this project (format {checkpoint.get('format', 1)}, "
+            f"expected {CHECKPOINT_FORMAT}): train again with {stage}"
+        )
+    return checkpoint
 
 
 def check_checkpoint(
@@ -99,11 +111,12 @@ def check_checkpoint(
     split_id: str,
     data: object,
 ) -> None:
-    """
+    """Check that a model belongs to `data`.
+
     Raises
     ------
     ValueError
-        If a model was trained on other genes, other cell types, or another split than `data`, naming both sides.
+        If it was trained on other genes, other cell types, or another split; the message names both sides.
     """
     check_same_names(checkpoint["cell_types"], path, list(cell_types), data, "cell types", f"{stage} again")
     check_same_names(checkpoint["gene_names"], path, list(gene_names), data, "genes", f"{stage} again")
@@ -111,18 +124,18 @@ def check_checkpoint(
 
 
 class Trainer:
-    """Runs the epochs of one model. Of several processes the first alone writes and draws.
+    """Runs the epochs of one model. With several processes, only the first one writes.
 
     Parameters
     ----------
     name
-        Of the files in `models_dir`: `<name>.pt`, `<name>_last.pt`, `<name>_history.csv`.
+        Name of the files in `models_dir`: `<name>.pt`, `<name>_last.pt`, `<name>_history.csv`.
     model, optimizer, generator
-        What an epoch changes: weights, the optimizer's state, and the random stream of batches and noise.
+        State that an epoch changes: weights, state of the optimizer, random generator of batches and epsilon.
     about
-        What a checkpoint says of itself: model arguments, constants, gene names, cell types, split.
+        Description kept in the checkpoint: stage, model arguments, constants, gene names, cell types, split.
     patience
-        Epochs without a better held-out loss after which training stops; the learning rate is cut to 0.3 after a third of them.
+        Training stops after so many epochs without a better held-out loss; after a third of them the learning rate is multiplied by 0.3.
     """
 
     def __init__(
@@ -140,7 +153,7 @@ class Trainer:
         self.history_path = models_dir / f"{name}_history.csv"
 
     def resume(self) -> None:
-        """Go on where `<name>_last.pt` ends.
+        """Continue from `<name>_last.pt`.
 
         Raises
         ------
@@ -159,8 +172,8 @@ class Trainer:
         )
         if last["device"] != self.device_type:
             raise ValueError(
-                f"{self.last_path} was trained on {last['device']} and cannot go on with the same random numbers on "
-                f"{self.device_type}; set DEVICE to {last['device']}, or train anew without RESUME"
+                f"{self.last_path} was trained on {last['device']} and cannot be continued with the same random numbers on "
+                f"{self.device_type}; set DEVICE to {last['device']}, or start a new training without RESUME"
             )
         ours, theirs = self.about["constants"], last["constants"]
         changed = [
@@ -170,11 +183,11 @@ class Trainer:
         ]
         if changed:
             raise ValueError(
-                f"{self.last_path} cannot be resumed with other constants: {'; '.join(changed)}; set them back, or train anew without RESUME"
+                f"{self.last_path} cannot be resumed with other constants: {'; '.join(changed)}; set them back, or start a new training without RESUME"
             )
         self.model.load_state_dict(last["weights"])
         self.optimizer.load_state_dict(last["optimizer"])
-        patience = self.scheduler.patience  # may have been edited since
+        patience = self.scheduler.patience  # may differ from that of the interrupted run
         self.scheduler.load_state_dict(last["scheduler"])
         self.scheduler.patience = patience
         self.history, self.best_epoch, self.best_criterion = last["history"], last["best_epoch"], last["best_criterion"]
@@ -191,14 +204,14 @@ class Trainer:
     def fit(
         self, epochs: int, train_epoch: Callable[[int], dict[str, float]], validate: Callable[[], dict[str, float]]
     ) -> None:
-        """Train until `epochs` are done or `patience` runs out.
+        """Train until `epochs` are done or `patience` is exhausted.
 
         Parameters
         ----------
         train_epoch
-            Given the number of the epoch (from 0), trains on all data once; returns means over the epoch, `loss` among them.
+            Takes the number of the epoch (from 0), trains on all data once and returns means over the epoch, including `loss`.
         validate
-            Returns means over held-out data: the same, and `stopping_criterion`, which chooses the best epoch; lower is better.
+            Returns the same means over held-out data, and `stopping_criterion`, which selects the best epoch (lowest).
         """
         if epochs < 1:
             raise ValueError(f"EPOCHS is {epochs}; expected at least 1")
@@ -226,7 +239,7 @@ class Trainer:
         if writer is not None:
             writer.close()
         self.save()
-        why = "no better for a while" if self.out_of_patience else "all epochs done"
+        why = "no improvement" if self.out_of_patience else "all epochs done"
         best = f"{self.best_criterion:.5g} after epoch {self.best_epoch}"
         print(f"{self.name}: {len(self.history)} epochs ({why}), {self.seconds:.0f} s; best on held-out data: {best}")
         self.model.load_state_dict(self.best_weights)
@@ -263,7 +276,7 @@ class Trainer:
             writer.add_scalar(key.replace("train_", "train/").replace("held_out_", "held_out/"), value, epoch)
 
     def save(self) -> None:
-        """Best first: should the run be killed in between, the last one is the older, and resuming makes the best again."""
+        """Write both checkpoints and the history. The best one first: if the run is killed in between, resuming repeats it."""
         if not parallel.IS_FIRST:
             return
         self.save_best()
@@ -283,21 +296,22 @@ class Trainer:
         with replacing(self.last_path) as temporary:
             torch.save(last, temporary)
         with replacing(self.history_path) as temporary:
-            pd.DataFrame(self.history).to_csv(temporary, index=False)
+            self.history_table().to_csv(temporary, index=False)
 
     def save_best(self, **more: Any) -> None:
-        """The checkpoint to use; `more` is kept beside the weights."""
+        """Write the checkpoint to use; `more` is stored beside the weights."""
         if parallel.IS_FIRST:
             with replacing(self.best_path) as temporary:
                 torch.save(self._about_best() | {"weights": self.best_weights} | more, temporary)
 
+    def history_table(self) -> pd.DataFrame:
+        """One row per epoch: losses of training and held-out data, learning rate, seconds."""
+        return pd.DataFrame(self.history)
+
     def _about_best(self) -> dict[str, Any]:
         return self.about | {
+            "format": CHECKPOINT_FORMAT,
             "epoch": self.best_epoch,
             "best_epoch": self.best_epoch,
             "best_criterion": self.best_criterion,
         }
-
-    def draw(self, path: Path, unit: str) -> None:
-        if parallel.IS_FIRST:
-            plots.training(pd.DataFrame(self.history), self.best_epoch, unit, path)

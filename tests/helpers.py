@@ -14,6 +14,7 @@ import torch
 from lib.data.batches import CellDataset
 from lib.models.axes import within_type_axes
 from lib.models.gmvae import GMVAE
+from lib.models.initialise import initialise
 from lib.models.profiles import gene_marginals
 
 CPU = torch.device("cpu")
@@ -105,7 +106,7 @@ def trained_gmvae(counts, cell_type_idx, epochs: int = 150, seed: int = 0, on_ax
         hidden=(32, 16),
         **({"likelihood": "nb"} | arguments),
     )
-    model.initialise(dataset, marginals, axes)
+    initialise(model, dataset, marginals, axes)
     dispersion = [p for n, p in model.named_parameters() if n.startswith(("log_theta", "log_loading"))]
     others = [p for n, p in model.named_parameters() if not n.startswith(("log_theta", "log_loading"))]
     optimizer = torch.optim.Adam([{"params": dispersion, "lr": 2e-2}, {"params": others}], lr=3e-3)

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from lib.data.batches import CellDataset
-from lib.models.gmvae import GENERATED_AT_ONCE, streams
 from lib.models.likelihoods import Likelihood
 from lib.models.profiles import counts_per_type
+from lib.models.sampling import BLOCK_CELLS, random_streams
 
 TARGET = 1e4  # counts per cell to which expression is scaled before log1p
 MAX_POINTS = 1000  # train cells kept of each type
@@ -30,7 +30,7 @@ def sample(
 ) -> Iterator[sp.csr_matrix]:
     """New cells, block by block, each with a random stream of its own. Parameters and yield as in `GMVAE.sample`."""
     device = next(model.parameters()).device
-    for rows, generator in streams(len(cell_type_idx), seed, blocks, device):
+    for rows, generator in random_streams(len(cell_type_idx), seed, blocks, device):
         y = torch.from_numpy(np.asarray(cell_type_idx[rows], dtype=np.int64)).to(device)
         with torch.no_grad():
             yield new_counts(model, y, noise_factor, generator)
@@ -90,8 +90,8 @@ def gene_ratio(
     observed = counts_per_type(dataset, n_cell_types)
     expected = np.zeros_like(observed)
     for k in range(n_cell_types):
-        for _ in range(n_cells // GENERATED_AT_ONCE):
-            y = torch.full((GENERATED_AT_ONCE,), k, device=device)
+        for _ in range(n_cells // BLOCK_CELLS):
+            y = torch.full((BLOCK_CELLS,), k, device=device)
             log_expression, library_size = model.draw(y, 1.0, generator)
             expected[k] += (library_size @ shares(log_expression)).cpu().numpy()
     expected *= observed.sum(axis=1, keepdims=True) / np.maximum(expected.sum(axis=1, keepdims=True), 1e-9)

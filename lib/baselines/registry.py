@@ -9,9 +9,12 @@ The GMVAE is trained by stage 3 itself; the others, with the settings that they 
 """
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import scipy.sparse as sp
 import torch
 from torch import nn
 
@@ -23,6 +26,7 @@ from lib.baselines.conv_cvae import ConvCVAE
 from lib.baselines.pca_cvae import PCACVAE
 from lib.baselines.pca_cvae import SETTINGS as PCA_CVAE_SETTINGS
 from lib.data.batches import Batch, CellDataset
+from lib.models import sampling
 from lib.models.gmvae import GMVAE
 from lib.training import Trainer
 
@@ -150,3 +154,17 @@ def labelled(batch: Batch, noise: torch.Tensor) -> tuple[Batch, torch.Tensor]:
         return batch, noise
     known = batch.cell_type_idx >= 0
     return batch.select(known), noise[known]
+
+
+def sample(
+    model: nn.Module, cell_type_idx: np.ndarray, seed: int, *arguments: Any, **options: Any
+) -> Iterator[sp.csr_matrix]:
+    """New cells of any generator, block by block. Arguments as in `lib.models.sampling.sample`; only the GMVAE takes a shift."""
+    if isinstance(model, GMVAE):
+        return sampling.sample(model, cell_type_idx, seed, *arguments, **options)
+    return model.sample(cell_type_idx, seed, *arguments, **options)
+
+
+def generate(model: nn.Module, cell_type_idx: np.ndarray, seed: int) -> sp.csr_matrix:
+    """New cells of any generator in one matrix: n_cells x n_genes, raw counts."""
+    return sp.vstack(list(sample(model, cell_type_idx, seed)), format="csr")

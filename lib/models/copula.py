@@ -1,37 +1,37 @@
-"""Where the cells of each type lie in the latent space, fitted when the training is over.
+"""Distribution of z and library size of each type's cells: a Gaussian copula, fitted after training.
 
-Training pulls q(z|x,y) and p(z|y) together, but never all the way: cells whose z are drawn from the Gaussian p(z|y) lack the
-shape that the type's cells have together (the aggregated posterior; Tomczak and Welling, "VAE with a VampPrior", AISTATS
-2018): programmes that a few cells switch on are skewed and heavy-tailed. So the z of new cells, and with it the library size,
-comes from a Gaussian copula fitted to the train cells' own (the nonparanormal of Liu, Lafferty and Wasserman, JMLR 2009): each
-dimension has the type's own distribution, and normal scores tie the dimensions together.
+Training brings q(z|x,y) and p(z|y) together, but not completely: the aggregated posterior of a type's cells (Tomczak and Welling,
+"VAE with a VampPrior", AISTATS 2018) is not Gaussian, because programmes that only few cells switch on are skewed and
+heavy-tailed. New cells are therefore sampled from a Gaussian copula of z and log library size (the nonparanormal of Liu, Lafferty
+and Wasserman, JMLR 2009): each dimension has its own empirical distribution in each type, and the correlation of normal scores
+links the dimensions.
 """
 
 import numpy as np
 import torch
 from scipy.stats import norm, rankdata
 
-MAX_POINTS = 10_000  # seen of each type
-MAX_SCORE, N_LEVELS = 3.5, 141  # the distributions are kept at normal scores from -3.5 to 3.5
-PRIOR_CELLS = 10  # cells: a type's distribution leans on that of all types, which counts as much as so many cells
+MAX_POINTS = 10_000  # cells of each type used
+MAX_SCORE, N_LEVELS = 3.5, 141  # quantiles are stored at normal scores from -3.5 to 3.5
+PRIOR_CELLS = 10  # weight, in cells, of the distribution of all types in that of one type
 
 Prior = dict[str, torch.Tensor]
 
 
 def fit_prior(points: np.ndarray, cell_type_idx: np.ndarray, n_cell_types: int, rng: np.random.Generator) -> Prior:
-    """
+    """Fit the copula of each type; types with few cells borrow from the deviations of all cells from the mean of their type.
+
     Parameters
     ----------
     points
-        Cells x dimensions: z and, last, the log library size of each train cell.
+        Cells x dimensions: z and, as the last column, log library size of each train cell.
     cell_type_idx
         (n_cells,) type of each.
 
     Returns
     -------
-    mean (types x dimensions), quantiles (types x levels x dimensions) and cholesky (types x dimensions x dimensions, of the
-    correlation of normal scores). What a type with few cells lacks it takes from the deviations of all cells from their own
-    type's mean.
+    mean (types x dimensions), quantiles (types x levels x dimensions) and cholesky (types x dimensions x dimensions; factor of the
+    correlation of normal scores).
     """
     rows = np.concatenate(
         [rng.permutation(np.flatnonzero(cell_type_idx == k))[:MAX_POINTS] for k in range(n_cell_types)]
@@ -62,13 +62,13 @@ def fit_prior(points: np.ndarray, cell_type_idx: np.ndarray, n_cell_types: int, 
 
 
 def respread(prior: Prior, factor: np.ndarray) -> None:
-    """Multiply the distances from the type's mean in every dimension but the last, the library size. factor: (n_dims - 1,)."""
+    """Multiply the distances from the mean of the type in every dimension except the last (library size). factor: (n_dims - 1,)."""
     mean = prior["mean"][:, None, :-1]
     prior["quantiles"][:, :, :-1] = mean + torch.from_numpy(factor).float() * (prior["quantiles"][:, :, :-1] - mean)
 
 
 def within_type_variance(x: np.ndarray, types: np.ndarray) -> np.ndarray:
-    """Variance of each column about the types' means, each as the cells at hand have it: unbiased."""
+    """Unbiased variance of each column about the means of the types: (n_columns,)."""
     names, idx = np.unique(types, return_inverse=True)
     mean = np.stack([x[idx == k].mean(axis=0) for k in range(len(names))])
     return ((x - mean[idx]) ** 2).sum(axis=0) / max(1, len(x) - len(names))
@@ -79,17 +79,17 @@ def _normal_scores(x: np.ndarray) -> np.ndarray:
 
 
 def _correlation(products: np.ndarray) -> np.ndarray:
-    """Of sums of products; positive definite."""
+    """Correlation matrix from sums of products; positive definite."""
     scale = np.sqrt(np.diag(products)) + 1e-12
     return products / np.outer(scale, scale) + 1e-6 * np.eye(len(scale))
 
 
 def sample_prior(prior: Prior, cell_type_idx: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A new point for each cell, (n_cells, n_dims)."""
+    """New points for cells of the given types, (n_cells, n_dims)."""
     device = cell_type_idx.device
     cholesky, quantiles = (prior[name].to(device)[cell_type_idx] for name in ("cholesky", "quantiles"))
-    noise = torch.randn(len(cell_type_idx), cholesky.shape[1], generator=generator, device=device)
-    scores = torch.einsum("nij,nj->ni", cholesky, noise)
+    epsilon = torch.randn(len(cell_type_idx), cholesky.shape[1], generator=generator, device=device)
+    scores = torch.einsum("nij,nj->ni", cholesky, epsilon)
     place = ((scores / MAX_SCORE + 1) * (N_LEVELS - 1) / 2).clamp(0, N_LEVELS - 1.001)
     below = place.long()
     low, high = (quantiles.gather(1, level[:, None])[:, 0] for level in (below, below + 1))

@@ -1,0 +1,60 @@
+"""Where the training of the GMVAE starts: at the marginals, library sizes and axes of variation of the train cells."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from lib.data.batches import CellDataset
+from lib.models.axes import Axes
+from lib.models.gmvae import GMVAE
+from lib.models.profiles import GeneMarginals
+
+
+@torch.no_grad()
+def initialise(model: GMVAE, dataset: CellDataset, marginals: GeneMarginals, axes: Axes | None = None) -> None:
+    """Set the parameters that can be estimated without gradients.
+
+    Parameters
+    ----------
+    dataset, marginals
+        Train cells, and the profiles and dispersions of their genes.
+    axes
+        For a linear decoder: q(z|x,y) and p(x|z,y,l) start on these axes. None: z starts at random.
+    """
+    cell_type_idx, library_size = dataset.cell_type_idx, dataset.library_size
+    model.library_median.fill_(float(np.median(library_size)))
+    model.n_train_cells.fill_(len(library_size))
+    n_per_type = np.bincount(cell_type_idx[cell_type_idx >= 0], minlength=model.n_cell_types)
+    model.type_frequency.copy_(torch.from_numpy((n_per_type + 1) / (n_per_type + 1).sum()))
+    mean_profile = model.type_frequency.cpu().double().numpy() @ marginals.profiles
+    model.log_profiles.copy_(
+        torch.from_numpy(np.log(marginals.profiles if model.q_z_xy_axes is not None else mean_profile))
+    )
+    nn.init.zeros_(model.p_x_zyl_log_mean.bias)
+    model.p_x_zyl_log_mean.weight.mul_(0.1)
+    model.log_theta.copy_(torch.from_numpy(marginals.log_theta))
+    model.log_theta_mean.fill_(float(mean_profile @ marginals.log_theta))
+    for head, bias in ((model.p_x_zyl_log_theta, 0.0), (model.p_x_zyl_zi_logits, -4.0)):
+        if head is not None:
+            nn.init.zeros_(head.weight)
+            nn.init.constant_(head.bias, bias)
+    nn.init.zeros_(model.p_l_zy_mean.bias)
+    model.p_l_zy_log_scale.fill_(float(np.log(np.log(library_size).std() + 1e-2)))
+    if axes is not None:
+        _start_on_axes(model, axes)
+
+
+def _start_on_axes(model: GMVAE, axes: Axes) -> None:
+    """Linear parts of q(z|x,y) and p(x|z,y,l) from the axes, p(z|y) standard normal; the networks start near zero."""
+    model.p_x_zyl_log_mean.weight.copy_(torch.from_numpy(axes.loadings))
+    model.q_z_xy_axes.weight.copy_(torch.from_numpy(axes.projection))
+    model.q_z_xy_axes_offset.copy_(torch.from_numpy(axes.offset))
+    for last in (
+        model.q_z_xy_mean.rest[-1],
+        model.q_z_xy_log_var.rest[-1],
+        model.p_z_y_mean[-1],
+        model.p_z_y_log_var[-1],
+    ):
+        last.weight.mul_(0.1)
+        nn.init.zeros_(last.bias)
+    model.q_z_xy_log_var.rest[-1].bias.copy_(torch.from_numpy(np.log(axes.variance)))

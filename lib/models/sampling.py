@@ -1,0 +1,189 @@
+"""New cells from a trained GMVAE: everything that happens after training.
+
+fit_prior    the distribution of z and library size of each type's cells (`lib.models.copula`), its spread set so that new cells
+             vary as much as held-out cells, and a correction of each type's mean counts
+sample       cells of given types, block by block; every block has its own random stream, so that processes can share the work
+Shift        how the bulk encoder moves the cells of a bulk sample
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+from lib.data.batches import CellDataset
+from lib.models import copula
+from lib.models.gmvae import GMVAE
+from lib.models.profiles import counts_per_type, shrunken_ratio
+
+BLOCK_CELLS = 256  # cells sampled at a time
+SPREAD_RANGE = (0.25, 2.0)  # limits of the factor of the variance of z
+N_SPREAD_CELLS = 2000  # sampled to measure the spread
+N_PROFILE_CELLS = 1024  # sampled to measure a type's mean profile
+
+
+class Shift(NamedTuple):
+    """Affine map of z for groups of new cells (bulk sample x type), and log ratios of genes for bulk samples."""
+
+    matrix: torch.Tensor  # (n_groups, n_latent, n_latent): z becomes matrix @ z + offset
+    offset: torch.Tensor  # (n_groups, n_latent)
+    log_ratio: torch.Tensor | None = None  # (n_samples, n_genes), added to the logits of all cells of a sample
+
+
+@torch.no_grad()
+def fit_prior(model: GMVAE, dataset: CellDataset, held_out: CellDataset | None, seed: int) -> None:
+    """Set `model.prior`, from which `sample` takes z, library sizes and mean corrections.
+
+    Parameters
+    ----------
+    dataset
+        Train cells.
+    held_out
+        Cells not used in training. The encoder and the decoder have adapted to their train cells, so the spread of z is set by
+        these; None leaves the spread of the train cells.
+    """
+    generator = torch.Generator(dataset.device).manual_seed(seed)
+    points, types = _sample_posterior(model, dataset, generator)
+    model.prior = copula.fit_prior(points, types, model.n_cell_types, np.random.default_rng(seed))
+    observed = counts_per_type(dataset, model.n_cell_types)
+    _correct_means(model, observed, generator)
+    if held_out is not None:
+        observed = observed + counts_per_type(held_out, model.n_cell_types)
+        for _ in range(2):  # the encoder's response is not linear, so repeat once
+            copula.respread(model.prior, _spread_factor(model, held_out, seed))
+            _correct_means(model, observed, generator)
+
+
+def _sample_posterior(model: GMVAE, dataset: CellDataset, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """z sampled from q(z|x,y) and log library size of each labelled cell, (n_cells, n_latent + 1), and its type."""
+    mean, log_var, types = model.get_latent_representation(dataset)
+    z = mean + (0.5 * log_var).exp() * torch.randn(mean.shape, generator=generator, device=generator.device).cpu()
+    library_size = torch.from_numpy(dataset.library_size[dataset.cell_type_idx >= 0].astype(np.float32))
+    log_library = model.log_library(library_size.to(model.device)).cpu()
+    return torch.cat([z, log_library], dim=1).numpy(), types
+
+
+def _correct_means(model: GMVAE, observed: np.ndarray, generator: torch.Generator) -> None:
+    """Log ratio of real to new cells' mean counts for each type and gene, by empirical Bayes. observed: (n_cell_types, n_genes)."""
+    assert model.prior is not None
+    profiles = np.stack([_mean_profile(model, k, generator) for k in range(model.n_cell_types)])
+    expected = profiles * observed.sum(axis=1, keepdims=True)
+    model.prior["log_ratio"] = torch.from_numpy(np.log(shrunken_ratio(observed, expected + 1e-9))).float()
+
+
+def _mean_profile(model: GMVAE, cell_type_idx: int, generator: torch.Generator) -> np.ndarray:
+    """Mean expression of new cells of a type, as a fraction of their counts: (n_genes,)."""
+    total = torch.zeros((), dtype=torch.float64)
+    for _ in range(N_PROFILE_CELLS // BLOCK_CELLS):
+        y = torch.full((BLOCK_CELLS,), cell_type_idx, device=generator.device)
+        z, log_library = sample_z(model, y, 1.0, generator)
+        library_size = log_library.exp()
+        total = (
+            total + (library_size[:, None] * model.p_x(z, library_size, y).logits.softmax(dim=1)).sum(dim=0).double()
+        )
+    return (total / total.sum()).cpu().numpy()
+
+
+def _spread_factor(model: GMVAE, held_out: CellDataset, seed: int) -> np.ndarray:
+    """Factor for the deviations of z, (n_latent,), that makes encoded new cells vary as much as encoded held-out cells."""
+    types = np.resize(held_out.cell_type_idx[held_out.cell_type_idx >= 0], N_SPREAD_CELLS)
+
+    def encoded_variance(dataset: CellDataset) -> np.ndarray:
+        mean, _, cell_types = model.get_latent_representation(dataset)
+        return copula.within_type_variance(mean.double().numpy(), cell_types)
+
+    def variance_at(latent_spread: float) -> np.ndarray:
+        return encoded_variance(CellDataset(generate(model, types, seed, latent_spread), types, held_out.device))
+
+    wanted, without, present = encoded_variance(held_out), variance_at(0.0), variance_at(1.0)
+    return np.sqrt(np.clip((wanted - without) / (present - without), *SPREAD_RANGE))
+
+
+def sample_z(
+    model: GMVAE, cell_type_idx: torch.Tensor, latent_spread: float, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """z (n_cells, n_latent) and log library size relative to the median (n_cells,) of new cells: from the fitted prior, else p(z|y) p(l|z,y)."""
+    mean, log_var = model.p_z(cell_type_idx)
+    if model.prior is not None:
+        *z, log_library = copula.sample_prior(model.prior, cell_type_idx, generator).unbind(dim=1)
+        middle = model.prior["mean"][:, :-1].to(mean.device)[cell_type_idx]
+        return middle + latent_spread * (torch.stack(z, dim=1) - middle), log_library
+    new_z = mean + latent_spread * (0.5 * log_var).exp() * torch.randn(
+        mean.shape, generator=generator, device=mean.device
+    )
+    l_mean, l_log_var = model.p_l(new_z, cell_type_idx)
+    return new_z, l_mean + (0.5 * l_log_var).exp() * torch.randn(l_mean.shape, generator=generator, device=mean.device)
+
+
+@torch.no_grad()
+def sample(
+    model: GMVAE, cell_type_idx: np.ndarray, seed: int, latent_spread: float = 1.0, blocks: range | None = None,
+    shift: Shift | None = None, groups: np.ndarray | None = None,
+) -> Iterator[sp.csr_matrix]:  # fmt: skip
+    """New cells of the given types, `BLOCK_CELLS` at a time.
+
+    Parameters
+    ----------
+    cell_type_idx
+        (n_cells,) type of each new cell.
+    seed
+        The same seed gives the same cells.
+    latent_spread
+        Factor of a cell's distance in z from the mean of its type: below 1 cells are more alike, above 1 less.
+    blocks
+        Numbers of the blocks to sample; None for all.
+    shift, groups
+        What bulk samples say about the states of the cells, and the group of each cell, (n_cells,): sample x n_cell_types + type.
+
+    Yields
+    ------
+    Cells x n_genes, raw counts, CSR.
+    """
+    device = model.device
+    for rows, generator in random_streams(len(cell_type_idx), seed, blocks, device):
+        y = torch.from_numpy(np.asarray(cell_type_idx[rows], dtype=np.int64)).to(device)
+        z, log_library = sample_z(model, y, latent_spread, generator)
+        if shift is not None:
+            group = torch.from_numpy(groups[rows].astype(np.int64)).to(device)
+            matrix, offset, log_ratio = (None if part is None else part.to(device) for part in shift)
+            z = torch.einsum("nij,nj->ni", matrix[group], z) + offset[group]
+        likelihood = model.p_x(z, log_library.exp() * model.library_median, y)
+        if shift is not None and log_ratio is not None:
+            likelihood.logits += log_ratio[group // model.n_cell_types]
+        if model.prior is not None:
+            likelihood.logits += model.prior["log_ratio"].to(device)[y]
+        yield likelihood.sample(generator)
+
+
+def generate(model: GMVAE, cell_type_idx: np.ndarray, seed: int, *arguments: Any, **options: Any) -> sp.csr_matrix:
+    """All new cells in one matrix, n_cells x n_genes, raw counts. Arguments as in `sample`."""
+    return sp.vstack(list(sample(model, cell_type_idx, seed, *arguments, **options)), format="csr")
+
+
+@torch.no_grad()
+def reconstruct(model: GMVAE, dataset: CellDataset, seed: int) -> tuple[np.ndarray, sp.csr_matrix]:
+    """z sampled from q(z|x,y) for labelled cells, (n_cells, n_latent), and counts sampled from p(x|z,y,l) at the cells' library sizes."""
+    generator = torch.Generator(dataset.device).manual_seed(seed)
+    z, counts = [], []
+    for batch in dataset.in_order(BLOCK_CELLS):
+        mean, log_var = model.q_z(model.encode_genes(batch), batch)
+        z.append(mean + (0.5 * log_var).exp() * torch.randn(mean.shape, generator=generator, device=mean.device))
+        counts.append(model.p_x(z[-1], batch.library_size, batch.cell_type_idx).sample(generator))
+    return torch.cat(z).cpu().numpy(), sp.vstack(counts, format="csr")
+
+
+def random_streams(
+    n_cells: int, seed: int, blocks: range | None, device: torch.device
+) -> Iterator[tuple[slice, torch.Generator]]:
+    """Rows and random generator of each block of new cells. blocks: numbers of the blocks; None for all."""
+    for number in range(n_blocks(n_cells)) if blocks is None else blocks:
+        stream = np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]
+        rows = slice(number * BLOCK_CELLS, min(n_cells, (number + 1) * BLOCK_CELLS))
+        yield rows, torch.Generator(device).manual_seed(int(stream >> np.uint64(1)))
+
+
+def n_blocks(n_cells: int) -> int:
+    """Number of blocks in which `sample` samples so many cells."""
+    return -(-n_cells // BLOCK_CELLS)
