@@ -29,7 +29,7 @@ from lib.data.counts import (
 )
 from lib.data.embedding import embed, labels_of_neighbours, lazy, principal_components
 from lib.data.markers import cluster_types, read_markers
-from lib.evaluation import plots
+from lib.evaluation import plots_cells
 from lib.files import folder, report, user_path
 
 # Quality control (the original's thresholds; none switches one off)
@@ -130,7 +130,7 @@ def main() -> None:
 
     umap = obs[["umap_1", "umap_2"]].to_numpy()
     drawn = ~np.isnan(umap[:, 0])
-    plots.umap_reference(umap[drawn], obs["cell_type"][drawn], is_test[drawn], fig / "umap_reference.png")
+    plots_cells.umap_reference(umap[drawn], obs["cell_type"][drawn], is_test[drawn], fig / "umap_reference.png")
     uns = {key: adata.uns[key] for key in ("dataset", "source", "counts_id") if key in adata.uns}
     uns["split_id"] = digest(
         [uns["counts_id"], *adata.var_names[in_train], *obs.index, *obs["cell_type"].astype(str), *is_test.astype(str)]

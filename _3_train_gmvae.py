@@ -19,7 +19,7 @@ from lib import options, parallel
 from lib.baselines import registry
 from lib.data.batches import CellDataset
 from lib.data.counts import n_entries, read_counts, select_per_type
-from lib.evaluation import plots
+from lib.evaluation import plots_training
 from lib.files import folder, report
 from lib.models import sampling
 from lib.models.axes import within_type_axes
@@ -112,7 +112,7 @@ def main() -> None:
         unit = "squared error, sum over a cell"
     if parallel.IS_FIRST:
         figure = fig / f"{GENERATOR}_loss.png"
-        plots.training(trainer.history_table(), trainer.best_epoch, unit, figure)
+        plots_training.loss_curves(trainer.history_table(), trainer.best_epoch, unit, figure)
         report(
             "stage 3", [trainer.best_path, trainer.last_path, trainer.history_path, figure], "python _4_train_sctape.py"
         )

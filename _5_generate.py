@@ -34,7 +34,7 @@ from lib.data.batches import CellDataset
 from lib.data.counts import read_split, row_blocks, select_cells, write_blocks, write_counts
 from lib.data.embedding import embed, load_pymde, mde, principal_components
 from lib.evaluation import classifier_transfer as classify
-from lib.evaluation import comparison, metrics, panels, plots, views
+from lib.evaluation import comparison, metrics, plots_cells, views
 from lib.files import ROOT, folder, replacing, report, user_path
 from lib.models.gmvae import GMVAE, n_blocks
 from lib.models.profiles import nb_per_type_log_likelihood
@@ -372,15 +372,17 @@ def compare(model: torch.nn.Module, train: ad.AnnData, test: ad.AnnData, generat
         {"MDE": mde(pcs, N_NEIGHBORS, SEED)} if MDE else {}
     )
     for method, places in embeddings.items():
-        plots.original_vs_generated(places, is_generated, fig / f"{method.lower()}_original_vs_generated.png", method)
-        plots.original_vs_generated_by_type(
+        plots_cells.original_vs_generated(
+            places, is_generated, fig / f"{method.lower()}_original_vs_generated.png", method
+        )
+        plots_cells.original_vs_generated_by_type(
             places, is_generated, both.obs["cell_type"], fig / f"{method.lower()}_by_cell_type.png", method
         )
 
-    panels.composition(
-        {"train cells": train.obs, "test cells": test.obs, "generated": generated.obs}, fig / "composition.png"
-    )
-    panels.type_correlation(drawn_test, drawn_generated, N_TYPE_MARKERS, fig / "type_correlation.png")
+    sets = {"train cells": train.obs, "test cells": test.obs, "generated": generated.obs}
+    plots_cells.composition(metrics.type_proportions(sets), fig / "composition.png")
+    by_type = metrics.type_correlation(drawn_test, drawn_generated, N_TYPE_MARKERS)
+    plots_cells.type_correlation(*by_type, fig / "type_correlation.png")
     if FOUR_STAGES:
         if not isinstance(model, GMVAE):
             raise ValueError(
@@ -389,11 +391,20 @@ def compare(model: torch.nn.Module, train: ad.AnnData, test: ad.AnnData, generat
         embeddings, types = views.four_embeddings(
             model, drawn_test, drawn_generated, N_TOP_GENES, N_PCS, N_NEIGHBORS, SEED
         )
-        panels.four_stages(embeddings, types, fig / "four_stages.png")
+        plots_cells.four_stages(embeddings, types, fig / "four_stages.png")
 
     genes = metrics.variable_genes(drawn_train, N_CORRELATION_GENES)
-    correlations = [metrics.gene_correlation(part, genes) for part in (drawn_test, drawn_generated, drawn_train)]
-    plots.gene_correlation(*correlations, fig / "gene_correlation.png")
+    of_test, of_generated, of_train = (
+        metrics.gene_correlation(part, genes) for part in (drawn_test, drawn_generated, drawn_train)
+    )
+    plots_cells.gene_correlation(
+        of_test,
+        of_generated,
+        metrics.cluster_order(of_test),
+        metrics.correlation_agreement(of_test, of_generated)[0],
+        metrics.correlation_agreement(of_test, of_train)[0],
+        fig / "gene_correlation.png",
+    )
 
 
 def judge_cells(
@@ -420,7 +431,11 @@ def judge_cells(
     pooled = table[table["cells"] == "all"].drop(columns="cells").set_index("figure")
     print(f"{real.n_obs:,} test cells against as many generated ones, and against real train cells of the same types:")
     print(pooled.rename(columns={"real": "real train cells"}).to_string(float_format="{:.3f}".format))
-    plots.fidelity(table, real, made, floor, fig / "fidelity.png")
+    sets = {"test": real, "train": floor, "generated": made}
+    statistics = {name: metrics.cell_statistics(cells) for name, cells in sets.items()}
+    mean_r = metrics.pearson(statistics["test"].genes["mean"], statistics["generated"].genes["mean"])
+    cell_types = list(real.obs["cell_type"].cat.categories)
+    plots_cells.fidelity(table, statistics, mean_r, cell_types, fig / "fidelity.png")
     return real, floor, genes, pooled
 
 
@@ -466,7 +481,7 @@ def compare_generators(
     print(
         "the generators in models/, each against the same test cells:\n" + table.to_string(float_format="{:.3f}".format)
     )
-    panels.comparison(table, fig / "comparison.png")
+    plots_cells.comparison(table.drop(columns="real train cells"), table["real train cells"], fig / "comparison.png")
 
 
 def likelihoods(model: GMVAE, train: ad.AnnData, test: ad.AnnData) -> tuple[np.ndarray, np.ndarray]:

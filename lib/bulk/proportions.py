@@ -11,7 +11,7 @@ from lib.bulk import bulk_encoder, sctape
 from lib.bulk.pseudobulk import read_test_mixtures
 from lib.bulk.reference import Reference, nnls_on_markers, signature_genes
 from lib.bulk.regression import Estimate, deconvolve, to_rna
-from lib.evaluation import metrics, plots
+from lib.evaluation import metrics, plots_bulk
 from lib.files import replacing
 
 
@@ -142,10 +142,13 @@ def judge(
                 *errors
             )
         )
-    plots.proportions(
-        true,
-        estimates[mode if mode in modes else modes[0]],
-        constant,
+    random = ~true.index.str.startswith("own")
+    plotted = estimates[mode if mode in modes else modes[0]][random]
+    plots_bulk.proportions(
+        true[random],
+        plotted,
+        metrics.proportion_agreement(true[random], plotted),
+        metrics.mae(true[random], constant[random]),
         own_truth,
         found.proportions,
         found.spread,
@@ -155,7 +158,7 @@ def judge(
         return [fig / "proportions.png"]
     reference = Reference.from_checkpoint(checkpoint["reference"])
     reference = reference.of_genes(signature_genes(reference))
-    plots.signature(
+    plots_bulk.signature(
         pd.DataFrame(reference.mean, reference.cell_types, reference.gene_names), found.signature, fig / "signature.png"
     )
     return [fig / "proportions.png", fig / "signature.png"]

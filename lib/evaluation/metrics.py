@@ -5,11 +5,15 @@ as many cells of each type in both. Principal components are always those of bot
 2,000 variable genes of both, 50 components): fitted on one side, they would hide what the other side does elsewhere.
 """
 
+from typing import NamedTuple
+
 import anndata as ad
 import numpy as np
 import pandas as pd
 import scanpy as sc
 import scipy.sparse as sp
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.spatial.distance import squareform
 from scipy.stats import ks_2samp
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
@@ -22,6 +26,7 @@ from sklearn.preprocessing import StandardScaler
 
 from lib.data.counts import log_normalize
 from lib.data.embedding import principal_components
+from lib.models import profiles
 
 N_TOP_GENES, N_PCS = 2000, 50  # of the joint principal components
 N_LINEAR_GENES = 3000  # that the linear judge sees: the most variable ones of the real cells
@@ -51,6 +56,13 @@ def ccc(true: np.ndarray, estimate: np.ndarray) -> float:
     x, y = np.ravel(true).astype(float), np.ravel(estimate).astype(float)
     spread = x.var() + y.var() + (x.mean() - y.mean()) ** 2
     return float(2 * ((x - x.mean()) * (y - y.mean())).mean() / spread) if spread > 0 else float("nan")
+
+
+def proportion_agreement(true: pd.DataFrame, estimate: pd.DataFrame) -> pd.DataFrame:
+    """MAE, CCC and Pearson's r (columns) of estimated proportions, samples x cell types: one row per type, and `all types`."""
+    pairs = {name: (true[name], estimate[name]) for name in true} | {"all types": (true, estimate)}
+    rows = {name: (mae(*pair), ccc(*pair), pearson(*pair)) for name, pair in pairs.items()}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["MAE", "CCC", "r"])
 
 
 def forest_auc(pcs: np.ndarray, is_other: np.ndarray, seed: int) -> float:
@@ -143,26 +155,108 @@ def gene_statistics(cells: ad.AnnData) -> pd.DataFrame:
 
 
 def log_fold_changes(cells: ad.AnnData) -> pd.DataFrame:
-    """Genes x types: log2 of a gene's mean counts per 10,000 in the type over its mean in all other cells (+ 0.1 on both sides)."""
-    scaled = sp.diags_array(1e4 / np.maximum(np.asarray(cells.X.sum(axis=1)).ravel(), 1)) @ cells.X
-    table = {}
-    for name in cells.obs["cell_type"].cat.categories:
-        mine = (cells.obs["cell_type"] == name).to_numpy()
-        if mine.any() and not mine.all():
-            inside, outside = (np.asarray(scaled[part].mean(axis=0)).ravel() for part in (mine, ~mine))
-            table[name] = np.log2((inside + 0.1) / (outside + 0.1))
-    return pd.DataFrame(table, index=cells.var_names)
+    """Genes x types: log2 of a gene's mean counts per 10,000 in the type over its mean in all other cells (+ 0.1 on both sides).
+
+    Types without cells are left out.
+    """
+    per_10k = sp.diags_array(1e4 / np.maximum(np.asarray(cells.X.sum(axis=1)).ravel(), 1)) @ cells.X
+    n_cells = cells.obs["cell_type"].value_counts()[cells.obs["cell_type"].cat.categories]
+    n_cells = n_cells[n_cells > 0]
+    if len(n_cells) < 2:
+        return pd.DataFrame(index=cells.var_names)
+    means = [
+        np.asarray(per_10k[(cells.obs["cell_type"] == name).to_numpy()].mean(axis=0)).ravel() for name in n_cells.index
+    ]
+    changes = profiles.log_fold_changes(np.array(means, dtype=np.float64), n_cells.to_numpy())
+    return pd.DataFrame(changes.T, index=cells.var_names, columns=list(n_cells.index))
 
 
 def marker_recovery(real: ad.AnnData, other: ad.AnnData) -> tuple[float, float]:
-    """Share of each type's `N_MARKERS` genes of largest fold change that both sets agree on, and r of all fold changes; means over types."""
-    ours, theirs = log_fold_changes(real), log_fold_changes(other)
-    types = [name for name in ours if name in theirs and (real.obs["cell_type"] == name).sum() >= MIN_CELLS_PER_TYPE]
-    overlap = [
-        len(set(ours[t].nlargest(N_MARKERS).index) & set(theirs[t].nlargest(N_MARKERS).index)) / N_MARKERS
-        for t in types
+    """Agreement of two sets of cells on the marker genes of the types, means over types with `MIN_CELLS_PER_TYPE` real cells.
+
+    Returns
+    -------
+    Share of each type's `N_MARKERS` genes of largest fold change that are the same in both sets; Pearson's r of all fold changes.
+    """
+    changes, other_changes = log_fold_changes(real), log_fold_changes(other)
+    large = real.obs["cell_type"].value_counts() >= MIN_CELLS_PER_TYPE
+    types = [name for name in changes if name in other_changes and large[name]]
+    markers, other_markers = (
+        profiles.top_genes(table[types].to_numpy().T, N_MARKERS) for table in (changes, other_changes)
+    )
+    overlap = [len(np.intersect1d(*pair)) / N_MARKERS for pair in zip(markers, other_markers)]
+    return float(np.mean(overlap)), float(np.mean([pearson(changes[name], other_changes[name]) for name in types]))
+
+
+def mean_expression(cells: ad.AnnData, genes: np.ndarray) -> pd.DataFrame:
+    """Types x genes: mean log(1 + counts per 10,000); NaN for a type without cells."""
+    values = log_normalize(cells.X, 1e4)[:, genes]
+    names = list(cells.obs["cell_type"].cat.categories)
+    masks = [(cells.obs["cell_type"] == name).to_numpy() for name in names]
+    rows = [
+        np.asarray(values[mask].mean(axis=0)).ravel() if mask.any() else np.full(values.shape[1], np.nan)
+        for mask in masks
     ]
-    return float(np.mean(overlap)), float(np.mean([pearson(ours[t], theirs[t]) for t in types]))
+    return pd.DataFrame(rows, index=names)
+
+
+def type_correlation(real: ad.AnnData, generated: ad.AnnData, n_markers: int) -> tuple[pd.DataFrame, int]:
+    """Pearson's r between the mean expression of generated and real types, less the mean of the real types, over marker genes.
+
+    Parameters
+    ----------
+    n_markers
+        Genes of largest fold change of each real type.
+
+    Returns
+    -------
+    Generated types x real types; number of genes.
+    """
+    genes = np.unique(profiles.top_genes(log_fold_changes(real).to_numpy().T, n_markers))
+    of_real, of_generated = (mean_expression(cells, genes).dropna() for cells in (real, generated))
+    r = np.corrcoef(of_generated - of_real.mean(), of_real - of_real.mean())[: len(of_generated), len(of_generated) :]
+    return pd.DataFrame(r, index=of_generated.index, columns=of_real.index), len(genes)
+
+
+def cluster_order(correlation: np.ndarray) -> np.ndarray:
+    """Order of the genes that puts correlated genes next to each other: average linkage on 1 - r."""
+    distance = np.clip(1 - correlation, 0, 2)
+    np.fill_diagonal(distance, 0)
+    return leaves_list(linkage(squareform(distance, checks=False), method="average", optimal_ordering=True))
+
+
+class CellStatistics(NamedTuple):
+    """What `plots_cells.fidelity` shows of one set of cells."""
+
+    library_size: np.ndarray  # (n_cells,) counts
+    n_genes: np.ndarray  # (n_cells,) genes detected
+    genes: pd.DataFrame  # genes x (mean, variance, zeros), from `gene_statistics`
+    fold_changes: pd.DataFrame  # genes x types, log2, from `log_fold_changes`
+
+
+def cell_statistics(cells: ad.AnnData) -> CellStatistics:
+    """Distributions over cells, and what single genes do."""
+    return CellStatistics(*library_and_genes(cells), gene_statistics(cells), log_fold_changes(cells))
+
+
+def type_proportions(sets: dict[str, pd.DataFrame], max_samples: int = 20) -> pd.DataFrame:
+    """Proportions of the cell types: one row per set of cells, or one per sample of a set that has several.
+
+    Parameters
+    ----------
+    sets
+        Name -> table of cells (obs) with `cell_type`, and `sample` if there are samples.
+    max_samples
+        Of each set: the first ones.
+    """
+    types = next(iter(sets.values()))["cell_type"].cat.categories
+    rows = {}
+    for name, obs in sets.items():
+        sample = obs["sample"].astype(str) if "sample" in obs else pd.Series("", index=obs.index)
+        for one in pd.unique(sample)[:max_samples]:
+            row = obs["cell_type"][sample == one].value_counts(normalize=True)[types]
+            rows[name if sample.nunique() == 1 else f"{name}, {one}"] = row.to_numpy()
+    return pd.DataFrame(rows, index=types).T
 
 
 def transfer_f1(

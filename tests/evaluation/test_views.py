@@ -10,7 +10,7 @@ from helpers import STAGES, simulated_cells, simulated_dataset, trained_gmvae
 
 from lib.bulk.pseudobulk import largest_remainder
 from lib.data.counts import log_normalize
-from lib.evaluation import panels, views
+from lib.evaluation import metrics, views
 
 FEW = {"MAX_CELLS_JUDGED": 60, "MAX_CELLS_DRAWN": 120, "DEVICE": "cpu"}
 
@@ -36,7 +36,7 @@ def test_mean_expression_by_hand():
     adata = ad.AnnData(np.array([[1.0, 1.0], [0.0, 4.0], [3.0, 0.0]], np.float32))
     adata.X = sp.csr_matrix(adata.X)
     adata.obs["cell_type"] = pd.Categorical(["a", "a", "b"], categories=["a", "b", "c"])
-    table = panels.mean_expression(adata, np.array([True, True]))
+    table = metrics.mean_expression(adata, np.array([True, True]))
     np.testing.assert_allclose(table.loc["a"], [np.log1p(5000) / 2, (np.log1p(5000) + np.log1p(10000)) / 2], rtol=1e-5)
     np.testing.assert_allclose(table.loc["b"], [np.log1p(10000), 0], rtol=1e-5)
     assert table.loc["c"].isna().all()

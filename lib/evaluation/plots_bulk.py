@@ -1,0 +1,110 @@
+"""Figures of the deconvolution: how good the proportions are, and the signature matrix they come from."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure, SubFigure
+
+from lib.evaluation.plots_style import open_frame, palette, save, stacked_bars, type_legend
+from lib.models.profiles import log_fold_changes, top_genes
+
+MAX_BARS = 40  # bulk samples plotted
+N_MARKERS = 6  # of each type, in the signature matrix
+
+
+def proportions(
+    true: pd.DataFrame, estimate: pd.DataFrame, agreement: pd.DataFrame, baseline_mae: float, bulk_true: pd.DataFrame | None,
+    bulk_estimate: pd.DataFrame, bulk_spread: pd.DataFrame, path: Path,
+) -> None:  # fmt: skip
+    """Left: predicted against true proportions of mixtures of test cells, one panel per type. Right: predicted proportions of the bulk.
+
+    Parameters
+    ----------
+    true, estimate
+        Random mixtures of test cells x cell types.
+    agreement
+        Of these two, from `metrics.proportion_agreement`.
+    baseline_mae
+        MAE of a constant estimate, the types' frequencies in the train cells.
+    bulk_true
+        Proportions of the bulk (samples x cell types), None where they are unknown.
+    bulk_estimate, bulk_spread
+        Predicted proportions of the bulk and their standard deviations (NaN where there are none).
+    """
+    n_columns = int(np.ceil(np.sqrt(true.shape[1])))
+    n_rows = -(-true.shape[1] // n_columns)
+    bars = bulk_estimate.iloc[:MAX_BARS].rename(index=str)
+    if bulk_true is not None:
+        labelled = [
+            table.rename(index=lambda name, kind=kind: f"{name}, {kind}")
+            for table, kind in ((bulk_true, "true"), (bars, "predicted"))
+        ]
+        bars = pd.concat(labelled)
+    widths = (2.1 * n_columns, 3.2 + 0.25 * len(bars))
+    figure = Figure(figsize=(sum(widths), max(2.2 * n_rows + 0.6, 4.5)), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=widths)
+    _predicted_against_true(left, true, estimate, agreement, baseline_mae, (n_rows, n_columns))
+
+    axes = right.subplots()
+    stacked_bars(axes, bars, rotation=90)
+    axes.set_ylabel("proportion of cells (lines: standard deviation)")
+    n_samples = len(bulk_estimate)
+    if n_samples <= MAX_BARS:
+        places = np.arange(len(bars) - n_samples, len(bars))
+        tops = bars.iloc[-n_samples:].cumsum(axis=1)
+        for name in tops.columns.intersection(bulk_spread.columns):
+            axes.errorbar(places, tops[name], bulk_spread[name], fmt="none", ecolor="k", elinewidth=0.7)
+    axes.set_title("the bulk" if n_samples <= MAX_BARS else f"first {MAX_BARS} of {n_samples} samples", fontsize=10)
+    type_legend(right, axes, top_down=False)
+    save(figure, path)
+
+
+def _predicted_against_true(
+    figure: SubFigure, true: pd.DataFrame, estimate: pd.DataFrame, agreement: pd.DataFrame, baseline_mae: float, shape: tuple[int, int]
+) -> None:  # fmt: skip
+    """One scatter plot per type. shape: rows and columns of panels."""
+    overall = agreement.loc["all types"]
+    errors = f"MAE {overall['MAE']:.3f} (train frequencies {baseline_mae:.3f}), CCC {overall['CCC']:.2f}"
+    figure.suptitle(f"{len(true)} random mixtures of test cells: {errors}", fontsize=10)
+    panels = np.ravel(figure.subplots(*shape, squeeze=False))
+    for axes, (name, colour) in zip(panels, palette(list(true.columns)).items()):
+        x, y = true[name], estimate[name]
+        top = 1.05 * max(x.max(), y.max(), 0.05)
+        axes.plot([0, top], [0, top], c="k", lw=0.8, ls="--")
+        axes.scatter(x, y, s=14, c=colour, lw=0)
+        axes.set(xlim=(-0.03 * top, top), ylim=(-0.03 * top, top), aspect="equal")
+        axes.set_title("{}\nr {r:.2f}, CCC {CCC:.2f}".format(name, **agreement.loc[name]), fontsize=8)
+        axes.tick_params(labelsize=7)
+        open_frame(axes)
+    for axes in panels[true.shape[1] :]:
+        axes.remove()
+    figure.supxlabel("true proportion", fontsize=9)
+    figure.supylabel("predicted proportion", fontsize=9)
+
+
+def signature(reference: pd.DataFrame, adapted: pd.DataFrame, path: Path) -> None:
+    """Heat maps of each type's marker genes, before and after the adaptation of the signature matrix to the bulk.
+
+    Plotted is log(1 + counts per 10,000), divided by the gene's largest value in the single cells.
+
+    Parameters
+    ----------
+    reference, adapted
+        Types x genes, counts per cell: mean of the train cells; the same adapted to the bulk.
+    """
+    shared = reference.columns.intersection(adapted.columns)
+    per_10k = [table[shared].div(table[shared].sum(axis=1), axis=0) * 1e4 for table in (reference, adapted)]
+    fold_changes = log_fold_changes(per_10k[0].dropna().to_numpy())  # a type without train cells has no profile
+    markers = shared[list(dict.fromkeys(top_genes(fold_changes, N_MARKERS).ravel()))]
+    single_cells, bulk = (np.log1p(table[markers]) for table in per_10k)
+    figure = Figure(figsize=(3.5 + 0.17 * len(markers), 2.2 + 0.42 * len(reference)), layout="constrained")
+    panels = figure.subplots(2, 1, sharex=True)
+    for axes, table, title in zip(panels, (single_cells, bulk), ("single cells", "adapted to the bulk")):
+        scaled = table / single_cells.max()
+        image = axes.imshow(scaled, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        axes.set_yticks(np.arange(len(reference)), reference.index, fontsize=8)
+        axes.set_title(f"signature matrix: {title}", fontsize=10)
+    panels[1].set_xticks(np.arange(len(markers)), markers, rotation=90, fontsize=7)
+    figure.colorbar(image, ax=panels, label="expression, share of the gene's largest in the cells", extend="max")
+    save(figure, path)

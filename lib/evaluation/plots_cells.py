@@ -1,0 +1,276 @@
+"""Figures of cells: real ones, generated ones, and how close the two are. All numbers come from `lib.evaluation.metrics`."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lib.evaluation.metrics import CellStatistics
+from lib.evaluation.plots_style import (
+    BACKGROUND,
+    GENERATED,
+    NEUTRAL,
+    REAL,
+    dot_size,
+    embedding_axes,
+    legend_dot,
+    open_frame,
+    outlined_text,
+    palette,
+    save,
+    scatter_by_type,
+    stacked_bars,
+    type_legend,
+)
+
+SETS = {"test": NEUTRAL, "train": REAL, "generated": GENERATED}  # of the fidelity figure
+COMPARED = (
+    "forest AUC", "linear AUC", "MMD", "iLISI", "gene correlation r", "gene mean MAE", "gene zeros MAE", "library size KS",
+    "genes detected KS", "marker overlap", "F1 train on these, test on real", "nearest real cell is a train cell",
+)  # fmt: skip
+
+
+def umap_reference(umap: np.ndarray, cell_type: pd.Series, is_test: np.ndarray, path: Path) -> None:
+    """Real cells by type and by split. umap: n_cells x 2."""
+    figure = Figure(figsize=(11.5, 4.8), layout="constrained")
+    by_type, by_split = figure.subplots(1, 2)
+    scatter_by_type(by_type, umap, cell_type)
+    by_type.set_title(f"cell types ({len(umap):,} cells)")
+    type_legend(figure, by_type)
+    for mask, colour, name in ((~is_test, "#C8C8C8", "train"), (is_test, REAL, "test")):
+        by_split.scatter(*umap[mask].T, s=dot_size(len(umap)), c=colour, lw=0, rasterized=True)
+        legend_dot(by_split, colour, f"{name} ({mask.sum():,})")
+    by_split.set_title("split")
+    by_split.legend(frameon=False, fontsize=8, loc="best")
+    embedding_axes(by_split)
+    save(figure, path)
+
+
+def original_vs_generated(embedding: np.ndarray, is_generated: np.ndarray, path: Path, method: str = "UMAP") -> None:
+    """Test cells, generated cells, and both, in one joint embedding (n_cells x 2)."""
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    panels = figure.subplots(1, 3)
+    size = dot_size(len(embedding))
+    for axes, mask, colour, name in zip(
+        panels, (~is_generated, is_generated), (REAL, GENERATED), ("test", "generated")
+    ):
+        axes.scatter(*embedding.T, s=size, c="#E6E6E6", lw=0, rasterized=True)
+        axes.scatter(*embedding[mask].T, s=size, c=colour, lw=0, rasterized=True)
+        axes.set_title(f"{name} cells ({mask.sum():,})")
+        legend_dot(panels[2], colour, f"{name} cells")
+    order = np.random.default_rng(0).permutation(len(embedding))
+    colours = np.where(is_generated, GENERATED, REAL)[order]
+    panels[2].scatter(*embedding[order].T, s=size, c=colours, lw=0, rasterized=True)
+    panels[2].set_title("both")
+    panels[2].legend(frameon=False, fontsize=8)
+    for axes in panels:
+        embedding_axes(axes, method)
+    save(figure, path)
+
+
+def original_vs_generated_by_type(
+    embedding: np.ndarray, is_generated: np.ndarray, cell_type: pd.Series, path: Path, method: str = "UMAP"
+) -> None:
+    """The same embedding, test and generated cells side by side, by type."""
+    figure = Figure(figsize=(11.5, 4.8), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, mask, name in zip(panels, (~is_generated, is_generated), ("test", "generated")):
+        axes.scatter(*embedding.T, s=dot_size(len(embedding)), c=BACKGROUND, lw=0, rasterized=True)
+        scatter_by_type(axes, embedding[mask], cell_type[mask], method)
+        axes.set_title(f"{name} cells ({mask.sum():,})")
+    type_legend(figure, panels[0])
+    save(figure, path)
+
+
+def four_stages(embeddings: dict[str, list[np.ndarray]], cell_types: list[pd.Series], path: Path) -> None:
+    """Input, latent, reconstructed and generated cells of the GMVAE, each in an embedding of its own.
+
+    Parameters
+    ----------
+    embeddings
+        Method (such as "UMAP") -> four arrays, n_cells x 2: one row of panels per method.
+    cell_types
+        Of the cells of each of the four stages.
+    """
+    titles = "input (test cells)", "latent (z of the input)", "reconstructed", "generated"
+    figure = Figure(figsize=(16, 4 * len(embeddings) + 0.3), layout="constrained")
+    panels = figure.subplots(len(embeddings), 4, squeeze=False)
+    for row, (method, stages) in zip(panels, embeddings.items()):
+        for axes, embedding, cell_type, title in zip(row, stages, cell_types, titles):
+            scatter_by_type(axes, embedding, cell_type, method)
+            axes.set_title(f"{title}, {len(embedding):,} cells")
+    type_legend(figure, panels[0, 0])
+    save(figure, path)
+
+
+def composition(proportions: pd.DataFrame, path: Path) -> None:
+    """Stacked bars of the proportions of the types. proportions: sets of cells x cell types, from `metrics.type_proportions`."""
+    figure = Figure(figsize=(max(7, 3.5 + 0.45 * len(proportions)), 4.8), layout="constrained")
+    axes = figure.subplots()
+    stacked_bars(axes, proportions, rotation=90 if len(proportions) > 6 else 0)
+    type_legend(figure, axes, top_down=False)
+    save(figure, path)
+
+
+def type_correlation(correlation: pd.DataFrame, n_genes: int, path: Path) -> None:
+    """Heat map of the correlation between the mean expression of generated and real types, from `metrics.type_correlation`."""
+    n_rows, n_columns = correlation.shape
+    figure = Figure(figsize=(2.6 + 0.62 * n_columns, 2.2 + 0.5 * n_rows), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(correlation, cmap="RdBu_r", vmin=-1, vmax=1)
+    for (i, j), r in np.ndenumerate(correlation.to_numpy()):
+        colour = "white" if abs(r) > 0.6 else "black"
+        axes.text(j, i, f"{r:.2f}", ha="center", va="center", fontsize=7, color=colour)
+    axes.set_xticks(range(n_columns), correlation.columns, rotation=90, fontsize=8)
+    axes.set_yticks(range(n_rows), correlation.index, fontsize=8)
+    axes.set(xlabel="test cells", ylabel="generated cells")
+    axes.set_title(f"mean expression of the types, {n_genes:,} marker genes", fontsize=10)
+    figure.colorbar(image, ax=axes, label="Pearson's r, about the mean of the test cells' types", shrink=0.8)
+    save(figure, path)
+
+
+def gene_correlation(
+    test: np.ndarray, generated: np.ndarray, order: np.ndarray, r_generated: float, r_reference: float, path: Path
+) -> None:
+    """Heat maps of the correlations between genes in test cells and in generated cells, in the same order of genes.
+
+    Parameters
+    ----------
+    test, generated
+        Genes x genes, from `metrics.gene_correlation`.
+    order
+        Of the genes, from `metrics.cluster_order` of the test cells' matrix.
+    r_generated, r_reference
+        Agreement with the test cells over all pairs of genes: of generated cells, of train cells.
+    """
+    limit = max(0.1, np.quantile(np.abs(test[np.triu_indices(len(test), k=1)]), 0.99))
+    figure = Figure(figsize=(11.5, 6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    titles = (
+        "test cells",
+        f"generated cells\nagreement with test cells: r = {r_generated:.2f} (train cells: {r_reference:.2f})",
+    )
+    for axes, matrix, title in zip(panels, (test, generated), titles):
+        ordered = matrix[np.ix_(order, order)]
+        image = axes.imshow(ordered, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+        axes.set_title(title, fontsize=10)
+        axes.set(xlabel=f"{len(test)} most variable genes", xticks=[], yticks=[])
+    panels[0].set_ylabel("the same genes, in the same order")
+    figure.colorbar(image, ax=panels, label="correlation between genes (Pearson's r)", shrink=0.8, extend="both")
+    save(figure, path)
+
+
+def fidelity(
+    table: pd.DataFrame, statistics: dict[str, CellStatistics], mean_r: float, cell_types: list[str], path: Path
+) -> None:
+    """Generated cells and train cells (the real reference), each compared with test cells.
+
+    Parameters
+    ----------
+    table
+        From `metrics.fidelity_table`.
+    statistics
+        Of "test", "train" and "generated" cells of the same types and numbers, from `metrics.cell_statistics`.
+    mean_r
+        Pearson's r of the genes' means between test and generated cells.
+    cell_types
+        All of them: their places give the colours.
+    """
+    figure = Figure(figsize=(15.5, 7.6), layout="constrained")
+    (classifiers, by_type, library, detected), (mean_variance, mean_zeros, means, markers) = figure.subplots(2, 4)
+    whole = table[table["cells"] == "all"].set_index("figure").loc[["forest AUC", "linear AUC"]]
+    _auc_bars(classifiers, whole.set_axis(["random forest\n(PCs)", "linear\n(genes)"]), "all cells")
+    classifiers.legend(frameon=False, fontsize=8, loc="lower right")
+    within = table[(table["cells"] != "all") & (table["figure"] == "forest AUC")].set_index("cells")
+    _auc_bars(by_type, within, "within each type (random forest)")
+
+    _histograms(library, {name: cells.library_size for name, cells in statistics.items()}, "counts per cell")
+    _histograms(detected, {name: cells.n_genes for name, cells in statistics.items()}, "genes detected per cell")
+    library.legend(frameon=False, fontsize=8, loc="upper left")
+
+    _against_mean(mean_variance, statistics, "variance", least=1e-3)
+    _against_mean(mean_zeros, statistics, "zeros", least=0)
+    mean_variance.set(yscale="log", ylabel="variance")
+    mean_zeros.set(ylabel="share of zeros")
+    mean_zeros.legend(frameon=False, fontsize=8)
+
+    test, generated = statistics["test"], statistics["generated"]
+    dots = {"s": 2, "lw": 0, "alpha": 0.5, "rasterized": True}
+    means.scatter(test.genes["mean"].clip(1e-3), generated.genes["mean"].clip(1e-3), c=GENERATED, **dots)
+    means.set(xscale="log", yscale="log", xlabel="mean of a gene, test cells", ylabel="mean of a gene, generated cells")
+    means.set_title(f"r = {mean_r:.3f}")
+    for name, colour in palette(cell_types).items():
+        if name in test.fold_changes and name in generated.fold_changes:
+            markers.scatter(test.fold_changes[name], generated.fold_changes[name], c=colour, **dots)
+    markers.set(xlabel="log2 fold change in a type, test cells", ylabel="the same, generated cells")
+    markers.set_title("all genes, in the colour of the type")
+    for axes in (means, markers):
+        limits = min(axes.get_xlim()[0], axes.get_ylim()[0]), max(axes.get_xlim()[1], axes.get_ylim()[1])
+        axes.plot(limits, limits, c="k", lw=0.8, ls="--")
+    for axes in figure.axes:
+        axes.title.set_fontsize(10)
+    open_frame(*figure.axes)
+    save(figure, path)
+
+
+def _auc_bars(axes: Axes, rows: pd.DataFrame, cells: str) -> None:
+    """AUC of train and of generated cells, a pair of bars per row."""
+    places = np.arange(len(rows))
+    axes.barh(places + 0.2, rows["real"], 0.38, color=REAL, label="train cells")
+    axes.barh(places - 0.2, rows["generated"], 0.38, color=GENERATED, label="generated cells")
+    axes.axvline(0.5, c="k", lw=0.8, ls="--")
+    axes.set_yticks(places, list(rows.index), fontsize=8)
+    axes.set(xlim=(0.4, 1), xlabel="AUC (0.5: cannot be distinguished)")
+    axes.set_title(f"classifier AUC, against test cells:\n{cells}")
+
+
+def _histograms(axes: Axes, values: dict[str, np.ndarray], label: str) -> None:
+    """Distributions of log10(value + 1), one line per set of cells."""
+    bins = np.histogram_bin_edges(np.log10(np.concatenate(list(values.values())) + 1), 40)
+    for name, colour in SETS.items():
+        axes.hist(np.log10(values[name] + 1), bins, histtype="step", color=colour, lw=1.5, density=True, label=name)
+    axes.set(xlabel=f"log10({label})", ylabel="density")
+
+
+def _against_mean(axes: Axes, statistics: dict[str, CellStatistics], what: str, least: float) -> None:
+    """One statistic of every gene against its mean, in test and in generated cells."""
+    for name in ("test", "generated"):
+        genes = statistics[name].genes
+        style = {"s": 2, "c": SETS[name], "lw": 0, "alpha": 0.5, "rasterized": True}
+        axes.scatter(genes["mean"].clip(1e-3), genes[what].clip(least), **style)
+        legend_dot(axes, SETS[name], name)
+    axes.set(xscale="log", xlabel="mean of a gene, log(1 + counts per 10,000)")
+
+
+def comparison(table: pd.DataFrame, reference: pd.Series, path: Path) -> None:
+    """Several generators, each compared with the same test cells, one panel per metric.
+
+    Parameters
+    ----------
+    table
+        Metrics x generators.
+    reference
+        The same metrics of train cells: no generator can be better.
+    """
+    names = list(table.columns)
+    places = np.arange(len(names))[::-1]
+    colours = [GENERATED if name == "gmvae" else NEUTRAL for name in names]
+    figure = Figure(figsize=(13, 2.2 + 0.9 * len(names)), layout="constrained")
+    panels = np.ravel(figure.subplots(3, 4))
+    for axes, metric in zip(panels, COMPARED):
+        values = table.loc[metric]
+        axes.barh(places, values, color=colours, height=0.7)
+        axes.axvline(reference[metric], c=REAL, lw=1.5, ls="--")
+        low, high = min(0.0, values.min(), reference[metric]), max(values.max(), reference[metric])
+        axes.set(xlim=(low, low + 1.25 * (high - low)))
+        for place, value in zip(places, values):
+            outlined_text(axes, max(value, 0), place, f" {value:.3f}", fontsize=8)
+        axes.set_title(metric, fontsize=9)
+        axes.set_yticks(places, names if axes in panels[::4] else [""] * len(names), fontsize=8)
+        axes.tick_params(axis="x", labelsize=8)
+    open_frame(*panels)
+    panels[0].plot([], [], c=REAL, lw=1.5, ls="--", label="train cells against the same test cells: the best possible")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize=9)
+    save(figure, path)

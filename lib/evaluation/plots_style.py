@@ -1,0 +1,96 @@
+"""What all figures share: one colour per cell type, resolution, scatter plots of cells by type, stacked bars of proportions."""
+
+from pathlib import Path
+
+import matplotlib.patheffects
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+
+from lib.files import replacing
+
+# Okabe and Ito's colour-blind-safe colours, then Paul Tol's "muted" and "bright" where there are more cell types.
+COLOURS = (
+    "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #882255 #999933 #332288 #DDCC77 #44AA99 #AA4499 "
+    "#117733 #EE6677 #BBBBBB #66CCEE #7F3C00 #4B0092 #F0E442 #1AFF1A #555555 #FFB6DB #004949 #B66DFF"
+).split()
+REAL, GENERATED, NEUTRAL = "#0072B2", "#D55E00", "#8C8C8C"
+UNLABELLED, BACKGROUND = "#DDDDDD", "#F0F0F0"
+DPI = 160
+
+
+def palette(cell_types: list[str]) -> dict[str, str]:
+    """A colour per cell type, by its place in the sorted list of types that all stages share."""
+    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(cell_types)}
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as png."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=DPI)
+
+
+def open_frame(*panels: Axes) -> None:
+    """Remove the upper and right line of the frame of each panel."""
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+def dot_size(n_cells: int) -> float:
+    """Area of a cell's dot, in square points: smaller where there are many cells."""
+    return float(np.clip(12_000 / max(n_cells, 1), 1.5, 9))
+
+
+def embedding_axes(axes: Axes, method: str = "UMAP") -> None:
+    """Axes of an embedding: named, without ticks, one scale for both."""
+    axes.set(xlabel=f"{method} 1", ylabel=f"{method} 2", xticks=[], yticks=[], aspect="equal", adjustable="datalim")
+    open_frame(axes)
+
+
+def scatter_by_type(axes: Axes, embedding: np.ndarray, cell_type: pd.Series, method: str = "UMAP") -> None:
+    """Cells (n_cells x 2) coloured by type; the type's number in the legend is written on its median cell."""
+    colours = palette(list(cell_type.cat.categories))
+    names = cell_type.to_numpy(dtype=object)
+    order = np.random.default_rng(0).permutation(len(embedding))  # so that no type is plotted on top of all others
+    dot_colours = [colours.get(names[i], UNLABELLED) for i in order]
+    axes.scatter(*embedding[order].T, s=dot_size(len(embedding)), c=dot_colours, lw=0, rasterized=True)
+    for number, (name, colour) in enumerate(colours.items(), start=1):
+        legend_dot(axes, colour, f"{number}  {name}")
+        cells = embedding[names == name]
+        if len(cells):  # the cell nearest to the median: the median itself may lie between two groups
+            x, y = cells[np.linalg.norm(cells - np.median(cells, axis=0), axis=1).argmin()]
+            outlined_text(axes, x, y, str(number), fontsize=9, weight="bold", ha="center")
+    embedding_axes(axes, method)
+
+
+def legend_dot(axes: Axes, colour: str, label: str) -> None:
+    """An entry of the legend for dots, larger than the dots in the panel."""
+    axes.scatter([], [], s=30, c=colour, lw=0, label=label)
+
+
+def outlined_text(axes: Axes, x: float, y: float, text: str, **style) -> None:
+    """Text with a white outline, readable on dots, bars and lines."""
+    outline = matplotlib.patheffects.withStroke(linewidth=2.5, foreground="white")
+    axes.text(x, y, text, va="center", path_effects=[outline], **style)
+
+
+def stacked_bars(axes: Axes, proportions: pd.DataFrame, rotation: int) -> None:
+    """One bar per row of `proportions`, one colour per column (cell type)."""
+    places = np.arange(len(proportions))
+    tops = proportions.cumsum(axis=1)
+    for name, colour in palette(list(proportions.columns)).items():
+        height, bottom = proportions[name], tops[name] - proportions[name]
+        axes.bar(places, height, bottom=bottom, color=colour, width=0.8, label=name, edgecolor="white", lw=0.3)
+    labels = [str(name).replace("_", " ") for name in proportions.index]
+    axes.set_xticks(places, labels if rotation else [label.replace(", ", "\n") for label in labels], rotation=rotation, fontsize=8)
+    axes.set(xlim=(-0.6, len(proportions) - 0.4), ylim=(0, 1.02), ylabel="proportion of cells")
+    open_frame(axes)
+
+
+def type_legend(figure: Figure | SubFigure, axes: Axes, top_down: bool = True) -> None:
+    """The cell types of one panel, to the right of all panels; top_down = False: from the bottom up, as bars are stacked."""
+    handles, names = axes.get_legend_handles_labels()
+    step = 1 if top_down else -1
+    place = {"loc": "outside right center", "frameon": False, "fontsize": 8, "title": "cell type"}
+    figure.legend(handles[::step], names[::step], **place)
