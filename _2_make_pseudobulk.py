@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from lib import options
 from lib.bulk import pseudobulk
-from lib.data.counts import n_entries, read_split, select_per_type
+from lib.data.counts import hold_out, n_entries, read_split
 from lib.files import folder, replacing, report
 
 # Mixtures of train cells, to train the deconvolution
@@ -148,7 +148,7 @@ def write_train_samples(train: ad.AnnData, gene_length_bp: pd.Series | None, pat
     counts = train.X[:] if n_entries(train.X) * 8 <= MEMORY_GB * 1e9 else train.X
     cell_types = list(train.obs["cell_type"].cat.categories)
     codes = train.obs["cell_type"].cat.codes.to_numpy()
-    fit_codes, validation_codes = part_cells(codes, len(cell_types), rng)
+    fit_codes, validation_codes = part_cells(codes, rng)
     composition = np.bincount(codes[codes >= 0], minlength=len(cell_types)) / np.sum(codes >= 0)
     proportions = pseudobulk.sample_proportions(N_TRAIN_SAMPLES, composition, shares(NEAR_SHARE), rng)
     cells_per_type = pseudobulk.largest_remainder(proportions, CELLS_PER_SAMPLE)
@@ -185,15 +185,11 @@ def write_train_samples(train: ad.AnnData, gene_length_bp: pd.Series | None, pat
     return path
 
 
-def part_cells(codes: np.ndarray, n_types: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def part_cells(codes: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Type of each cell in the fit mixtures and in the validation mixtures; -1 for a cell of the other kind."""
-    held_out = select_per_type(codes, VALIDATION_FRACTION, rng)
-    n_cells = np.bincount(codes[codes >= 0], minlength=n_types)
-    validation = np.where(held_out, codes, -1)
-    fit = np.where(
-        held_out & (n_cells[codes] > 1), -1, codes
-    )  # a type's only cell is in both, or the type could not be learned
-    return fit, validation
+    held_out = hold_out(codes, VALIDATION_FRACTION, rng)
+    only_cell = ~np.isin(codes, codes[held_out])  # of its type: in both, so that the type can be learned and validated
+    return np.where(held_out, -1, codes), np.where(held_out | only_cell, codes, -1)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from anndata.abc import CSRDataset
 from lib import options, parallel
 from lib.baselines import registry
 from lib.data.batches import CellDataset
-from lib.data.counts import n_entries, read_counts, select_per_type
+from lib.data.counts import hold_out, n_entries, read_counts
 from lib.evaluation import plots_training
 from lib.files import folder, report
 from lib.models import sampling
@@ -90,12 +90,11 @@ def main() -> None:
     device = parallel.start(DEVICE)
     adata = read_counts(data / "train.h5ad", "_1_split_train_test.py")
     cell_type = adata.obs["cell_type"].cat
-    train, held_out = hold_out_cells(adata.X, cell_type.codes.to_numpy(dtype=np.int64), device)
+    train, held_out = split_train(adata.X, cell_type.codes.to_numpy(dtype=np.int64), device)
     print(
         f"{len(train):,} cells to train on{'' if train.in_memory_cells else ', read from disk'}, {len(held_out):,} held out; "
         f"{adata.n_vars:,} genes, {len(cell_type.categories)} cell types; on {device}"
-        + f", {parallel.N_RANKS} processes"
-        * (parallel.N_RANKS > 1)
+        + (f", {parallel.N_RANKS} processes" if parallel.N_RANKS > 1 else "")
     )
     about = {
         "stage": "_3_train_gmvae.py",
@@ -127,13 +126,11 @@ def paper_preset() -> dict[str, tuple[Any, Any]]:
     }  # fmt: skip
 
 
-def hold_out_cells(
-    counts: CSRDataset, cell_type_idx: np.ndarray, device: torch.device
-) -> tuple[CellDataset, CellDataset]:
+def split_train(counts: CSRDataset, cell_type_idx: np.ndarray, device: torch.device) -> tuple[CellDataset, CellDataset]:
     """Cells to train on and cells for early stopping, from every type; the only cell of a type is trained on."""
     n_cells = np.bincount(cell_type_idx[cell_type_idx >= 0])
     fraction = min(VALIDATION_FRACTION, MAX_VALIDATION_CELLS / n_cells.sum())
-    is_held_out = select_per_type(cell_type_idx, fraction, np.random.default_rng(SEED)) & (n_cells[cell_type_idx] > 1)
+    is_held_out = hold_out(cell_type_idx, fraction, np.random.default_rng(SEED))
     if not min(BATCH_SIZE, is_held_out.sum()) >= parallel.N_RANKS:
         raise ValueError(
             f"{parallel.N_RANKS} processes cannot share BATCH_SIZE = {BATCH_SIZE} cells and {is_held_out.sum()} held-out cells; "

@@ -26,8 +26,8 @@ from lib.bulk.pseudobulk import tpm
 from lib.bulk.reference import reference_profiles
 from lib.bulk.sctape import ScTAPE, scale
 from lib.bulk.tables import read_bulk, read_gene_ids
-from lib.data.counts import check_same_split, read_counts, select_cells
-from lib.files import folder, report, require, user_path
+from lib.data.counts import read_counts, select_cells
+from lib.files import check_same_split, folder, report, require, user_path
 from lib.training import (
     Trainer,
     check_checkpoint,

@@ -1,27 +1,28 @@
-"""Where the stages read and write, and how: always to a temporary name first, so that a kill loses nothing."""
+"""Files of the stages: where they are, how they are replaced without loss, and whether two of them belong together."""
 
 import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def folder(name: str) -> Path:
-    """A folder that a stage writes to, made if need be; a relative name starts at the project, not at the shell's folder."""
+    """Path of a folder that a stage writes to, created if missing; a relative name starts at the project's folder, not the shell's."""
     path = ROOT / name
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def user_path(name: str) -> Path:
-    """A file that the user names: as the shell sees it, or else starting at the project.
+    """Path of a file that the user names, looked up in the shell's folder, then in the project's.
 
     Raises
     ------
     FileNotFoundError
-        If it is in neither place.
+        If it is in neither folder.
     """
     for path in (Path(name).expanduser(), ROOT / name):
         if path.exists():
@@ -30,12 +31,12 @@ def user_path(name: str) -> Path:
 
 
 def require(path: Path, stage: str) -> Path:
-    """The path itself, if an earlier stage has written it.
+    """Return the path if an earlier stage has written it.
 
     Raises
     ------
     FileNotFoundError
-        Naming the stage to run first.
+        If it is missing; the message names the stage to run first.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: run {stage} first")
@@ -43,10 +44,10 @@ def require(path: Path, stage: str) -> Path:
 
 
 @contextlib.contextmanager
-def replacing(path: Path):
-    """A temporary name beside `path` to write to; it takes the place of `path` only when the block ends without an error.
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path in the same folder to write to; rename it to `path` when the block ends without an error.
 
-    Until then the old file stands, so a full disk or a kill between write and rename costs nothing.
+    The old file stays until then, so it survives a full disk or a killed process.
     """
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
@@ -72,9 +73,50 @@ def _umask() -> int:
 
 
 def report(stage: str, written: list[Path], then: str) -> None:
-    """The last lines of a stage: what it wrote and what to run next."""
+    """Print the last lines of a stage: what it wrote and what to run next."""
     print(f"\n{stage} wrote")
     for path in written:
         shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
         print(f"  {shown}  ({path.stat().st_size / 1e6:.1f} MB)" if path.is_file() else f"  {shown}/")
     print(f"next: {then}")
+
+
+def check_same_split(split_id: str, what: object, expected_id: str, expected_by: object, remedy: str) -> None:
+    """Refuse a file that belongs to another split than the other file.
+
+    Raises
+    ------
+    ValueError
+        If two files come from two data sets, or from two splits of one data set.
+    """
+    if split_id != expected_id:
+        raise ValueError(
+            f"{what} does not belong to {expected_by}: it comes from split {split_id}, expected split {expected_id} "
+            f"(the data or their split have changed since); run {remedy} again"
+        )
+
+
+def check_same_names(
+    got: list[str], got_by: object, expected: list[str], expected_by: object, kind: str, remedy: str
+) -> None:
+    """Refuse a file that has other genes or other cell types (`kind`) than the other file.
+
+    Raises
+    ------
+    ValueError
+        If the names or their order differ; the message names both files.
+    """
+    if list(got) == list(expected):
+        return
+    only_got = [name for name in got if name not in set(expected)]
+    only_expected = [name for name in expected if name not in set(got)]
+    difference = "the same names in another order"
+    if only_got or only_expected:
+        difference = f"only there: {_some(only_got)}; missing there: {_some(only_expected)}"
+    raise ValueError(
+        f"{got_by} has {len(got):,} {kind}, {expected_by} has {len(expected):,}, and they differ ({difference}); run {remedy}"
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "") if names else "none"

@@ -21,8 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from lib import parallel
-from lib.data.counts import check_same_names, check_same_split
-from lib.files import replacing, require
+from lib.files import check_same_names, check_same_split, replacing, require
 
 CHECKPOINT_FORMAT = 2  # raised when checkpoints of older versions cannot be used any more
 SAVE_EVERY_S = 60

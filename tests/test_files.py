@@ -1,4 +1,4 @@
-"""A file is replaced whole or not at all, and a missing one is named with its remedy."""
+"""A file is replaced whole or not at all; a missing one, or one of other data, is refused with the remedy."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ import pytest
 from helpers import ROOT
 
 import lib.files
-from lib.files import folder, replacing, require, user_path
+from lib.files import check_same_names, check_same_split, folder, replacing, require, user_path
 
 
 @pytest.fixture
@@ -113,3 +113,17 @@ def test_a_relative_folder_starts_at_the_project_and_is_made(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     assert folder("data/raw") == tmp_path / "project" / "data" / "raw" and folder("data/raw").is_dir()
     assert folder(str(tmp_path / "elsewhere")) == tmp_path / "elsewhere" and (tmp_path / "elsewhere").is_dir()
+
+
+def test_both_files_are_named():
+    with pytest.raises(
+        ValueError,
+        match=r"model.pt has 2 genes, data.h5ad has 2, and they differ \(only there: C; missing there: B\); run it",
+    ):
+        check_same_names(["A", "C"], "model.pt", ["A", "B"], "data.h5ad", "genes", "it")
+    with pytest.raises(ValueError, match="another order"):
+        check_same_names(["B", "A"], "model.pt", ["A", "B"], "data.h5ad", "genes", "it")
+    with pytest.raises(
+        ValueError, match="model.pt does not belong to data.h5ad: it comes from split a, expected split b"
+    ):
+        check_same_split("a", "model.pt", "b", "data.h5ad", "_3_train_gmvae.py")

@@ -18,7 +18,7 @@ from lib.bulk.bulk_encoder import BulkEncoder
 from lib.bulk.pseudobulk import largest_remainder, sample_proportions
 from lib.bulk.sctape import scale
 from lib.data.batches import CellDataset
-from lib.data.counts import select_per_type
+from lib.data.counts import hold_out
 from lib.evaluation.metrics import variable_genes
 from lib.models.gmvae import GMVAE
 from lib.training import Trainer, tensor_epoch
@@ -61,7 +61,7 @@ def make_mixtures(
     genes = np.flatnonzero(usable)
     genes = genes[variable_genes(cells[:, genes], n_genes)]
     rng = np.random.default_rng([seed, 4])
-    is_held_out = select_per_type(codes, validation_fraction, rng) & (np.bincount(codes, minlength=n_types)[codes] > 1)
+    is_held_out = hold_out(codes, validation_fraction, rng)
     dataset = CellDataset(cells.X, codes, gmvae.log_theta.device)
     mean, variance = states.encode(gmvae, dataset)
     axes = states.find_axes(mean[~is_held_out], variance[~is_held_out], codes[~is_held_out], n_types)

@@ -1,12 +1,13 @@
-"""The data contract between the stages: AnnData, cells x genes, raw counts in X as float32 CSR, types in obs["cell_type"].
+"""The count files that the stages exchange: AnnData, cells x genes, raw counts in X as float32 CSR, types in obs["cell_type"].
 
-Every file carries, in `uns`, the name of its data set and a fingerprint of what it holds, and every model that of the
-cells it was trained on: so two files that do not belong together are refused (`check_same_split`).
+`uns` holds the name of the data set and a fingerprint of the counts and of the split. A model keeps the fingerprint of the
+cells that it was trained on, so files and models that do not belong together are refused (`lib.files.check_same_split`).
 """
 
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import h5py
@@ -15,18 +16,18 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata.abc import CSRDataset
 
-from lib.files import replacing, require
+from lib.files import check_same_split, replacing, require
 
 BLOCK_CELLS = 2048  # cells in memory at a time: 10-30 MB of counts
 
-# Genes that nearly every human or mouse table holds; they tell the gene axis from the cell axis.
+# Nearly every human or mouse table has these genes; they show whether genes are in rows or in columns.
 COMMON_GENES = frozenset(
     "ACTB ACTG1 B2M CALM1 CD74 EEF1A1 EEF2 FAU FTH1 FTL GAPDH HSP90AB1 HSPA8 LDHA MALAT1 NEAT1 PABPC1 PTMA TMSB10 TMSB4X "
     "TPT1 TUBA1B UBA52 UBB UBC VIM".split()
 )
 
 
-def to_counts(matrix, what: str) -> sp.csr_matrix:
+def to_counts(matrix: Any, what: str) -> sp.csr_matrix:
     """A count matrix as float32 CSR, with explicit zeros removed and indices sorted.
 
     Parameters
@@ -39,7 +40,7 @@ def to_counts(matrix, what: str) -> sp.csr_matrix:
     Raises
     ------
     ValueError
-        If it is empty or holds NaN, negative or fractional values (log-normalised data are named as such).
+        If it is empty or holds NaN, negative or fractional values; the message says whether it looks log-normalised.
     """
     if 0 in matrix.shape:
         raise ValueError(
@@ -60,11 +61,11 @@ def to_counts(matrix, what: str) -> sp.csr_matrix:
         kind = "looks log-normalised" if values.max() < 25 else "looks normalised or corrected"
         raise ValueError(
             f"{what} {kind}: {fractional:.0%} of its non-zero values are fractions (largest {values.max():g}); "
-            "expected raw counts, as they are before scanpy's normalize_total and log1p"
+            "expected raw counts, as before scanpy's normalize_total and log1p"
         )
     if values.size and values.max() >= 2**24:
         raise ValueError(
-            f"{what} holds counts up to {values.max():,.0f}; expected below 16,777,216 for a gene in a cell"
+            f"{what} holds counts up to {values.max():,.0f}; expected less than 16,777,216 of a gene in a cell"
         )
     if not values.any():
         raise ValueError(f"{what} holds zeros only; expected raw counts")
@@ -74,7 +75,7 @@ def to_counts(matrix, what: str) -> sp.csr_matrix:
 
 
 def sum_duplicate_genes(counts: sp.csr_matrix, gene_names: pd.Index) -> tuple[sp.csr_matrix, pd.Index]:
-    """Columns of one gene name summed into one, in the order of first appearance; says so."""
+    """Sum the columns of the same gene name, in the order of first appearance, with a message."""
     if gene_names.is_unique:
         return counts, gene_names
     codes, unique = pd.factorize(gene_names)
@@ -83,27 +84,28 @@ def sum_duplicate_genes(counts: sp.csr_matrix, gene_names: pd.Index) -> tuple[sp
     )
     repeated = gene_names[gene_names.duplicated()].unique()
     print(
-        f"{len(repeated):,} gene names stand more than once (such as {', '.join(map(str, repeated[:3]))}): their counts were summed"
+        f"{len(repeated):,} duplicate gene names (such as {', '.join(map(str, repeated[:3]))}): their counts are summed"
     )
     return (counts @ merge).tocsr(), pd.Index(unique)
 
 
-def gene_share(names: pd.Index) -> float:
-    """How many of the names are well-known genes or Ensembl gene IDs, as a score that only compares two axes."""
+def count_known_genes(names: pd.Index) -> int:
+    """Number of names that are `COMMON_GENES` or Ensembl gene IDs."""
     upper = pd.Index(names).astype(str).str.upper()
-    return upper.isin(COMMON_GENES).sum() + upper.str.match(r"ENS[A-Z]*G\d{6,}").sum()
+    return int(upper.isin(COMMON_GENES).sum() + upper.str.match(r"ENS[A-Z]*G\d{6,}").sum())
 
 
 def check_orientation(adata: ad.AnnData, what: str) -> None:
-    """
+    """Refuse a table of genes x cells.
+
     Raises
     ------
     ValueError
-        If the rows carry gene names and the columns do not.
+        If more row names than column names are gene names.
     """
-    if gene_share(adata.obs_names) > gene_share(adata.var_names):
+    if count_known_genes(adata.obs_names) > count_known_genes(adata.var_names):
         raise ValueError(
-            f"{what} looks transposed: its rows carry gene names ({', '.join(adata.obs_names[:3])}), its columns do not "
+            f"{what} looks transposed: its rows have gene names ({', '.join(adata.obs_names[:3])}), its columns do not "
             f"({', '.join(adata.var_names[:3])}); expected cells in rows and genes in columns: save its transpose (adata.T)"
         )
 
@@ -123,19 +125,20 @@ def digest(names: list[str], *arrays: np.ndarray) -> str:
 
 
 def write_counts(adata: ad.AnnData, path: Path) -> None:
+    """Write a count file from memory."""
     with replacing(path) as temporary:
         adata.write_h5ad(temporary)
 
 
 def read_counts(path: Path, stage: str) -> ad.AnnData:
-    """A count file that an earlier stage wrote; `X` stays on disk, to be read some rows at a time.
+    """Open a count file of an earlier stage; `X` stays on disk and is read in blocks of rows.
 
     Raises
     ------
     FileNotFoundError
         If the stage was not run.
     ValueError
-        If the file was put there by something else.
+        If another program wrote the file, or if data/counts.h5ad has changed since.
     """
     adata = ad.read_h5ad(require(path, stage), backed="r")
     if "dataset" not in adata.uns or not isinstance(adata.X, CSRDataset):
@@ -143,14 +146,15 @@ def read_counts(path: Path, stage: str) -> ad.AnnData:
     source = path.parent / "counts.h5ad"
     if path != source and source.exists() and (current := read_uns(source, "counts_id")) != adata.uns.get("counts_id"):
         raise ValueError(
-            f"{path} is stale: it was made of other counts of {adata.uns['dataset']} than {source} holds now "
-            f"({read_uns(source, 'dataset')}, counts {current}; expected counts {adata.uns.get('counts_id')}); run _1_split_train_test.py again"
+            f"{path} is stale: it was made from other counts of {adata.uns['dataset']} than {source} holds now "
+            f"({read_uns(source, 'dataset')}, counts {current}; expected counts {adata.uns.get('counts_id')}); "
+            "run _1_split_train_test.py again"
         )
     return adata
 
 
 def write_blocks(cells: ad.AnnData, blocks: Iterable[sp.csr_matrix], path: Path) -> None:
-    """A count file whose counts are written some rows at a time; `cells` holds all the rest, and no `X`."""
+    """Write a count file block by block of rows; `cells` holds everything but `X`."""
     with replacing(path) as temporary:
         cells.write_h5ad(temporary)
         with h5py.File(temporary, "a") as file:
@@ -160,29 +164,35 @@ def write_blocks(cells: ad.AnnData, blocks: Iterable[sp.csr_matrix], path: Path)
             for block in blocks:
                 X.append(block)
             assert X.shape == cells.shape
-            ad.io.write_elem(file, "obs", cells.obs)  # again: the blocks may have filled a column
+            ad.io.write_elem(file, "obs", cells.obs)  # again: the caller may fill a column with each block
 
 
 def n_entries(counts: sp.csr_matrix | CSRDataset) -> int:
-    """How many counts above zero there are."""
+    """Number of counts above zero."""
     return counts.nnz if sp.issparse(counts) else counts.group["data"].shape[0]
 
 
 def select_cells(adata: ad.AnnData, rows: np.ndarray) -> ad.AnnData:
-    """Some cells of a count file, in memory. rows: ascending."""
+    """Read some cells of a count file into memory; `rows` ascending."""
     counts = sp.vstack([block for block, _ in selected_blocks(adata.X, rows)], format="csr")
     return ad.AnnData(counts, obs=adata.obs.iloc[rows].copy(), var=adata.var.copy(), uns=dict(adata.uns))
 
 
 def read_uns(path: Path, key: str) -> str | None:
-    """One text of `uns`, without reading the counts."""
+    """Read one text of `uns`, and nothing else of the file; None if it is missing."""
     with h5py.File(path) as file:
         value = file["uns"].get(key)
         return None if value is None else value.asstr()[()]
 
 
 def read_split(data_folder: Path) -> tuple[ad.AnnData, ad.AnnData]:
-    """The train and the test cells; refused if they come from two different splits."""
+    """Open the train cells and the test cells.
+
+    Raises
+    ------
+    ValueError
+        If they come from two different splits.
+    """
     train = read_counts(data_folder / "train.h5ad", "_1_split_train_test.py")
     test = read_counts(data_folder / "test.h5ad", "_1_split_train_test.py")
     check_same_split(
@@ -195,66 +205,33 @@ def read_split(data_folder: Path) -> tuple[ad.AnnData, ad.AnnData]:
     return train, test
 
 
-def check_same_split(split_id: str, what: object, expected_id: str, expected_by: object, remedy: str) -> None:
-    """
-    Raises
-    ------
-    ValueError
-        If two files come from two data sets, or from two splits of one.
-    """
-    if split_id != expected_id:
-        raise ValueError(
-            f"{what} does not belong to {expected_by}: it comes from split {split_id}, expected split {expected_id} "
-            f"(the data or their split have changed since); run {remedy} again"
-        )
-
-
-def check_same_names(
-    got: list[str], got_by: object, expected: list[str], expected_by: object, kind: str, remedy: str
-) -> None:
-    """
-    Raises
-    ------
-    ValueError
-        If two files disagree about the genes or the cell types (`kind`), naming both sides.
-    """
-    if list(got) == list(expected):
-        return
-    only_got = [name for name in got if name not in set(expected)]
-    only_expected = [name for name in expected if name not in set(got)]
-    difference = "the same names in another order"
-    if only_got or only_expected:
-        difference = f"only there: {_some(only_got)}; missing there: {_some(only_expected)}"
-    raise ValueError(
-        f"{got_by} has {len(got):,} {kind}, {expected_by} has {len(expected):,}, and they differ ({difference}); run {remedy}"
-    )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "") if names else "none"
-
-
 def row_blocks(counts: sp.csr_matrix | CSRDataset, size: int = BLOCK_CELLS) -> Iterator[tuple[slice, sp.csr_matrix]]:
-    """All rows of a matrix in memory or on disk, some at a time."""
+    """Read a matrix, in memory or on disk, in blocks of `size` rows: the rows' numbers and their counts."""
     for start in range(0, counts.shape[0], size):
         rows = slice(start, min(start + size, counts.shape[0]))
         yield rows, counts[rows]
 
 
 def selected_blocks(counts: sp.csr_matrix | CSRDataset, rows: np.ndarray) -> Iterator[tuple[sp.csr_matrix, slice]]:
-    """Some rows (ascending), those of a block at a time, and their places among all that are chosen."""
+    """Read some rows (ascending) block by block: their counts and their positions in `rows`."""
     for block_rows, block in row_blocks(counts):
         places = slice(*np.searchsorted(rows, [block_rows.start, block_rows.stop]))
         yield block[rows[places] - block_rows.start], places
 
 
 def select_per_type(cell_type_idx: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
-    """Mask of cells drawn at random: this fraction of each type, at least one cell; none of unknown type (-1)."""
-    drawn = np.zeros(len(cell_type_idx), dtype=bool)
+    """Mask of randomly selected cells: this fraction of each type, at least one cell; none of unknown type (-1)."""
+    selected = np.zeros(len(cell_type_idx), dtype=bool)
     for k in range(cell_type_idx.max() + 1):
         cells = rng.permutation(np.flatnonzero(cell_type_idx == k))
-        drawn[cells[: max(1, round(fraction * len(cells)))]] = True
-    return drawn
+        selected[cells[: max(1, round(fraction * len(cells)))]] = True
+    return selected
+
+
+def hold_out(cell_type_idx: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
+    """Mask of held-out cells: this fraction of each type, at least one cell, but never a type's only cell."""
+    n_cells = np.bincount(cell_type_idx[cell_type_idx >= 0], minlength=1)
+    return select_per_type(cell_type_idx, fraction, rng) & (n_cells[cell_type_idx] > 1)
 
 
 def log_normalize(counts: sp.csr_matrix, target: float) -> sp.csr_matrix:

@@ -20,7 +20,7 @@ import pandas as pd
 import scipy.sparse as sp
 from sklearn.metrics import precision_recall_fscore_support
 
-from lib.data.counts import log_normalize, select_per_type
+from lib.data.counts import hold_out, log_normalize
 from lib.data.tables import separator
 from lib.evaluation.metrics import variable_genes
 
@@ -119,9 +119,7 @@ def protocol(
     genes = variable_genes(train, N_GENES)
     n_types = len(train.obs["cell_type"].cat.categories)
     real, real_test = (cells.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64) for cells in (train, test))
-    stops = select_per_type(real, STOPPING_FRACTION, np.random.default_rng(seed)) & (
-        np.bincount(real, minlength=n_types)[real] > 1
-    )
+    stops = hold_out(real, STOPPING_FRACTION, np.random.default_rng(seed))
     known = np.flatnonzero(np.bincount(real, minlength=n_types))  # types that have train cells
     new = {name: np.repeat(known, n) for name, n in (("test", n_test), ("train", n_train), ("stop", n_stop))}
     made = {name: sample(types, seed + i)[:, genes] for i, (name, types) in enumerate(new.items())}

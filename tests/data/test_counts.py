@@ -1,20 +1,21 @@
-"""The data contract refuses what is not counts and what does not belong together."""
+"""Count files: counts are checked, written and read in blocks, fingerprinted, and selected by type."""
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 from helpers import simulated_dataset
 
 from lib.data.counts import (
-    check_same_names,
-    check_same_split,
     fingerprint,
+    hold_out,
     log_normalize,
     n_entries,
     read_counts,
     row_blocks,
     select_cells,
+    select_per_type,
     sum_duplicate_genes,
     to_counts,
     write_blocks,
@@ -44,13 +45,11 @@ def test_counts_come_out_as_clean_csr():
     np.testing.assert_array_equal(clean.toarray(), [[0, 0, 0], [0, 2, 3]])
 
 
-def test_duplicate_genes_are_summed_and_said(capsys):
-    import pandas as pd
-
+def test_duplicate_genes_are_summed_with_a_message(capsys):
     summed, names = sum_duplicate_genes(sp.csr_matrix([[1.0, 2.0, 3.0]]), pd.Index(["A", "B", "A"]))
     np.testing.assert_array_equal(summed.toarray(), [[4, 2]])
     assert list(names) == ["A", "B"]
-    assert "1 gene names stand more than once (such as A)" in capsys.readouterr().out
+    assert "1 duplicate gene names (such as A): their counts are summed" in capsys.readouterr().out
 
 
 def test_the_fingerprint_changes_with_anything_that_matters():
@@ -67,20 +66,6 @@ def test_the_fingerprint_changes_with_anything_that_matters():
         fingerprint(ad.AnnData(adata.X, obs=adata.obs, var=adata.var.set_axis([f"x{i}" for i in range(adata.n_vars)])))
     )
     assert len(prints) == 5 and fingerprint(adata.copy()) in prints
-
-
-def test_both_sides_are_named():
-    with pytest.raises(
-        ValueError,
-        match=r"model.pt has 2 genes, data.h5ad has 2, and they differ \(only there: C; missing there: B\); run it",
-    ):
-        check_same_names(["A", "C"], "model.pt", ["A", "B"], "data.h5ad", "genes", "it")
-    with pytest.raises(ValueError, match="another order"):
-        check_same_names(["B", "A"], "model.pt", ["A", "B"], "data.h5ad", "genes", "it")
-    with pytest.raises(
-        ValueError, match="model.pt does not belong to data.h5ad: it comes from split a, expected split b"
-    ):
-        check_same_split("a", "model.pt", "b", "data.h5ad", "_3_train_gmvae.py")
 
 
 def test_log_normalize_by_hand():
@@ -124,3 +109,27 @@ def test_a_block_that_fails_leaves_the_old_file(tmp_path):
     with pytest.raises(OSError, match="the old file, if any, is untouched"):
         write_blocks(whole, broken(), path)
     assert ad.read_h5ad(path).n_obs == 20 and [p.name for p in tmp_path.iterdir()] == ["cells.h5ad"]
+
+
+# Selection by type
+
+TYPES = np.repeat([0, 1, 2, -1], [40, 10, 1, 9])  # -1: unknown
+
+
+def test_this_fraction_of_each_type_is_selected():
+    selected = select_per_type(TYPES, 0.25, np.random.default_rng(0))
+    assert np.bincount(TYPES[selected]).tolist() == [10, 2, 1] and not selected[TYPES == -1].any()
+
+
+def test_a_types_only_cell_is_never_held_out():
+    selected = select_per_type(TYPES, 0.25, np.random.default_rng(0))
+    held_out = hold_out(TYPES, 0.25, np.random.default_rng(0))
+    np.testing.assert_array_equal(held_out, selected & (TYPES != 2))  # the same random numbers
+    assert np.bincount(TYPES[hold_out(TYPES, 0.01, np.random.default_rng(0))]).tolist() == [1, 1]
+    assert not hold_out(np.full(5, -1), 0.5, np.random.default_rng(0)).any()
+
+
+def test_hold_out_leaves_the_random_stream_where_select_per_type_does():
+    a, b = np.random.default_rng(7), np.random.default_rng(7)
+    select_per_type(TYPES, 0.25, a), hold_out(TYPES, 0.25, b)
+    assert a.random() == b.random()
