@@ -19,7 +19,7 @@ from lib.bulk.pseudobulk import largest_remainder, sample_proportions
 from lib.bulk.sctape import scale
 from lib.data.batches import CellDataset
 from lib.data.counts import hold_out
-from lib.evaluation.metrics import variable_genes
+from lib.data.embedding import variable_genes
 from lib.models.gmvae import GMVAE
 from lib.training import Trainer, tensor_epoch
 

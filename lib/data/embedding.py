@@ -51,6 +51,16 @@ def principal_components(counts: ad.AnnData, n_top_genes: int, n_pcs: int) -> np
     return np.asarray(adata.obsm["X_pca"], dtype=np.float32)
 
 
+def variable_genes(cells: ad.AnnData, n_genes: int) -> np.ndarray:
+    """Indices of the genes with the most variance beyond chance, ascending.
+
+    Ranked by the variance of Pearson residuals (Lause, Berens and Kobak, Genome Biology 2021).
+    """
+    counts = ad.AnnData(cells.X)
+    sc.experimental.pp.highly_variable_genes(counts, n_top_genes=min(n_genes, cells.n_vars))
+    return np.flatnonzero(counts.var["highly_variable"])
+
+
 def embed(pcs: np.ndarray, n_neighbors: int, seed: int) -> ad.AnnData:
     """Neighbour graph and UMAP (scanpy) of cells x principal components: `obsp`, `obsm["X_umap"]`."""
     adata = ad.AnnData(obsm={"X_pca": pcs})

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import anndata as ad
 import numpy as np
 import pandas as pd
-import scanpy as sc
 import scipy.sparse as sp
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
@@ -25,7 +24,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from lib.data.counts import log_normalize
-from lib.data.embedding import principal_components
+from lib.data.embedding import principal_components, variable_genes
 from lib.models import profiles
 
 N_TOP_GENES, N_PCS = 2000, 50  # of the joint principal components
@@ -120,13 +119,6 @@ def ilisi(pcs: np.ndarray, is_other: np.ndarray, perplexity: float = 30.0) -> fl
         low, high = np.where(too_wide, precision, low), np.where(too_wide, high, precision)
     share = (weights * is_other[index]).sum(axis=1)
     return float(np.mean(1 / (share**2 + (1 - share) ** 2)))
-
-
-def variable_genes(cells: ad.AnnData, n_genes: int) -> np.ndarray:
-    """Places of the genes whose counts vary most beyond chance: variance of Pearson residuals (Lause, Berens and Kobak 2021)."""
-    counts = ad.AnnData(cells.X)
-    sc.experimental.pp.highly_variable_genes(counts, n_top_genes=min(n_genes, cells.n_vars))
-    return np.flatnonzero(counts.var["highly_variable"])
 
 
 def gene_correlation(cells: ad.AnnData, genes: np.ndarray) -> np.ndarray:
