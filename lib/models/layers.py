@@ -1,6 +1,7 @@
-"""Layers of the networks."""
+"""Layers of the GMVAE and of the beta-VAE: products with sparse counts, and multilayer perceptrons."""
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -9,7 +10,7 @@ from lib.data.batches import transposed
 
 
 class SparseProduct(torch.autograd.Function):
-    """x @ weight for a sparse x that needs no gradient; torch's own gradient of it takes four times as long."""
+    """x @ weight for a sparse x that needs no gradient; four times faster in the backward pass than torch's own."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -22,12 +23,12 @@ class SparseProduct(torch.autograd.Function):
 
 
 def _product(x: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
-    """x @ dense, sparse x; unlike `@`, without filling the result with zeros first and copying it afterwards."""
+    """x @ dense for a sparse x; unlike `@`, it neither fills the result with zeros first nor copies it afterwards."""
     return dense.new_empty(x.shape[0], dense.shape[1]).addmm_(x, dense, beta=0)
 
 
 class SparseLinear(nn.Module):
-    """A linear layer whose input is sparse: genes to n_out."""
+    """Linear layer without bias for a sparse input: n_genes to n_out."""
 
     def __init__(self, n_genes: int, n_out: int):
         super().__init__()
@@ -38,23 +39,26 @@ class SparseLinear(nn.Module):
 
 
 def sparse_linear(x: torch.Tensor, *layers: SparseLinear) -> torch.Tensor:
-    """The outputs of several layers side by side, in one product: (n_rows, sum of n_out)."""
-    with torch.autocast(x.device.type, enabled=False):  # sparse products have no half precision everywhere
-        return SparseProduct.apply(
-            x, torch.cat([layer.weight for layer in layers], dim=1) if len(layers) > 1 else layers[0].weight
-        )
+    """Outputs of several layers, concatenated, computed as one product: (n_rows, sum of n_out)."""
+    with torch.autocast(x.device.type, enabled=False):  # sparse products lack half precision on some devices
+        weight = torch.cat([layer.weight for layer in layers], dim=1) if len(layers) > 1 else layers[0].weight
+        return SparseProduct.apply(x, weight)
 
 
 def mlp(sizes: tuple[int, ...], dropout: float = 0.0) -> nn.Sequential:
-    """Linear layers with LayerNorm, ReLU and dropout after each."""
-    layers = []
-    for n_in, n_out in zip(sizes, sizes[1:]):
+    """Linear layers, each followed by LayerNorm, ReLU and dropout."""
+    layers: list[nn.Module] = []
+    for n_in, n_out in pairwise(sizes):
         layers += [nn.Linear(n_in, n_out), nn.LayerNorm(n_out), nn.ReLU(), nn.Dropout(dropout)]
     return nn.Sequential(*layers)
 
 
 class Tower(nn.Module):
-    """(genes + extra)-hidden-...-n_out, from where the genes have been multiplied by the first layer's weights."""
+    """Network (genes + extra)-hidden-...-n_out without the first layer's product with the genes.
+
+    That product is computed for all towers at once by `sparse_linear`; `forward` takes it as `genes`, (n_rows, hidden[0]), beside
+    the dense inputs `extra`, (n_rows, n_extra).
+    """
 
     def __init__(self, n_extra: int, hidden: tuple[int, ...], n_out: int, dropout: float):
         super().__init__()

@@ -1,12 +1,14 @@
-"""Log-likelihoods of counts, in nats.
+"""The negative binomial (NB) and its zero-inflated form (ZINB): log-likelihood and sampling of counts; Gaussian densities and KL. In nats.
 
-`mu` is the mean, `theta` the inverse dispersion: variance = mu + mu^2 / theta. Both are passed as logarithms. Of the terms
-of the negative binomial only one is not zero where the count is zero, so only that one is computed for all genes; the
-others, with their special functions, are computed at the non-zero counts alone (5-10 % of the entries), in float64: in
-float32 the difference lgamma(x + theta) - lgamma(theta) loses 0.9 nats per entry at theta = 1e6.
+`mu` is the mean, `theta` the inverse dispersion: variance = mu + mu^2 / theta. Both are passed as logarithms.
 
-The gradients are written out, not recorded: the dense part then reads and writes each entry a few times only, some cells
-at a time, while they are in the processor's cache.
+The log-likelihood is computed in two parts. The dense part, for all genes, is the log-likelihood of a zero count: the only term
+of the negative binomial that a zero count has. The sparse part, for the non-zero counts (5-10 % of the entries), adds the other
+terms and their special functions, in float64: in float32 the difference lgamma(x + theta) - lgamma(theta) loses 0.9 nats per
+entry at theta = 1e6.
+
+The gradients are written by hand: the dense part then reads and writes each entry only a few times, in blocks of cells that
+fit the processor's cache.
 """
 
 from dataclasses import dataclass
@@ -18,14 +20,17 @@ import torch.nn.functional as F
 
 from lib.data.batches import Batch
 
-CACHED_ENTRIES = 2**18  # of a dense matrix worked on at a time on a CPU: 1 MB, about what a core's cache holds
+CACHED_ENTRIES = 2**18  # entries of a dense matrix processed at a time on a CPU: 1 MB, about the size of a core's cache
 
 
 def nb_log_prob(batch: Batch, logits: torch.Tensor, log_library: torch.Tensor, log_theta: torch.Tensor) -> torch.Tensor:
     """log NB(x; mu, theta) per cell, summed over genes; mu = library x softmax(logits).
 
-    With r = mu / theta, the logarithm of one entry is -theta log(1 + r) where x = 0; where x > 0 it gains
-    lgamma(x + theta) - lgamma(theta) - lgamma(x + 1) + x log(r / (1 + r)).
+    With r = mu / theta, log NB of one entry is
+
+        -theta log(1 + r) + [lgamma(x + theta) - lgamma(theta) - lgamma(x + 1) + x log(r / (1 + r))],
+
+    where the bracket is 0 for x = 0.
 
     Parameters
     ----------
@@ -40,7 +45,7 @@ def nb_log_prob(batch: Batch, logits: torch.Tensor, log_library: torch.Tensor, l
 
     Returns
     -------
-    (n_cells,) float64 as far as float32 inputs allow.
+    (n_cells,) in nats, float64; as precise as float32 inputs allow.
     """
     return _LogProb.apply(logits, log_library, log_theta, None, batch, torch.is_grad_enabled())
 
@@ -48,18 +53,18 @@ def nb_log_prob(batch: Batch, logits: torch.Tensor, log_library: torch.Tensor, l
 def zinb_log_prob(
     batch: Batch, logits: torch.Tensor, log_library: torch.Tensor, log_theta: torch.Tensor, zi_logits: torch.Tensor
 ) -> torch.Tensor:
-    """log ZINB(x; mu, theta, pi) per cell, summed over genes; pi = sigmoid(zi_logits) is the share of extra zeros.
+    """log ZINB(x; mu, theta, pi) per cell, summed over genes; pi = sigmoid(zi_logits) is the probability of an extra zero.
 
-    x = 0: log(pi + (1 - pi) NB(0)); x > 0: log(1 - pi) + log NB(x). Shapes as in `nb_log_prob`; zi_logits as logits.
+    x = 0: log(pi + (1 - pi) NB(0)); x > 0: log(1 - pi) + log NB(x). Shapes as in `nb_log_prob`; zi_logits: (n_cells, n_genes).
     """
     return _LogProb.apply(logits, log_library, log_theta, zi_logits, batch, torch.is_grad_enabled())
 
 
 class _LogProb(torch.autograd.Function):
-    """Both of the above; NB where `zi_logits` is None.
+    """log NB, or log ZINB where `zi_logits` is given, with its gradient.
 
-    Dense part, every entry as if its count were zero: nb_zero = -theta log(1 + r), and for ZINB
-    log(exp(zi) + exp(nb_zero)) - softplus(zi). Sparse part: what the non-zero entries gain over that.
+    Dense part, the log-likelihood of a zero count at every entry: nb_zero = -theta log(1 + r), and for ZINB
+    log(exp(zi) + exp(nb_zero)) - softplus(zi). Sparse part (`gain`): the difference to it at the non-zero entries.
     """
 
     @staticmethod
@@ -67,7 +72,7 @@ class _LogProb(torch.autograd.Function):
         theta, library = log_theta.exp(), log_library.exp()
         ratio = torch.empty_like(logits)
         log_prob = -batch.log_factorials
-        for rows in _cached(logits):
+        for rows in _row_blocks(logits):
             r = torch.sub(logits[rows], logits[rows].amax(dim=1, keepdim=True), out=ratio[rows]).exp_()
             r.mul_((library[rows] / r.sum(dim=1))[:, None]).div_(_rows(theta, rows))
             nb_zero = r.log1p().mul_(_rows(theta, rows)).neg_()
@@ -78,85 +83,87 @@ class _LogProb(torch.autograd.Function):
         entries = batch.cells * logits.shape[1] + batch.genes
         at_theta = batch.genes if log_theta.dim() == 1 else entries
         r_x, theta_x = ratio.view(-1)[entries], theta.reshape(-1)[at_theta]
-        # lgamma(1 + theta) - lgamma(theta) = log theta, so counts of 1, which most are, need no special function
+        # lgamma(1 + theta) - lgamma(theta) = log theta, so counts of 1, the majority, need no special function
         s_x = r_x.double() / (1 + r_x)
         gain = batch.counts * s_x.log() + theta_x.log()
-        several = _several(batch)
-        x, theta_several = batch.counts[several].double(), theta_x[several].double()
-        gain[several] += torch.lgamma(x + theta_several) - torch.lgamma(1 + theta_several)
-        dropped = None
+        above_one = _above_one(batch)
+        x, theta_above = batch.counts[above_one].double(), theta_x[above_one].double()
+        gain[above_one] += torch.lgamma(x + theta_above) - torch.lgamma(1 + theta_above)
+        p_extra_x = None
         if zi_logits is not None:
             over = zi_logits.reshape(-1)[entries] + theta_x * r_x.log1p()  # zi - nb_zero
             gain -= F.softplus(over)  # = log(exp(zi) + exp(nb_zero)) - nb_zero
-            dropped = torch.sigmoid(over)
+            p_extra_x = torch.sigmoid(over)
         if with_gradient:
-            ctx.save_for_backward(theta, library, ratio, zi_logits, dropped, entries, at_theta, s_x, theta_x)
-            ctx.batch, ctx.several = batch, several
+            ctx.save_for_backward(theta, library, ratio, zi_logits, p_extra_x, entries, at_theta, s_x, theta_x)
+            ctx.batch, ctx.above_one = batch, above_one
         return log_prob.index_add_(0, batch.cells, gain)
 
     @staticmethod
     def backward(ctx, upstream):
-        """d / d log mu and d / d log theta first; d / d logits = d / d log mu - softmax(logits) x its sum over genes.
+        """Gradients with respect to log mu and log theta, then d / d logits = d / d log mu - softmax(logits) x its sum over genes.
 
         With s = r / (1 + r): d nb_zero / d log mu = -theta s, d nb_zero / d log theta = theta (s - log(1 + r)).
         """
-        theta, library, ratio, zi_logits, dropped, entries, at_theta, s_x, theta_x = ctx.saved_tensors
+        theta, library, ratio, zi_logits, p_extra_x, entries, at_theta, s_x, theta_x = ctx.saved_tensors
         cells, counts = ctx.batch.cells, ctx.batch.counts.to(ratio.dtype)
         g = upstream.to(ratio.dtype)
-        g_x, s_x, several = g[cells], s_x.to(ratio.dtype), ctx.several
-        of_mu_x = counts * (1 - s_x)
-        of_lgamma = torch.ones_like(theta_x)  # theta (digamma(1 + theta) - digamma(theta)) = 1
-        x, theta_several = counts[several].double(), theta_x[several].double()
-        of_lgamma[several] = (theta_several * (torch.digamma(x + theta_several) - torch.digamma(theta_several))).to(
+        g_x, s_x, above_one = g[cells], s_x.to(ratio.dtype), ctx.above_one
+        grad_mu_x = counts * (1 - s_x)
+        grad_lgamma = torch.ones_like(theta_x)  # theta (digamma(1 + theta) - digamma(theta)) = 1
+        x, theta_above = counts[above_one].double(), theta_x[above_one].double()
+        grad_lgamma[above_one] = (theta_above * (torch.digamma(x + theta_above) - torch.digamma(theta_above))).to(
             ratio.dtype
         )
-        of_theta_x = of_lgamma - of_mu_x
-        if zi_logits is not None:  # at these entries nothing was dropped: give back what the dense part takes
-            of_mu_x = of_mu_x - dropped * theta_x * s_x
-            of_theta_x = of_theta_x + dropped * theta_x * (s_x + (-s_x).log1p())  # log(1 + r) = -log(1 - s)
-        of_library = torch.zeros_like(g).index_add_(0, cells, g_x * of_mu_x)
+        grad_theta_x = grad_lgamma - grad_mu_x
+        if zi_logits is not None:  # a non-zero count is no extra zero: cancel the gradient of the dense part here
+            grad_mu_x = grad_mu_x - p_extra_x * theta_x * s_x
+            grad_theta_x = grad_theta_x + p_extra_x * theta_x * (s_x + (-s_x).log1p())  # log(1 + r) = -log(1 - s)
+        grad_library = torch.zeros_like(g).index_add_(0, cells, g_x * grad_mu_x)
 
-        of_logits, of_zi = torch.empty_like(ratio), None if zi_logits is None else torch.empty_like(ratio)
-        of_theta = torch.zeros_like(theta)
-        for rows in _cached(ratio):
+        grad_logits, grad_zi = torch.empty_like(ratio), None if zi_logits is None else torch.empty_like(ratio)
+        grad_theta = torch.zeros_like(theta)
+        for rows in _row_blocks(ratio):
             r, theta_r, g_r = ratio[rows], _rows(theta, rows), g[rows, None]
-            s, log1p_r = torch.div(r, r + 1, out=of_logits[rows]), r.log1p()
+            s, log1p_r = torch.div(r, r + 1, out=grad_logits[rows]), r.log1p()
             weight = g_r
             if zi_logits is not None:
-                is_dropped = torch.sigmoid(torch.addcmul(zi_logits[rows], log1p_r, theta_r))
-                torch.mul(g_r, torch.sigmoid(zi_logits[rows]).sub_(is_dropped).neg_(), out=of_zi[rows])
-                weight = is_dropped.sub_(1).mul_(-g_r)
+                # posterior probability that a zero is an extra zero
+                p_extra = torch.sigmoid(torch.addcmul(zi_logits[rows], log1p_r, theta_r))
+                torch.mul(g_r, torch.sigmoid(zi_logits[rows]).sub_(p_extra).neg_(), out=grad_zi[rows])
+                weight = p_extra.sub_(1).mul_(-g_r)
             if theta.dim() == 2:
-                of_theta[rows] = weight * theta_r * (s - log1p_r)
+                grad_theta[rows] = weight * theta_r * (s - log1p_r)
             elif zi_logits is None:
-                of_theta += g[rows] @ s - g[rows] @ log1p_r
+                grad_theta += g[rows] @ s - g[rows] @ log1p_r
             else:
-                of_theta += (weight * log1p_r.sub_(s)).sum(dim=0).neg_()
+                grad_theta += (weight * log1p_r.sub_(s)).sum(dim=0).neg_()
             s.mul_(weight).mul_(theta_r).neg_()  # d / d log mu
-            of_library[rows] += s.sum(dim=1)
-            s.addcmul_(r * theta_r, (of_library[rows] / library[rows])[:, None], value=-1)
+            grad_library[rows] += s.sum(dim=1)
+            # softmax(logits) = mu / library = r theta / library
+            s.addcmul_(r * theta_r, (grad_library[rows] / library[rows])[:, None], value=-1)
         if theta.dim() == 1:
-            of_theta *= theta
+            grad_theta *= theta
         if zi_logits is not None:
-            of_zi.view(-1)[entries] -= g_x * dropped
-        of_logits.view(-1)[entries] += g_x * of_mu_x
-        of_theta.view(-1).index_add_(0, at_theta, g_x * of_theta_x)
-        return of_logits, of_library, of_theta, of_zi, None, None
+            grad_zi.view(-1)[entries] -= g_x * p_extra_x
+        grad_logits.view(-1)[entries] += g_x * grad_mu_x
+        grad_theta.view(-1).index_add_(0, at_theta, g_x * grad_theta_x)
+        return grad_logits, grad_library, grad_theta, grad_zi, None, None
 
 
-def _cached(dense: torch.Tensor):
-    """Slices of rows to work on at a time: on a GPU all of them."""
+def _row_blocks(dense: torch.Tensor) -> list[slice]:
+    """Slices of rows to process at a time: blocks that fit the cache on a CPU, all rows on a GPU."""
     size = max(1, CACHED_ENTRIES // dense.shape[1]) if dense.device.type == "cpu" else max(1, len(dense))
     return [slice(start, start + size) for start in range(0, len(dense), size)]
 
 
 def _rows(parameter: torch.Tensor, rows: slice) -> torch.Tensor:
-    """A parameter of these cells: the same for all, or a row a cell."""
+    """The parameter for some cells: shared by all cells (one dimension), or one row per cell."""
     return parameter if parameter.dim() == 1 else parameter[rows]
 
 
-def _several(batch: Batch) -> torch.Tensor | slice:
-    """The entries above 1; on a GPU all entries, since counting them would make the processor wait."""
+def _above_one(batch: Batch) -> torch.Tensor | slice:
+    """Entries with a count above 1; on a GPU all entries, because counting them would make the CPU wait."""
     return (batch.counts > 1).nonzero()[:, 0] if batch.counts.device.type == "cpu" else slice(None)
 
 
@@ -169,6 +176,11 @@ def gaussian_kl(
     return 0.5 * (p_log_var - q_log_var + variance_ratio + shift - 1).sum(dim=-1)
 
 
+def standard_normal_kl(q_mean: torch.Tensor, q_log_var: torch.Tensor) -> torch.Tensor:
+    """KL(q || Normal(0, 1)) of a Gaussian with diagonal covariance, summed over the last dimension, in nats."""
+    return gaussian_kl(q_mean, q_log_var, torch.zeros_like(q_mean), torch.zeros_like(q_mean))
+
+
 def gaussian_log_prob(x: torch.Tensor, mean: torch.Tensor, log_var: torch.Tensor) -> torch.Tensor:
     """log N(x; mean, exp(log_var)), elementwise."""
     return -0.5 * ((x - mean).square() * (-log_var).exp() + log_var + float(np.log(2 * np.pi)))
@@ -176,49 +188,55 @@ def gaussian_log_prob(x: torch.Tensor, mean: torch.Tensor, log_var: torch.Tensor
 
 @dataclass
 class Likelihood:
-    """Parameters of p(x|z) for some cells."""
+    """Parameters of p(x|z,y,l) for some cells."""
 
-    logits: torch.Tensor  # (n_cells, n_genes): mu = library x softmax(logits)
-    log_library: torch.Tensor  # (n_cells,)
-    log_theta: torch.Tensor  # (n_genes,), or (n_cells, n_genes) with a dispersion head
-    zi_logits: torch.Tensor | None  # (n_cells, n_genes), None for NB
+    logits: torch.Tensor  # (n_cells, n_genes), mu = library x softmax(logits)
+    log_library: torch.Tensor  # (n_cells,) log of the sum of mu over genes
+    log_theta: torch.Tensor  # (n_genes,), or (n_cells, n_genes) where theta depends on the cell
+    zi_logits: torch.Tensor | None  # (n_cells, n_genes); None for NB
 
     def log_prob(self, batch: Batch) -> torch.Tensor:
-        """log p(x|z) per cell, summed over genes, in nats."""
+        """log p(x|z,y,l) per cell, summed over genes, in nats."""
         if self.zi_logits is None:
             return nb_log_prob(batch, self.logits, self.log_library, self.log_theta)
         return zinb_log_prob(batch, self.logits, self.log_library, self.log_theta, self.zi_logits)
 
     def sample(self, generator: torch.Generator) -> sp.csr_matrix:
-        """Counts, n_cells x n_genes. Which genes are seen at all is drawn for every gene; how often, for those seen alone."""
+        """Sample counts, n_cells x n_genes: first, for every gene, whether its count is above 0; then, for those genes, the count."""
         theta = self.log_theta.exp()
         ratio = F.softmax(self.logits, dim=1).mul_(self.log_library.exp()[:, None]).div_(theta)  # mu / theta
-        seen = torch.expm1(ratio.log1p().mul_(-theta)).neg_()  # P(x > 0)
+        p_positive = torch.expm1(ratio.log1p().mul_(-theta)).neg_()  # P(x > 0)
         if self.zi_logits is not None:
-            seen *= torch.sigmoid(-self.zi_logits)
-        u = torch.rand(seen.shape, generator=generator, device=seen.device)
-        cells, genes = (u < seen).nonzero(as_tuple=True)
-        quantile = (u[cells, genes].double() + 2**-25) / seen[cells, genes]  # given that x > 0, uniform again
+            p_positive *= torch.sigmoid(-self.zi_logits)
+        u = torch.rand(p_positive.shape, generator=generator, device=p_positive.device)
+        cells, genes = (u < p_positive).nonzero(as_tuple=True)
+        quantile = (u[cells, genes].double() + 2**-25) / p_positive[cells, genes]  # given x > 0, uniform in (0, 1]
         theta = (theta[genes] if theta.dim() == 1 else theta[cells, genes]).double()
         counts = sample_positive_nb(ratio[cells, genes].double(), theta, quantile.clamp(max=1.0), generator)
-        indptr = F.pad(cells.bincount(minlength=len(seen)).cumsum(0), (1, 0)).cpu().numpy()
-        return sp.csr_matrix((counts.float().cpu().numpy(), genes.int().cpu().numpy(), indptr), shape=tuple(seen.shape))
+        indptr = F.pad(cells.bincount(minlength=len(p_positive)).cumsum(0), (1, 0)).cpu().numpy()
+        return sp.csr_matrix(
+            (counts.float().cpu().numpy(), genes.int().cpu().numpy(), indptr), shape=tuple(p_positive.shape)
+        )
 
 
 def sample_positive_nb(
     ratio: torch.Tensor, theta: torch.Tensor, quantile: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """One count > 0 of each negative binomial, given that it is not 0.
+    """Sample one count from each negative binomial, conditional on a count above 0.
 
-    Where zeros are the minority, x is a Poisson draw whose rate is a gamma draw, repeated until it is not 0. Elsewhere the
-    distribution function is inverted: x = 1, 2, ... until P(X > x) <= quantile x P(X > 0).
+    Where zeros are the minority: rate ~ Gamma, x ~ Poisson(rate), repeated until x > 0. Elsewhere the distribution function
+    is inverted: the smallest x = 1, 2, ... with P(X > x) <= quantile x P(X > 0).
 
     Parameters
     ----------
     ratio, theta
-        mu / theta, and theta: float64, one an entry.
+        mu / theta, and theta: (n_entries,) float64.
     quantile
-        Uniform in (0, 1].
+        (n_entries,) uniform in (0, 1].
+
+    Returns
+    -------
+    (n_entries,) counts.
     """
     counts = torch.ones_like(ratio)
     log_zero = -theta * ratio.log1p()

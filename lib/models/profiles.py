@@ -1,4 +1,4 @@
-"""What can be said of each cell type without latent variables: mean expression, dispersion, and how likely other cells are then."""
+"""Each cell type without latent variables: mean expression, dispersion, marker genes, and the likelihood of cells given these alone."""
 
 from typing import NamedTuple
 
@@ -10,36 +10,38 @@ from scipy.special import gammaln
 from lib.data.batches import CellDataset
 from lib.models.likelihoods import nb_log_prob
 
-PROFILE_VARIATION = np.array(
-    [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000]
-)  # squared, of a gene over types
+# squared coefficients of variation of a gene's expression over the types: the grid of the prior
+PROFILE_VARIATION = np.array([0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000])
+PRIOR_SUM_MU2 = 10  # weight of the dispersion of all genes in that of one gene, as a sum of mu^2 over cells
+PSEUDO_EXPRESSION = 0.1  # counts per 10,000, added to both sides of a fold change
 
 
 class GeneMarginals(NamedTuple):
-    """What single genes do in each type."""
+    """Mean and dispersion of each gene on its own, without correlations between genes."""
 
-    profiles: np.ndarray  # (n_cell_types, n_genes) mean fractions of the counts, rows sum to 1, no zeros
-    log_theta: np.ndarray  # (n_genes,) log inverse dispersion within the types
+    profiles: np.ndarray  # (n_cell_types, n_genes) mean fraction of the counts; rows sum to 1, no zeros
+    log_theta: np.ndarray  # (n_genes,) log of the inverse dispersion within the types
 
 
 def gene_marginals(dataset: CellDataset, n_cell_types: int) -> GeneMarginals:
-    """Mean and dispersion of every gene in the labelled cells of a data set."""
+    """Estimate mean and dispersion of every gene from the labelled cells of a data set."""
     profiles = type_profiles(dataset, n_cell_types)
     return GeneMarginals(profiles, log_theta_by_moments(dataset, profiles))
 
 
 def type_profiles(dataset: CellDataset, n_cell_types: int) -> np.ndarray:
-    """Mean expression of each type as a fraction of its counts, by empirical Bayes.
+    """Estimate the mean expression of each type, as fractions of its counts, by empirical Bayes.
 
-    A gene's fraction in all cells, times what the type has more of it (`shrunken_ratio`). Counts that vary more than Poisson
-    counts do say less: they and what is expected are divided by variance over mean, lest one odd cell make a marker.
+    The profile is the gene's fraction in all cells times the shrunken ratio of the type to all cells (`shrunken_ratio`).
+    Observed and expected counts are divided by the ratio of variance to mean: this down-weights overdispersed counts, so that
+    one outlier cannot create a marker.
 
     Returns
     -------
     Cell types x genes, rows sum to 1, no zeros.
     """
     x = counts_per_type(dataset, n_cell_types)
-    m = x.sum(axis=0) + 0.5  # half a count: no gene is impossible
+    m = x.sum(axis=0) + 0.5  # half a count, so that no gene has probability 0
     m /= m.sum()
     expected = x.sum(axis=1, keepdims=True) * m
     theta = np.exp(log_theta_by_moments(dataset, (x + m) / (x + m).sum(axis=1, keepdims=True)))
@@ -50,11 +52,11 @@ def type_profiles(dataset: CellDataset, n_cell_types: int) -> np.ndarray:
 
 
 def shrunken_ratio(x: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """How much more of each gene was counted in each type than expected, by empirical Bayes. All: cell types x genes.
+    """Ratio of observed to expected counts, shrunk towards 1 by empirical Bayes. All arrays: cell types x genes.
 
-    The ratio is gamma-distributed about 1 with squared coefficient of variation c, the count x Poisson: the ratio's mean is
-    (x + 1/c) / (expected + 1/c) given c. What c can be is learned from all genes of like expression (an EM over a grid), so a
-    marker keeps its ratio even in a type of ten cells, while a gene seen there by chance is drawn to 1.
+    Model: ratio ~ Gamma(mean 1, squared coefficient of variation c), x ~ Poisson(ratio x expected). Given c, the posterior mean
+    of the ratio is (x + 1/c) / (expected + 1/c). The prior of c is learned by EM over a grid from all genes of similar
+    expression. A marker keeps its ratio even in a type of ten cells; a gene counted there by chance is shrunk to 1.
     """
     shapes = 1 / PROFILE_VARIATION  # 1/c
     log_evidence = np.stack([_gamma_poisson(x, expected, shape).sum(axis=0) for shape in shapes])
@@ -71,8 +73,52 @@ def shrunken_ratio(x: np.ndarray, expected: np.ndarray) -> np.ndarray:
     return sum(weight * (x + shape) / (expected + shape) for weight, shape in zip(weights, shapes))
 
 
+def type_means(x: np.ndarray, cell_type_idx: np.ndarray, n_cell_types: int) -> np.ndarray:
+    """Mean of the rows of each type; a type without rows gets the mean of all rows.
+
+    Parameters
+    ----------
+    x
+        Cells x columns.
+    cell_type_idx
+        (n_cells,) type of each row.
+
+    Returns
+    -------
+    Cell types x columns.
+    """
+    members = [cell_type_idx == k for k in range(n_cell_types)]
+    return np.stack([x[rows].mean(axis=0) if rows.any() else x.mean(axis=0) for rows in members])
+
+
+def log_fold_changes(expression: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """log2((expression + 0.1) / (mean expression of the other types + 0.1)) of each type and gene.
+
+    Parameters
+    ----------
+    expression
+        Types x genes: mean expression in counts per 10,000.
+    weights
+        (n_types,) weight of each type in the mean over the other types, such as its number of cells; None for equal weights.
+
+    Returns
+    -------
+    Types x genes. Where the other types have no weight, their mean is 0.
+    """
+    weights = np.ones(len(expression)) if weights is None else np.asarray(weights, dtype=np.float64)
+    weighted = weights[:, None] * expression
+    weight_of_others = (weights.sum() - weights)[:, None]
+    others = (weighted.sum(axis=0) - weighted) / np.where(weight_of_others > 0, weight_of_others, 1)
+    return np.log2((expression + PSEUDO_EXPRESSION) / (others + PSEUDO_EXPRESSION))
+
+
+def top_genes(fold_changes: np.ndarray, n: int) -> np.ndarray:
+    """Indices of the n genes of largest fold change of each type, largest first; ties in the order of the genes: types x n."""
+    return np.argsort(-fold_changes, axis=1, kind="stable")[:, :n]
+
+
 def counts_per_type(dataset: CellDataset, n_cell_types: int) -> np.ndarray:
-    """Counts of each gene summed over the cells of each type: cell types x genes."""
+    """Sum the counts of each gene over the cells of each type: cell types x genes. Cells of unknown type are left out."""
     x = np.zeros((n_cell_types, dataset.n_genes))
     for counts, cell_type_idx in dataset.blocks():
         x += (_per_type(np.ones(len(cell_type_idx)), cell_type_idx, n_cell_types) @ counts).toarray()
@@ -80,7 +126,7 @@ def counts_per_type(dataset: CellDataset, n_cell_types: int) -> np.ndarray:
 
 
 def _per_type(weight: np.ndarray, cell_type_idx: np.ndarray, n_cell_types: int) -> sp.csr_matrix:
-    """Cell types x cells: the weight of each labelled cell in its type's row; times counts, sums per type."""
+    """Matrix, cell types x cells, with the weight of each labelled cell in the row of its type; times counts, weighted sums per type."""
     cells = np.flatnonzero(cell_type_idx >= 0)
     return sp.csr_matrix(
         (weight[cells].astype(np.float64), (cell_type_idx[cells], cells)), shape=(n_cell_types, len(cell_type_idx))
@@ -88,17 +134,17 @@ def _per_type(weight: np.ndarray, cell_type_idx: np.ndarray, n_cell_types: int) 
 
 
 def _gamma_poisson(x: np.ndarray, mean: np.ndarray, shape: float) -> np.ndarray:
-    """log probability of counts whose Poisson rate is gamma-distributed about `mean`."""
+    """log p(x) for x ~ Poisson(rate), rate ~ Gamma(shape, mean `mean`)."""
     log_rising = gammaln(x + shape) - gammaln(shape) - gammaln(x + 1)
     return log_rising + shape * np.log(shape / (shape + mean)) + x * np.log(np.maximum(mean, 1e-300) / (shape + mean))
 
 
 def log_theta_by_moments(dataset: CellDataset, profiles: np.ndarray) -> np.ndarray:
-    """log theta of every gene, from the variance that is left within the types.
+    """Estimate log theta of every gene by the method of moments, from the variance within the types.
 
-    1 / theta = sum((x - mu)^2 - mu) / sum(mu^2) over cells, mu = library size x profile of the cell's type. Genes with few
-    counts say little of their own, so each estimate is averaged with the estimate over all genes, which counts as much as
-    ten expected coincidences (sum of mu^2).
+    1 / theta = sum((x - mu)^2 - mu) / sum(mu^2) over cells, with mu = library size x profile of the cell's type. Genes with few
+    counts are uninformative, so each estimate is averaged with the estimate over all genes: the weights are the gene's sum of
+    mu^2 and `PRIOR_SUM_MU2`.
 
     Returns
     -------
@@ -118,15 +164,19 @@ def log_theta_by_moments(dataset: CellDataset, profiles: np.ndarray) -> np.ndarr
     sum_mu, sum_mu2 = sum_l @ profiles, sum_l2 @ profiles**2
     excess = sum_x2 - 2 * sum_x_mu + sum_mu2 - sum_mu
     overall = max(excess.sum() / sum_mu2.sum(), 1e-4)
-    inverse = (excess + 10 * overall) / (sum_mu2 + 10)
+    inverse = (excess + PRIOR_SUM_MU2 * overall) / (sum_mu2 + PRIOR_SUM_MU2)
     return -np.log(np.clip(inverse, 1e-4, 1e2))
 
 
 @torch.no_grad()
 def nb_per_type_log_likelihood(train: CellDataset, test: CellDataset, batch_size: int = 256) -> np.ndarray:
-    """log p(x | y, l) of each test cell, in nats, under a model without latent variables: x ~ NB(l x profile of type y, theta).
+    """log p(x|y,l) of each test cell, in nats, under a model without latent variables: x ~ NB(mu = l x profile(y), theta).
 
-    The baseline of the GMVAE, with the same empirical-Bayes profiles and the same start of theta.
+    The baseline of the GMVAE, with the profiles and theta that the GMVAE's training starts from.
+
+    Returns
+    -------
+    (n_test_cells,), summed over genes.
     """
     n_cell_types = int(max(train.cell_type_idx.max(), test.cell_type_idx.max())) + 1
     marginals = gene_marginals(train, n_cell_types)
