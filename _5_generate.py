@@ -26,9 +26,9 @@ import torch
 from lib import options, parallel
 from lib.baselines import registry as generators
 from lib.bulk import bulk_encoder, proportions
+from lib.bulk.cell_counts_table import read_cell_numbers, read_proportions
 from lib.bulk.pseudobulk import largest_remainder
 from lib.bulk.tables import read_bulk, read_gene_ids, to_tpm
-from lib.bulk.wanted import read_cell_numbers, read_proportions
 from lib.data import noise
 from lib.data.batches import CellDataset
 from lib.data.counts import read_split, row_blocks, select_cells, write_blocks, write_counts
@@ -129,7 +129,7 @@ def main() -> None:
         predicted = read_proportions(user_path(PROPORTIONS_FILE), cell_types)
         cells_per_type = pd.DataFrame(largest_remainder(predicted.to_numpy(), N_CELLS), predicted.index, cell_types)
     elif CELL_COUNTS is None:
-        stage = "_4_train_sctape.py" + f" --deconvolver {DECONVOLVER}" * (DECONVOLVER != "sctape")
+        stage = "_4_train_sctape.py" + f" --network {DECONVOLVER}" * (DECONVOLVER != "sctape")
         checkpoint = load_checkpoint(models / f"{DECONVOLVER}.pt", stage)
         check_checkpoint(
             checkpoint,
@@ -247,7 +247,7 @@ def check_same_gmvae(checkpoint: dict[str, Any], model: torch.nn.Module) -> None
     if bulk_encoder.weights_id(model) != checkpoint["gmvae_id"]:
         raise ValueError(
             f"models/bulk_encoder.pt was trained for another model than models/{GENERATOR}.pt as it is now; "
-            "run _4_train_sctape.py --deconvolver bulk_encoder again, with GENERATOR = gmvae, or set DECONVOLVER to sctape"
+            "run _4_train_sctape.py --network bulk_encoder again, with GENERATOR = gmvae, or set DECONVOLVER to sctape"
         )
 
 

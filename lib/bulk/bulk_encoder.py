@@ -1,18 +1,19 @@
-"""bulk2sc's bulk encoder: reads out of a bulk profile how many cells of each type it holds, and what state they are in.
+"""The bulk encoder: predicts, from a bulk profile, the proportions of the cell types and the states of each type's cells.
 
-    profile -> 600 -> 300 -> proportions; for each type, the mean and the scale of its cells' z
+    profile -> 600 -> 300 -> proportions; for each type, mean and log-scale of its cells' z on the state axes
 
-It learns them from mixtures of real cells that favour some states (lib/states.py), whose cells' z are known. New cells of a
-bulk are then drawn from the type's prior, moved and scaled as the bulk says: the bulk moves the cells themselves, not only
-their numbers. What a bulk cannot tell is left where the train cells have it, since the mean squared error is least there.
+It is trained on mixtures of train cells that favour some states (lib/bulk/bulk_states.py); the z of their cells are known. For
+a new bulk, z is sampled from the prior of each type, then shifted and scaled as the encoder predicts: the bulk changes the
+cells themselves, not only their numbers. The encoder minimises squared errors, so what a bulk does not tell is predicted as
+the mean of the train cells. Only DECONVOLUTION = "bulk_encoder" uses it.
 
-Source: bulk2sc (Kang et al.), whose bulk encoder learns the mean, variance and proportion of each component of a Gaussian
-mixture; theirs are the sizes of the layers and Adam at 1e-3. Ours: the mixtures, axes in place of single dimensions of z, and
-`with_genes`, which moves single genes where a bulk differs from the moved cells more than genes in general do: z can express
-no state that the GMVAE has not seen.
+Source: bulk2sc (scGMVAE, bulk encoder), an older system of the same authors (Kang et al.), whose bulk encoder learns mean,
+variance and proportion of each component of a Gaussian mixture. The layer sizes and Adam at 1e-3 are theirs. Ours: the
+training mixtures, axes in place of single dimensions of z, and `with_genes`, which changes single genes where bulk and
+generated cells differ more than genes do in general; z cannot express a state that the GMVAE was not trained on.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,25 +22,20 @@ import torch
 from torch import nn
 
 from lib.bulk.pseudobulk import largest_remainder, tpm
-from lib.bulk.sctape import complete, scale
+from lib.bulk.sctape import check_coverage, complete, scale
 from lib.data.counts import digest
 from lib.models.gmvae import GMVAE
 from lib.models.layers import mlp
+from lib.models.sampling import Shift, generate
 
-INPUT_NOISE = 2.0  # added to each gene of a training profile, in units of its spread: no gene is relied upon alone
-THRESHOLD = 2.0  # spreads of the genes' log ratios, bulk over cells, by which all are drawn to 0
-GENES_ALIKE = 500  # of like expression, of which a spread is taken
-PSEUDO_TPM = 20.0  # added to both sides of the ratio: a gene of fewer transcripts per million says little
-CELLS_SUMMED = 1000  # of each sample, to be compared with the bulk
-MIN_CELLS = 60  # train cells that a type needs to be moved; the states of fewer are not known
-
-
-class Shift(NamedTuple):
-    """An affine map of z for groups of new cells (bulk sample x type): z becomes matrix @ z + offset."""
-
-    matrix: torch.Tensor  # (n_groups, n_latent, n_latent)
-    offset: torch.Tensor  # (n_groups, n_latent)
-    log_ratio: torch.Tensor | None = None  # (n_samples, n_genes), added to the logits of all of a sample's cells
+INPUT_NOISE = (
+    2.0  # standard deviations of Gaussian noise added to each gene in training, so that it relies on many genes
+)
+THRESHOLD = 2.0  # a gene changes by the part of its log ratio, bulk over cells, beyond so many standard deviations
+GENES_ALIKE = 500  # genes of similar expression, over which this standard deviation is taken
+PSEUDO_TPM = 20.0  # added to both sides of the ratio, which shrinks the ratios of lowly expressed genes
+CELLS_SUMMED = 1000  # generated cells per sample whose sum is compared with the bulk
+MIN_CELLS = 60  # train cells that a type needs to be shifted; the states of rarer types are not known well enough
 
 
 class BulkEncoder(nn.Module):
@@ -47,10 +43,14 @@ class BulkEncoder(nn.Module):
     Parameters
     ----------
     n_genes, n_cell_types, n_axes
-        Sizes of a profile, of the proportions, and of a type's state.
+        Length of a profile, number of proportions, and number of state axes.
     hidden, n_latent, dropout
-        Sizes of the two layers, and share of their units left out.
+        Sizes of the two layers, and their dropout rate.
     """
+
+    gene_mean: torch.Tensor  # (n_genes,) over the training mixtures
+    gene_scale: torch.Tensor  # (n_genes,) standard deviation over the training mixtures, plus 0.01
+    moves: torch.Tensor  # (n_cell_types,) 1: cells of the type are shifted; 0: they are not
 
     def __init__(
         self, n_genes: int, n_cell_types: int, n_axes: int, hidden: int = 600, n_latent: int = 300, dropout: float = 0.1
@@ -64,21 +64,36 @@ class BulkEncoder(nn.Module):
         self.to_proportions = nn.Linear(n_latent, n_cell_types)
         self.to_mean, self.to_log_scale = (nn.Linear(n_latent, n_cell_types * n_axes) for _ in range(2))
         for head in (self.to_mean, self.to_log_scale):
-            nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
         self.register_buffer("gene_mean", torch.zeros(n_genes))
         self.register_buffer("gene_scale", torch.ones(n_genes))
-        self.register_buffer("moves", torch.ones(n_cell_types))  # 0: a type that stays where it is
+        self.register_buffer("moves", torch.ones(n_cell_types))
 
     def initialise(self, profiles: torch.Tensor, n_cells: np.ndarray) -> None:
-        """Keep the genes' mean and spread over the training mixtures, and which types have the train cells, `n_cells`, to be moved."""
+        """Store each gene's mean and standard deviation over the training mixtures, and which types are shifted.
+
+        n_cells: (n_cell_types,) number of train cells; a type with fewer than `MIN_CELLS` is not shifted.
+        """
         self.moves.copy_(torch.from_numpy(n_cells >= MIN_CELLS))
         self.gene_mean.copy_(profiles.mean(dim=0))
         self.gene_scale.copy_(profiles.std(dim=0) + 0.01)
 
     def encode(self, profiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Proportions (n_samples, n_cell_types), which sum to 1; means and log-scales, each (n_samples, n_cell_types, n_axes).
+        """Predict proportions and states.
 
-        profiles: as `sctape.scale` gives them, (n_samples, n_genes).
+        Parameters
+        ----------
+        profiles
+            Output of `sctape.scale`, (n_samples, n_genes).
+
+        Returns
+        -------
+        proportions
+            (n_samples, n_cell_types), rows sum to 1.
+        mean, log_scale
+            Each (n_samples, n_cell_types, n_axes): mean of the type's cells on the axes, in standard deviations of the train
+            cells, and logarithm of their standard deviation over that of the train cells.
         """
         standardised = (profiles - self.gene_mean) / self.gene_scale
         if self.training:
@@ -92,7 +107,10 @@ class BulkEncoder(nn.Module):
     def forward(
         self, profiles: torch.Tensor, proportions: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """Errors of the three, and their sum: absolute for proportions, times the number of types; squared for the states, over types present."""
+        """Errors of proportions, means and log-scales, and their sum, the training loss.
+
+        Proportions: absolute error, times the number of types. States: squared error, over the types present in a mixture.
+        """
         p, m, s = self.encode(profiles)
         present = ((proportions > 0) * self.moves)[:, :, None]
         present = present / (self.shape[1] * present.sum()).clamp(min=1)
@@ -103,39 +121,39 @@ class BulkEncoder(nn.Module):
         }
         return {"loss": self.shape[0] * losses["proportion_loss"] + losses["mean_loss"] + losses["scale_loss"]} | losses
 
+    def validate(self, *data: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The losses, and `stopping_criterion`: their sum. data: as for `forward`."""
+        losses = self(*data)
+        return losses | {"stopping_criterion": losses["loss"]}
+
 
 @torch.no_grad()
 def read(checkpoint: dict[str, Any], bulk: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What the encoder reads out of bulk samples (TPM): proportions, means, log-scales, as `BulkEncoder.encode` gives them.
+    """Predict proportions, means and log-scales of bulk samples (TPM), in the form of `BulkEncoder.encode`.
 
     Raises
     ------
     ValueError
         If the bulk has too few of the encoder's genes.
     """
-    gene_names = checkpoint["gene_names"]
-    coverage, least = np.isin(gene_names, bulk.columns).mean(), checkpoint["constants"]["MIN_GENE_COVERAGE"]
-    if coverage < least:
-        raise ValueError(
-            f"the bulk has {coverage:.0%} of the {len(gene_names):,} genes that the bulk encoder was trained on, expected at least {least:.0%}; "
-            "train on the bulk's genes: _4_train_sctape.py --deconvolver bulk_encoder --bulk-file"
-        )
+    check_coverage(checkpoint, bulk, "the bulk encoder", "_4_train_sctape.py --network bulk_encoder --bulk-file")
     model = BulkEncoder(**checkpoint["arguments"])
     model.load_state_dict(checkpoint["weights"])
-    profiles = scale(complete(bulk, gene_names, checkpoint["mean_profile"].numpy()))
-    return tuple(part.numpy() for part in model.eval().encode(torch.from_numpy(profiles)))
+    profiles = scale(complete(bulk, checkpoint["gene_names"], checkpoint["mean_profile"].numpy()))
+    proportions, mean, log_scale = model.eval().encode(torch.from_numpy(profiles))
+    return proportions.numpy(), mean.numpy(), log_scale.numpy()
 
 
 def predict(checkpoint: dict[str, Any], bulk: pd.DataFrame) -> pd.DataFrame:
-    """Cell-type proportions of bulk samples, samples x cell types, rows sum to 1. bulk: samples x genes, TPM."""
+    """Predict cell-type proportions: samples x cell types, rows sum to 1. bulk: samples x genes, TPM."""
     return pd.DataFrame(read(checkpoint, bulk)[0], index=bulk.index, columns=checkpoint["cell_types"])
 
 
 def shift(checkpoint: dict[str, Any], bulk: pd.DataFrame) -> Shift:
-    """How z of new cells moves, for every sample of the bulk and, within it, every type.
+    """The affine map of z for every sample of the bulk and, within the sample, every type.
 
-    On the axes, a cell's place about its type's middle is multiplied by the scale and moved by the mean; what lies beside the
-    axes stays.
+    On the axes, a cell's coordinate relative to its type's mean is multiplied by the predicted scale, then the predicted mean is
+    added. Components of z orthogonal to the axes stay.
     """
     means, log_scales = (torch.from_numpy(part) for part in read(checkpoint, bulk)[1:])
     axes = checkpoint["axes"]
@@ -156,46 +174,49 @@ def with_genes(
     bulk: pd.DataFrame,
     seed: int,
 ) -> Shift:
-    """The shift with a log ratio of every gene, of what the bulk has over what the moved cells sum to.
+    """Add to a shift the log ratio of each gene, bulk over the sum of the shifted cells, as far as it stands out.
 
-    A gene's ratio counts as far as it exceeds `THRESHOLD` times the spread of the ratios of genes of like expression (the median
-    absolute deviation, scaled to a standard deviation): differences of platform, which all genes share, set that spread and
-    move nothing.
+    Of each log ratio only the part beyond `THRESHOLD` standard deviations is kept. The standard deviation is taken over genes of
+    similar expression (median absolute deviation x 1.4826). It is set by platform differences, which affect all genes, so
+    platform differences change no gene.
 
     Parameters
     ----------
     gene_names
-        The GMVAE's genes; those that the bulk lacks stay.
+        The GMVAE's genes; those that the bulk lacks do not change.
     gene_length_bp
-        By which the bulk's counts were divided; genes without a length stay. None if they were not divided.
+        Lengths by which the bulk's counts were divided; genes without a length do not change. None if they were not divided.
     proportions
-        Samples x types.
+        Samples x cell types.
     bulk
         Samples x genes, TPM.
     """
     n_samples, n_types = proportions.shape
     n_cells = largest_remainder(proportions, CELLS_SUMMED)
     groups = np.arange(n_samples * n_types).repeat(n_cells.ravel())
-    counts = sp.vstack(list(model.sample(groups % n_types, seed, shift=moved, groups=groups)), format="csr")
+    counts = generate(model, groups % n_types, seed, shift=moved, groups=groups)
     summed = sp.csr_matrix((np.ones(len(groups)), (groups // n_types, np.arange(len(groups))))) @ counts
     shared = np.isin(gene_names, bulk.columns) & (gene_length_bp is None or np.isin(gene_names, list(gene_length_bp)))
     genes = np.asarray(gene_names)[shared]
     lengths = None if gene_length_bp is None else pd.Series(gene_length_bp)[genes].to_numpy()
-    seen = tpm(bulk[genes].to_numpy()) + PSEUDO_TPM
-    made = tpm(summed[:, shared].toarray(), lengths) + PSEUDO_TPM
-    ratio = np.log(seen / made)
+    observed = tpm(bulk[genes].to_numpy()) + PSEUDO_TPM
+    generated = tpm(summed[:, shared].toarray(), lengths) + PSEUDO_TPM
     log_ratio = np.zeros((n_samples, len(gene_names)), np.float32)
     for i in range(n_samples):
-        excess = np.zeros(len(genes))
-        by_expression = np.argsort(seen[i] * made[i], kind="stable")
-        for alike in np.array_split(by_expression, max(1, len(genes) // GENES_ALIKE)):
-            beyond = ratio[i, alike] - np.median(ratio[i, alike])
-            spread = 1.4826 * np.median(np.abs(beyond))
-            excess[alike] = np.sign(beyond) * np.maximum(np.abs(beyond) - THRESHOLD * spread, 0)
-        log_ratio[i, shared] = excess
+        log_ratio[i, shared] = excess(np.log(observed[i] / generated[i]), observed[i] * generated[i])
     return moved._replace(log_ratio=torch.from_numpy(log_ratio))
 
 
+def excess(log_ratio: np.ndarray, expression: np.ndarray) -> np.ndarray:
+    """The part of each gene's log ratio beyond `THRESHOLD` standard deviations of genes of similar expression, 0 for most."""
+    found = np.zeros(len(log_ratio))
+    for alike in np.array_split(np.argsort(expression, kind="stable"), max(1, len(found) // GENES_ALIKE)):
+        deviation = log_ratio[alike] - np.median(log_ratio[alike])
+        spread = 1.4826 * np.median(np.abs(deviation))
+        found[alike] = np.sign(deviation) * np.maximum(np.abs(deviation) - THRESHOLD * spread, 0)
+    return found
+
+
 def weights_id(model: nn.Module) -> str:
-    """Twelve hexadecimal digits that change with any weight: the encoder serves the GMVAE it was trained for alone."""
+    """Twelve hexadecimal digits that change with any weight; they name the one GMVAE whose z a bulk encoder was trained on."""
     return digest([], *(value.cpu().numpy() for value in model.state_dict().values()))

@@ -1,27 +1,29 @@
-"""Bulk samples made of single cells, whose composition is therefore known.
+"""Pseudo-bulk samples: mixtures of single cells, so that their cell-type proportions are known.
 
-A mixture is a row of a sparse matrix, mixtures x cells, that says how often each cell is in it; the mixtures' counts are
-that matrix times the cells' counts. Nothing loops over cells.
+A mixing matrix (sparse, mixtures x cells) says how often each cell is in each mixture. The counts of the mixtures are this
+matrix times the counts of the cells, without a loop over cells.
 """
 
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from anndata.abc import CSRDataset
 
-from lib.data.counts import row_blocks
-from lib.files import require
+from lib.data.counts import check_same_split, read_counts, row_blocks
+from lib.files import replacing, require
 
-BLOCK = (
-    250  # mixtures computed at a time and thread: 250 x 16,000 genes are 16 MB, and 32 MB more while they are sparse
-)
-BLOCKS_AT_ONCE = 8  # blocks for which counts on disk are read once
+BLOCK = 250  # mixtures per thread at a time: 250 x 16,000 genes are 16 MB, and 32 MB more as a sparse matrix
+BLOCKS_AT_ONCE = 8  # blocks of mixtures for which counts on disk are read once
 BAND = 16_384  # cells on disk read at a time: 100-200 MB
+ALL = slice(None)
 
 
 def largest_remainder(proportions: np.ndarray, totals: np.ndarray | int) -> np.ndarray:
@@ -32,7 +34,7 @@ def largest_remainder(proportions: np.ndarray, totals: np.ndarray | int) -> np.n
     proportions
         Samples x cell types, non-negative, rows sum to 1.
     totals
-        Number of cells of each sample, or one for all.
+        Number of cells of each sample, or one number for all samples.
     """
     quotas = proportions * np.reshape(totals, (-1, 1))
     counts = np.floor(quotas + 1e-9).astype(np.int64)
@@ -44,15 +46,15 @@ def largest_remainder(proportions: np.ndarray, totals: np.ndarray | int) -> np.n
 def sample_proportions(
     n_samples: int, composition: np.ndarray, shares: dict[str, float], rng: np.random.Generator
 ) -> np.ndarray:
-    """Compositions to mix, drawn in four ways so that no one pattern is learned.
+    """Sample cell-type proportions in four ways, so that a network does not learn a single pattern.
 
     Parameters
     ----------
     composition
-        Of the reference cells, one number a type, summing to 1.
+        (n_cell_types,) proportions of the reference cells, summing to 1.
     shares
-        What part of the samples is drawn "sparse" (a random half of the types is absent), "rare" (a random half of the
-        types makes up 5 % at most) or "near" (the reference's own composition, varied); the rest is uniform on the simplex.
+        Share of the samples that are "sparse" (a random half of the types is absent), "rare" (a random half of the types
+        makes up a few percent), or "near" (close to `composition`). The rest is uniform on the simplex.
 
     Returns
     -------
@@ -61,11 +63,10 @@ def sample_proportions(
     n_types = len(composition)
     proportions = rng.dirichlet(np.ones(n_types), n_samples)
     edges = (np.cumsum([shares["sparse"], shares["rare"], shares["near"]]) * n_samples).round().astype(int)
-    sparse, rare, near = (slice(a, b) for a, b in zip([0, *edges], edges))
+    sparse, rare, near = (slice(a, b) for a, b in itertools.pairwise([0, *edges]))
     subset = rng.random((n_samples, n_types)) < 0.5
-    subset[np.arange(n_samples), rng.integers(0, n_types, n_samples)] = (
-        False  # at least one type is neither absent nor rare
-    )
+    # at least one type is neither absent nor rare
+    subset[np.arange(n_samples), rng.integers(0, n_types, n_samples)] = False
     proportions[sparse] = np.where(subset[sparse], 0, proportions[sparse])
     proportions[rare] = np.where(subset[rare], proportions[rare] * 0.05, proportions[rare])
     proportions[near] = rng.dirichlet(20 * composition + 1e-3, edges[2] - edges[1])
@@ -75,18 +76,19 @@ def sample_proportions(
 def sample_cells(
     cells_per_type: np.ndarray, cell_type_idx: np.ndarray, rng: np.random.Generator, min_distinct: int | None = None
 ) -> sp.csr_matrix:
-    """A mixing matrix: cells of each type drawn with replacement.
+    """Sample the cells of each mixture, with replacement; returns the mixing matrix.
 
     Parameters
     ----------
     cells_per_type
         Samples x cell types, whole numbers.
     cell_type_idx
-        Type of each cell; -1 for a cell that is in no mixture.
+        Type of each cell; -1 for a cell that no mixture may hold.
     min_distinct
-        None draws from all cells of a type. A number draws, for every mixture and type anew, from a random handful of its
-        cells: about this many to about all, log-uniform (the handful itself is drawn with replacement). So a type's profile varies from mixture to mixture as it does from
-        donor to donor, and a network cannot learn the cells by heart.
+        None: sample from all cells of a type. A number: sample from a random subset of the type's cells, a new subset for each
+        mixture and type. Its size is log-uniform, from `min_distinct` to about all cells (the subset itself is sampled with
+        replacement). The mean profile of a type then varies between mixtures as it does between donors, and a network cannot
+        memorise single cells.
 
     Returns
     -------
@@ -95,42 +97,43 @@ def sample_cells(
     Raises
     ------
     ValueError
-        If a type is asked for that has no cells.
+        If a mixture needs a type that has no cells.
     """
     n_samples = len(cells_per_type)
     rows, columns = [], []
     for k in range(cells_per_type.shape[1]):
         pool = np.flatnonzero(cell_type_idx == k)
-        n_draws = cells_per_type[:, k]
-        if len(pool) == 0 and n_draws.any():
+        n_cells = cells_per_type[:, k]
+        if len(pool) == 0 and n_cells.any():
             raise ValueError(f"cell type number {k} has no cells to mix, expected at least one")
-        if n_draws.any():
-            row = np.repeat(np.arange(n_samples), n_draws)
+        if n_cells.any():
+            row = np.repeat(np.arange(n_samples), n_cells)
             if min_distinct is None or len(pool) <= min_distinct:
-                drawn = rng.integers(0, len(pool), len(row))
+                sampled = rng.integers(0, len(pool), len(row))
             else:
-                most = max(min_distinct, min(len(pool), cells_per_type.max()))
-                handful = rng.integers(0, len(pool), (n_samples, most))
-                size = np.exp(rng.uniform(np.log(min_distinct), np.log(most + 1), n_samples)).astype(np.int64)
-                drawn = handful[row, (rng.random(len(row)) * size[row]).astype(np.int64)]
+                largest = max(min_distinct, min(len(pool), cells_per_type.max()))
+                subset = rng.integers(0, len(pool), (n_samples, largest))
+                size = np.exp(rng.uniform(np.log(min_distinct), np.log(largest + 1), n_samples)).astype(np.int64)
+                sampled = subset[row, (rng.random(len(row)) * size[row]).astype(np.int64)]
             rows.append(row)
-            columns.append(pool[drawn])
-    rows, columns = np.concatenate(rows), np.concatenate(columns)
-    return sp.csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=(n_samples, len(cell_type_idx)))
+            columns.append(pool[sampled])
+    row_idx, cell_idx = np.concatenate(rows), np.concatenate(columns)
+    ones = np.ones(len(row_idx), np.float32)
+    return sp.csr_matrix((ones, (row_idx, cell_idx)), shape=(n_samples, len(cell_type_idx)))
 
 
 def mix(mixing: sp.csr_matrix, counts: sp.csr_matrix | CSRDataset) -> np.ndarray:
-    """mixing @ counts: mixtures x genes, float32. The counts may be on disk; they are read once, in bands."""
+    """mixing @ counts: mixtures x genes, float32. Counts on disk are read once, in bands of cells."""
     mixed = np.zeros((mixing.shape[0], counts.shape[1]), np.float32)
     parts = [slice(start, start + BLOCK) for start in range(0, mixing.shape[0], BLOCK)]
     by_cell = [mixing[part].tocsc() for part in parts]
+
+    def add(part: slice, weights: sp.csc_matrix, cells: slice, band: sp.csr_matrix) -> None:
+        mixed[part] += (weights[:, cells].tocsr() @ band).toarray()
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for cells, band in row_blocks(counts, counts.shape[0] if sp.issparse(counts) else BAND):
-
-            def add(part: slice, weights: sp.csc_matrix) -> None:
-                mixed[part] += (weights[:, cells].tocsr() @ band).toarray()
-
-            list(pool.map(add, parts, by_cell))
+            list(pool.map(add, parts, by_cell, itertools.repeat(cells), itertools.repeat(band)))
     return mixed
 
 
@@ -141,35 +144,41 @@ def simulate(
     seed: int,
     min_distinct: int | None = None,
 ) -> Iterator[np.ndarray]:
-    """Pseudo-bulk counts of random mixtures, some at a time: samples x genes, float32.
+    """Yield the counts of random mixtures, several blocks at a time: samples x genes, float32.
 
-    Each block of mixtures has a random stream of its own, so the result does not depend on how many are made at once.
+    Each block of mixtures has its own random stream, so the result does not depend on the number of blocks at a time.
+    Parameters as in `sample_cells`.
     """
     starts = range(0, len(cells_per_type), BLOCK)
     streams = [np.random.default_rng(stream) for stream in np.random.SeedSequence(seed).spawn(len(starts))]
     blocks = [(cells_per_type[start : start + BLOCK], stream) for start, stream in zip(starts, streams)]
     for first in range(0, len(blocks), BLOCKS_AT_ONCE):
-        drawn = [
-            sample_cells(cells, cell_type_idx, rng, min_distinct)
-            for cells, rng in blocks[first : first + BLOCKS_AT_ONCE]
-        ]
-        yield mix(sp.vstack(drawn, format="csr"), counts)
+        some = blocks[first : first + BLOCKS_AT_ONCE]
+        sampled = [sample_cells(cells, cell_type_idx, rng, min_distinct) for cells, rng in some]
+        yield mix(sp.vstack(sampled, format="csr"), counts)
+
+
+def true_proportions(mixing: sp.csr_matrix, cell_type: pd.Series) -> pd.DataFrame:
+    """Share of each type among the cells of each mixture: samples x cell types, rows sum to 1."""
+    indicator = pd.get_dummies(cell_type).to_numpy(dtype=np.float64)
+    cells_per_type = mixing @ indicator
+    return pd.DataFrame(cells_per_type / cells_per_type.sum(axis=1, keepdims=True), columns=cell_type.cat.categories)
 
 
 def tpm(counts: np.ndarray, gene_length_bp: np.ndarray | None = None) -> np.ndarray:
-    """Transcripts per million: (count / length) scaled so that each sample sums to 1,000,000.
+    """Transcripts per million: (count / length), scaled so that each sample sums to 1,000,000.
 
     Parameters
     ----------
     counts
         Samples x genes.
     gene_length_bp
-        One length a gene, in base pairs. None for UMI counts, which count molecules whatever their length: counts per million.
+        Length of each gene in base pairs. None for UMI counts, which count molecules of any length once: counts per million.
 
     Raises
     ------
     ValueError
-        For a sample without counts.
+        If a sample has no counts.
     """
     rate = np.asarray(counts, dtype=np.float64)
     if gene_length_bp is not None:
@@ -182,25 +191,74 @@ def tpm(counts: np.ndarray, gene_length_bp: np.ndarray | None = None) -> np.ndar
     return rate * (1e6 / total)
 
 
-def read_test_mixtures(data_folder: Path, split_id: str, by_length: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """TPM and true proportions of the mixtures of test cells (stage 2); refused if they are of another split or scale.
+# --- the files of stage 2
 
-    The header of the sample column names the split, and whether TPM were divided by gene length: the tables know where they
-    belong. `by_length` is what the network was trained on.
+
+def write_train_mixtures(mixtures: ad.AnnData, blocks: Iterable[np.ndarray], path: Path) -> None:
+    """Write the training mixtures; `mixtures` holds everything except the counts, which are written block by block."""
+    with replacing(path) as temporary:
+        mixtures.write_h5ad(temporary)
+        with h5py.File(temporary, "a") as file:
+            file.pop("X", None)
+            X = file.create_dataset("X", mixtures.shape, np.float32)
+            X.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+            written = 0
+            for block in blocks:
+                X[written : written + len(block)] = block
+                written += len(block)
+
+
+def read_train_mixtures(data_folder: Path) -> tuple[ad.AnnData, ad.AnnData]:
+    """Mixtures of train cells (stage 2), and the train cells, both with counts on disk; refused if their splits differ.
+
+    The first: X counts (mixtures x genes), obsm["proportions"] (columns: uns["cell_types"]), obs["role"] ("fit" or
+    "validation"), and var["gene_length_bp"] if the bulk profiles are divided by gene length.
     """
-    tables = []
-    for name in ("tpm", "proportions"):
+    path, train_path = data_folder / "pseudobulk_train.h5ad", data_folder / "train.h5ad"
+    mixtures = ad.read_h5ad(require(path, "_2_make_pseudobulk.py"), backed="r")
+    train = read_counts(train_path, "_1_split_train_test.py")
+    check_same_split(mixtures.uns["split_id"], path, train.uns["split_id"], train_path, "_2_make_pseudobulk.py")
+    return mixtures, train
+
+
+def is_for_fit(mixtures: ad.AnnData) -> np.ndarray:
+    """Mask of the mixtures to train on; the others consist of held-out train cells."""
+    return (mixtures.obs["role"] == "fit").to_numpy()
+
+
+def gene_lengths(mixtures: ad.AnnData, genes: np.ndarray | slice = ALL) -> np.ndarray | None:
+    """Lengths (bp) of some genes by which bulk profiles are divided, NaN where unknown; None if they are not divided."""
+    lengths = mixtures.var.get("gene_length_bp")
+    return None if lengths is None else lengths.to_numpy()[genes]
+
+
+def read_test_mixtures(data_folder: Path, split_id: str, by_length: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """TPM and true proportions of the mixtures of test cells (stage 2); refused if their split or scale is another.
+
+    The header of the sample column names the split, and says whether TPM were divided by gene length.
+
+    Parameters
+    ----------
+    split_id
+        Split of the test cells.
+    by_length
+        Whether models/sctape.pt was trained on profiles divided by gene length.
+    """
+    expected = sample_header(split_id, by_length)
+
+    def read(name: str) -> pd.DataFrame:
         path = require(data_folder / f"pseudobulk_test_{name}.csv", "_2_make_pseudobulk.py")
         table = pd.read_csv(path, index_col=0)
-        expected = sample_header(split_id, by_length)
         if table.index.name != expected:
             raise ValueError(
-                f"{path} does not belong to data/test.h5ad and models/sctape.pt: it is headed {table.index.name!r}, expected {expected!r}; "
-                "run _2_make_pseudobulk.py and _4_train_sctape.py again"
+                f"{path} does not belong to data/test.h5ad and models/sctape.pt: its header is {table.index.name!r}, "
+                f"expected {expected!r}; run _2_make_pseudobulk.py and _4_train_sctape.py again"
             )
-        tables.append(table)
-    return tuple(tables)
+        return table
+
+    return read("tpm"), read("proportions")
 
 
 def sample_header(split_id: str, by_length: bool) -> str:
+    """Header of the sample column in the tables of test mixtures."""
     return f"sample of split {split_id}" + (" by gene length" if by_length else "")

@@ -1,21 +1,29 @@
-"""scTAPE: an autoencoder that reads cell-type proportions out of a bulk profile.
+"""scTAPE: an autoencoder that predicts cell-type proportions from a bulk profile. Only DECONVOLUTION = "sctape" uses it.
 
 Chen, Y. et al., "Deep autoencoder for interpretable tissue-adaptive deconvolution and cell-type-specific gene analysis",
-Nature Communications 13, 6735 (2022). The bottleneck holds the proportions; the decoder, linear and without bias, maps them
-back to the profile, so the product of its weights is the signature matrix. This is the part trained on simulated mixtures; the
-adaptive stage is in `lib/deconvolution.py`.
+Nature Communications 13, 6735 (2022). The bottleneck holds the proportions. The decoder is linear without bias and maps the
+proportions back to the profile, so the product of its weights is a signature matrix. This file holds the network as it is
+trained on simulated mixtures; its published adaptive stage is not implemented (lib/bulk/regression.py adapts to the bulk).
 """
 
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
+from tqdm import tqdm
 
+from lib import parallel
+from lib.bulk.pseudobulk import gene_lengths, is_for_fit, tpm
 from lib.bulk.tables import sample_totals
+from lib.training import Trainer, tensor_epoch
 
-HIDDEN = (512, 256, 128, 64)  # of the encoder; of the decoder in reverse
+HIDDEN = (512, 256, 128, 64)  # hidden layers of the encoder; of the decoder in reverse order
+ROWS_AT_ONCE = 500  # mixtures read from disk at a time
 
 
 class ScTAPE(nn.Module):
@@ -23,21 +31,23 @@ class ScTAPE(nn.Module):
     Parameters
     ----------
     n_genes, n_cell_types
-        Sizes of a profile and of the proportions.
+        Length of a profile, and number of proportions.
     dropout
-        Before every layer of the encoder but the last.
+        Rate before every layer of the encoder except the last.
     """
+
+    gene_mean: torch.Tensor  # (n_genes,) over the training mixtures
+    gene_scale: torch.Tensor  # (n_genes,) standard deviation over the training mixtures, plus 0.01
 
     def __init__(self, n_genes: int, n_cell_types: int, dropout: float):
         super().__init__()
         self.arguments = dict(n_genes=n_genes, n_cell_types=n_cell_types, dropout=dropout)
-        sizes = (n_genes, *HIDDEN)
-        layers = []
-        for n_in, n_out in zip(sizes, sizes[1:]):
+        layers: list[nn.Module] = []
+        for n_in, n_out in pairwise((n_genes, *HIDDEN)):
             layers += [nn.Dropout(dropout), nn.Linear(n_in, n_out), nn.CELU()]
         self.encoder = nn.Sequential(*layers, nn.Linear(HIDDEN[-1], n_cell_types))
         sizes = (n_cell_types, *reversed(HIDDEN), n_genes)
-        self.decoder = nn.Sequential(*(nn.Linear(n_in, n_out, bias=False) for n_in, n_out in zip(sizes, sizes[1:])))
+        self.decoder = nn.Sequential(*(nn.Linear(n_in, n_out, bias=False) for n_in, n_out in pairwise(sizes)))
         self.register_buffer("gene_mean", torch.zeros(n_genes))
         self.register_buffer("gene_scale", torch.ones(n_genes))
 
@@ -48,7 +58,7 @@ class ScTAPE(nn.Module):
         return model.eval()
 
     def initialise(self, profiles: torch.Tensor) -> None:
-        """Keep the genes' mean and spread over the training mixtures: the network sees each gene in units of its spread."""
+        """Store each gene's mean and standard deviation over the training mixtures, to standardise the input."""
         self.gene_mean.copy_(profiles.mean(dim=0))
         self.gene_scale.copy_(profiles.std(dim=0) + 0.01)
 
@@ -56,9 +66,9 @@ class ScTAPE(nn.Module):
         return (profiles - self.gene_mean) / self.gene_scale
 
     def forward(self, profiles: torch.Tensor, proportions: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Mean absolute errors of the proportions and of the reconstructed profile, and their sum: what to minimise.
+        """Mean absolute errors of the proportions and of the reconstructed profile, and their sum, the training loss.
 
-        profiles: as `scale` gives them, (n_samples, n_genes); proportions: (n_samples, n_cell_types).
+        profiles: output of `scale`, (n_samples, n_genes); proportions: (n_samples, n_cell_types).
         """
         standardised = self.standardised(profiles)
         raw = self.encoder(standardised)
@@ -70,31 +80,38 @@ class ScTAPE(nn.Module):
             "reconstruction_loss": reconstruction_loss,
         }
 
+    def validate(self, profiles: torch.Tensor, proportions: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The losses, and `stopping_criterion`: mean absolute error of the predicted proportions (non-negative, summing to 1)."""
+        error = (self.proportions(profiles) - proportions).abs().mean()
+        return self(profiles, proportions) | {"stopping_criterion": error}
+
     def proportions(self, profiles: torch.Tensor) -> torch.Tensor:
-        """What is predicted: the raw proportions without their negative part, scaled to sum to 1."""
-        positive = (
-            torch.relu(self.encoder(self.standardised(profiles))) + 1e-9
-        )  # a sample without any positive part: all types alike
+        """Predicted proportions: the encoder's output with negative values set to 0, scaled to sum to 1."""
+        # the constant gives equal proportions to a sample without any positive value
+        positive = torch.relu(self.encoder(self.standardised(profiles))) + 1e-9
         return positive / positive.sum(dim=1, keepdim=True)
 
     def signature_matrix(self) -> torch.Tensor:
-        """(n_cell_types, n_genes): the decoded profile of each pure type, on the scale of `scale`."""
+        """(n_cell_types, n_genes) decoded profile of each pure type, on the scale of `scale`."""
         with torch.no_grad():
             pure = torch.eye(self.arguments["n_cell_types"], device=self.gene_mean.device)
             return torch.relu(self.decoder(pure) * self.gene_scale + self.gene_mean)
 
 
-def scale(tpm: np.ndarray) -> np.ndarray:
-    """What the network sees of profiles: log(1 + transcripts per 10,000 of the given genes).
+# --- the input of both networks, scTAPE and the bulk encoder
 
-    The original takes log(1 + TPM), scaled to 0..1 within each sample. Per million, a gene of a few counts weighs as much as
-    one of thousands: on held-out cells of pbmc3k's train part that costs a third of the accuracy.
+
+def scale(tpm: np.ndarray) -> np.ndarray:
+    """The network's input: log(1 + transcripts per 10,000 of the network's genes).
+
+    The original takes log(1 + TPM), scaled to 0..1 within each sample. With transcripts per million, genes with a few counts
+    weigh as much as genes with thousands, which costs a third of the accuracy on held-out cells of pbmc3k's train part.
 
     Parameters
     ----------
     tpm
-        Samples x the network's genes, non-negative, in any unit that is proportional to the number of transcripts. The
-        genes that a bulk has besides do not count, so both sides are on one scale.
+        Samples x the network's genes, non-negative, in any unit proportional to the number of transcripts. The total is taken
+        over these genes alone, so training mixtures and bulk are on one scale whatever other genes the bulk has.
 
     Returns
     -------
@@ -103,20 +120,20 @@ def scale(tpm: np.ndarray) -> np.ndarray:
     Raises
     ------
     ValueError
-        For a sample without expression in these genes.
+        If a sample has no expression in these genes.
     """
     return np.log1p(tpm / sample_totals(tpm) * 1e4).astype(np.float32)
 
 
 def complete(bulk: pd.DataFrame, gene_names: list[str], mean_profile: np.ndarray) -> np.ndarray:
-    """The bulk's values for the network's genes; a gene that the bulk lacks gets its mean share in the training mixtures.
+    """Values of the network's genes in the bulk; a gene that the bulk lacks gets its mean share in the training mixtures.
 
     Parameters
     ----------
     bulk
         Samples x genes, TPM.
     gene_names, mean_profile
-        The network's genes and their mean share of a training mixture, in the same order.
+        The network's genes, and their mean share of a training mixture, in the same order.
 
     Returns
     -------
@@ -130,16 +147,41 @@ def complete(bulk: pd.DataFrame, gene_names: list[str], mean_profile: np.ndarray
     return values
 
 
+def check_coverage(checkpoint: dict[str, Any], bulk: pd.DataFrame, network: str, command: str) -> float:
+    """Share of the network's genes that the bulk has.
+
+    Parameters
+    ----------
+    network, command
+        Name of the network, and the command that trains it for the genes of a bulk; for the message.
+
+    Raises
+    ------
+    ValueError
+        If the share is below MIN_GENE_COVERAGE of stage 4.
+    """
+    gene_names = checkpoint["gene_names"]
+    coverage = np.isin(gene_names, bulk.columns).mean()
+    least = checkpoint["constants"]["MIN_GENE_COVERAGE"]
+    if coverage < least:
+        raise ValueError(
+            f"the bulk has {coverage:.0%} of the {len(gene_names):,} genes that {network} was trained on, expected at least {least:.0%} "
+            f"(the bulk's genes: {', '.join(map(str, bulk.columns[:3]))}; the network's: {', '.join(gene_names[:3])}); "
+            f"train on the bulk's genes: {command}"
+        )
+    return coverage
+
+
 @torch.no_grad()
 def predict(checkpoint: dict[str, Any], bulk: pd.DataFrame) -> pd.DataFrame:
-    """Cell-type proportions of bulk samples.
+    """Predict the cell-type proportions of bulk samples with the scTAPE network.
 
     Parameters
     ----------
     checkpoint
         models/sctape.pt.
     bulk
-        Samples x genes, TPM (or counts per million, for UMI counts); more genes than the network's do no harm.
+        Samples x genes, TPM (counts per million for UMI counts). Genes that the network does not use are ignored.
 
     Returns
     -------
@@ -151,21 +193,96 @@ def predict(checkpoint: dict[str, Any], bulk: pd.DataFrame) -> pd.DataFrame:
         If the bulk has too few of the network's genes.
     """
     gene_names = checkpoint["gene_names"]
-    coverage = np.isin(gene_names, bulk.columns).mean()
-    least = checkpoint["constants"]["MIN_GENE_COVERAGE"]
-    if coverage < least:
-        known = set(gene_names)
-        raise ValueError(
-            f"the bulk has {coverage:.0%} of the {len(gene_names):,} genes that scTAPE was trained on, expected at least {least:.0%} "
-            f"(its genes: {', '.join(map(str, bulk.columns[:3]))}; {sum(g in known for g in bulk.columns):,} of {bulk.shape[1]:,} are known); "
-            "train on the bulk's genes: _4_train_sctape.py --bulk-file"
-        )
+    coverage = check_coverage(checkpoint, bulk, "scTAPE", "_4_train_sctape.py --bulk-file")
     if coverage < 1:
         print(
-            f"the bulk has {coverage:.1%} of scTAPE's {len(gene_names):,} genes; the others take their mean share in the training mixtures"
+            f"the bulk has {coverage:.1%} of scTAPE's {len(gene_names):,} genes; "
+            "the others take their mean share in the training mixtures"
         )
-    model = ScTAPE.from_checkpoint(checkpoint)
-    profiles = scale(complete(bulk, gene_names, checkpoint["mean_profile"].numpy()))
-    return pd.DataFrame(
-        model.proportions(torch.from_numpy(profiles)).numpy(), index=bulk.index, columns=checkpoint["cell_types"]
+    profiles = torch.from_numpy(scale(complete(bulk, gene_names, checkpoint["mean_profile"].numpy())))
+    proportions = ScTAPE.from_checkpoint(checkpoint).proportions(profiles).numpy()
+    return pd.DataFrame(proportions, index=bulk.index, columns=checkpoint["cell_types"])
+
+
+# --- training
+
+
+def select_genes(mixtures: ad.AnnData, usable: np.ndarray, n_genes: int) -> np.ndarray:
+    """Select the genes whose expression the proportions explain best; returns their positions, ascending.
+
+    For each gene, a linear regression on the proportions explains a part of its variance over the mixtures to train on, on the
+    scale of `scale`. Genes are ranked by explained variance x R^2. Genes that vary at random, and genes that all types express
+    alike, come last.
+
+    Parameters
+    ----------
+    mixtures
+        As `pseudobulk.read_train_mixtures` gives them.
+    usable
+        Mask of the genes to select from.
+    n_genes
+        Number of genes, at most.
+
+    Raises
+    ------
+    ValueError
+        If fewer genes than cell types are left.
+    """
+    is_fit, proportions = is_for_fit(mixtures), mixtures.obsm["proportions"]
+    lengths = gene_lengths(mixtures, usable)
+    gram, cross, squares, total = 0.0, 0.0, 0.0, 0.0
+    for rows, counts in blocks(mixtures, "selecting genes"):
+        p = proportions[rows][is_fit[rows]]
+        logs = scale(tpm(counts[is_fit[rows]][:, usable], lengths)).astype(np.float64)
+        gram, cross = gram + p.T @ p, cross + p.T @ logs
+        squares, total = squares + np.square(logs).sum(axis=0), total + logs.sum(axis=0)
+    n = is_fit.sum()
+    variance = squares / n - (total / n) ** 2
+    coefficients = np.linalg.lstsq(gram, cross, rcond=None)[0]
+    explained = (coefficients * cross).sum(axis=0) / n - (total / n) ** 2
+    score = np.where(variance > 1e-12, explained**2 / np.maximum(variance, 1e-12), 0)  # explained variance x R^2
+    n_genes = min(n_genes, int(np.sum(score > 0)))
+    if n_genes < proportions.shape[1]:
+        raise ValueError(
+            f"{n_genes} genes are left to predict the proportions of {proportions.shape[1]} cell types from; expected at least "
+            "one gene per type: raise N_GENES, or give a bulk with more of these genes"
+        )
+    return np.sort(np.flatnonzero(usable)[np.argsort(-score, kind="stable")[:n_genes]])
+
+
+def read_profiles(mixtures: ad.AnnData, genes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The network's input for all mixtures, (n_mixtures, n_genes), and each gene's mean share of a mixture to train on."""
+    is_fit, lengths = is_for_fit(mixtures), gene_lengths(mixtures, genes)
+    profiles = np.empty((mixtures.n_obs, len(genes)), np.float32)
+    share = np.zeros(len(genes))
+    for rows, counts in blocks(mixtures, "profiles"):
+        values = tpm(counts[:, genes], lengths)
+        profiles[rows] = scale(values)
+        share += values[is_fit[rows]].sum(axis=0)
+    return profiles, share / share.sum()
+
+
+def blocks(mixtures: ad.AnnData, description: str) -> Iterator[tuple[slice, np.ndarray]]:
+    """The counts of the mixtures, block by block, with the rows of each block."""
+    for start in tqdm(range(0, mixtures.n_obs, ROWS_AT_ONCE), desc=description, leave=False):
+        rows = slice(start, min(start + ROWS_AT_ONCE, mixtures.n_obs))
+        yield rows, mixtures.X[rows]
+
+
+def fit(
+    trainer: Trainer, train: tuple[torch.Tensor, ...], held_out: tuple[torch.Tensor, ...], epochs: int, batch_size: int,
+    max_gradient_norm: float,
+) -> None:  # fmt: skip
+    """Train scTAPE or the bulk encoder on mixtures; the model's `validate` on mixtures of held-out cells decides when to stop.
+
+    train, held_out: the arguments of the model's `forward`, one mixture per row.
+    """
+    model = trainer.model
+    device = next(model.parameters()).device
+    train, held_out = (tuple(part.to(device) for part in data) for data in (train, held_out))
+    shared = parallel.shared(model)
+    trainer.fit(
+        epochs,
+        lambda _: tensor_epoch(shared, trainer.optimizer, train, batch_size, max_gradient_norm, trainer.generator),
+        lambda: {name: float(value) for name, value in model.validate(*held_out).items()},
     )

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from scipy.stats import norm, rankdata
 
+from lib.models.profiles import type_means
+
 MAX_POINTS = 10_000  # cells of each type used
 MAX_SCORE, N_LEVELS = 3.5, 141  # quantiles are stored at normal scores from -3.5 to 3.5
 PRIOR_CELLS = 10  # weight, in cells, of the distribution of all types in that of one type
@@ -38,12 +40,7 @@ def fit_prior(points: np.ndarray, cell_type_idx: np.ndarray, n_cell_types: int, 
     )
     points, cell_type_idx = points[rows].astype(np.float64), cell_type_idx[rows]
     levels = norm.cdf(np.linspace(-MAX_SCORE, MAX_SCORE, N_LEVELS))
-    mean = np.stack(
-        [
-            points[cell_type_idx == k].mean(axis=0) if (cell_type_idx == k).any() else points.mean(axis=0)
-            for k in range(n_cell_types)
-        ]
-    )
+    mean = type_means(points, cell_type_idx, n_cell_types)
     deviations = points - mean[cell_type_idx]
     pooled_quantiles = np.quantile(deviations, levels, axis=0, method="hazen")
     pooled_scores = _normal_scores(deviations)

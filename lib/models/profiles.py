@@ -187,24 +187,3 @@ def nb_per_type_log_likelihood(train: CellDataset, test: CellDataset, batch_size
         for batch in test.in_order(batch_size)
     ]
     return torch.cat(per_batch).cpu().numpy()
-
-
-def log_fold_changes(expression: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """log2((expression + 0.1) / (weighted mean of the other types + 0.1)), types x genes.
-
-    Parameters
-    ----------
-    expression
-        Types x genes: mean counts per 10,000.
-    weights
-        Of each type, such as its number of cells; None: equal.
-    """
-    weights = np.ones(len(expression)) if weights is None else np.asarray(weights, dtype=np.float64)
-    of_others = (1 - np.eye(len(expression))) * weights
-    others = of_others @ expression / of_others.sum(axis=1, keepdims=True)
-    return np.log2((expression + 0.1) / (others + 0.1))
-
-
-def top_genes(fold_changes: np.ndarray, n: int) -> np.ndarray:
-    """Places of each type's n genes of largest fold change, largest first, types x n; of equal ones the first."""
-    return np.argsort(-fold_changes, axis=1, kind="stable")[:, :n]

@@ -74,7 +74,7 @@ def trained(train: ad.AnnData, seed: int, weight_decay: float | None) -> tuple[t
         for name, more in (
             ("_2_make_pseudobulk", {"N_TRAIN_SAMPLES": 100}),
             ("_3_train_gmvae", {} if weight_decay is None else {"WEIGHT_DECAY": weight_decay}),
-            ("_4_train_sctape", {"DECONVOLVER": "bulk_encoder"}),
+            ("_4_train_sctape", {"NETWORK": "bulk_encoder"}),
         ):
             stage = importlib.reload(importlib.import_module(name))
             for constant, value in (

@@ -80,9 +80,7 @@ def test_the_likelihood_is_exact_where_z_does_nothing(data, model):
     for head, bias in heads:
         torch.nn.init.zeros_(head.weight), torch.nn.init.constant_(head.bias, bias)
     test, batch = CellDataset(*data[1], CPU), all_cells(*data[1])
-    logits = (blind.p_x_zyl_log_mean.bias * blind.log_loading_ratio.exp() + blind.log_profiles)[
-        batch.cell_type_idx
-    ]
+    logits = (blind.p_x_zyl_log_mean.bias * blind.log_loading_ratio.exp() + blind.log_profiles)[batch.cell_type_idx]
     log_theta = (blind.log_theta + blind.log_theta_ratio)[batch.cell_type_idx]
     exact = nb_log_prob(batch, logits, batch.library_size.log(), log_theta).detach().numpy()
     assert blind.eval().log_likelihood(test, n_samples=2000).mean() == pytest.approx(exact.mean(), abs=0.1)

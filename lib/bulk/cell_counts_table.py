@@ -1,4 +1,4 @@
-"""Tables of what to generate: numbers of cells, or proportions, of each type."""
+"""Read the user's tables of what to generate: numbers of cells (CELL_COUNTS) or proportions (PROPORTIONS_FILE) per type."""
 
 from pathlib import Path
 
@@ -9,17 +9,19 @@ from lib.data.tables import separator
 
 
 def read_cell_numbers(path: Path, types: list[str]) -> pd.DataFrame:
-    """Samples x cell types, whole numbers; a row a sample and a column a type, or a row a type and one column.
+    """Samples x cell types, whole numbers; a type that the table lacks gets 0.
+
+    The table has one row per sample and one column per type, or one row per type and one column of numbers.
 
     Raises
     ------
     ValueError
-        For a type that is not among `types`, and for what is no number of cells.
+        For a type that is not in `types`, and for values that are not numbers of cells.
     """
     table = pd.read_csv(path, sep=separator(path), index_col=0, dtype=str, keep_default_na=False)
     table.index, table.columns = table.index.astype(str).str.strip(), table.columns.astype(str).str.strip()
     table = table.apply(pd.to_numeric, errors="coerce")
-    if table.shape[1] == 1 and table.index.isin(types).any():  # one row a type
+    if table.shape[1] == 1 and table.index.isin(types).any():  # one row per type
         table = table.T.set_axis(["cells"])
     unknown = [str(name) for name in table.columns if name not in types]
     if unknown:
@@ -29,25 +31,26 @@ def read_cell_numbers(path: Path, types: list[str]) -> pd.DataFrame:
     table = table.reindex(columns=types, fill_value=0)
     if not ((table >= 0) & (table % 1 == 0)).all(axis=None) or table.to_numpy().sum() == 0:
         raise ValueError(
-            f"{path} must hold numbers of cells: whole, not negative, not all zero; a row a sample and a column a type, or a row a type and one column"
+            f"{path} must hold numbers of cells: whole, not negative, not all zero; expected one row per sample and one column "
+            "per type, or one row per type and one column"
         )
     return table.astype(np.int64)
 
 
 def read_proportions(path: Path, types: list[str]) -> pd.DataFrame:
-    """Samples x cell types, rows scaled to sum to 1; a type that the table lacks has none.
+    """Samples x cell types, rows scaled to sum to 1; a type that the table lacks gets 0.
 
     Raises
     ------
     ValueError
-        For a type that is not among `types`, and for rows that are no proportions.
+        For a type that is not in `types`, and for rows that are not proportions.
     """
     table = pd.read_csv(path, sep=separator(path), index_col=0)
     unknown = [str(name) for name in table.columns if name not in types]
     values = table.apply(pd.to_numeric, errors="coerce")
     if unknown or not (values >= 0).all(axis=None) or not np.allclose(values.sum(axis=1), 1, atol=0.01):
         raise ValueError(
-            f"{path} must hold proportions, a row a sample, not negative, summing to 1, in columns called like the model's types"
+            f"{path} must hold proportions: one row per sample, not negative, summing to 1, in columns named like the model's types"
             f"{f' (unknown: {chr(44).join(unknown)})' if unknown else ''}; the types: {', '.join(types)}"
         )
     values = values.reindex(columns=types, fill_value=0.0)
