@@ -1,4 +1,4 @@
-"""A web server on this machine, for tests of downloads."""
+"""A local web server for tests of downloads."""
 
 import http.server
 import threading
@@ -6,7 +6,7 @@ from urllib.parse import unquote
 
 
 class Site(http.server.ThreadingHTTPServer):
-    """Serves `files`; `answers` says how, one request after the other, the last of them for good."""
+    """Serves `files`; `answers` are functions that answer one request each, the last one all later requests."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -42,7 +42,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def serve(handler: Handler, body: bytes | None) -> None:
-    """As a good server does: 404 for what it does not have, 206 for a Range, 416 for one behind the end."""
+    """Answers as a server should: 404 for an unknown file, 206 for a Range, 416 for a Range beyond the end."""
     if body is None:
         handler.answer(404, b"no such file")
         return

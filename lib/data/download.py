@@ -1,4 +1,4 @@
-"""Files fetched over HTTP so that what stands in the folder is always the whole file."""
+"""Download files over HTTP; a file has its name only when it is complete."""
 
 import gzip
 import time
@@ -10,21 +10,21 @@ import urllib3
 from tqdm import tqdm
 
 ATTEMPTS = 6
-FIRST_WAIT_S = 1.0  # doubled after every attempt that brought nothing new
+FIRST_WAIT_S = 1.0  # doubled after every attempt that received nothing new
 TIMEOUT_S = 30
 CHUNK_BYTES = 1 << 18
 
 
 def fetch(url: str, path: Path) -> Path:
-    """Download `url` to `path`, unless it is there already.
+    """Download `url` to `path`, unless the file exists.
 
-    A cut connection is resumed where it ended (HTTP Range), with back-off between attempts; a server that ignores Range
-    starts the file again. The file gets its name only when it is whole and is what its name says.
+    An interrupted download continues where it stopped (HTTP Range), with increasing waits between the attempts; if the server
+    ignores Range, it starts again. The part so far is kept as `<path>.part`, also for the next run.
 
     Raises
     ------
     ConnectionError
-        If it cannot be had: it says what to put where by hand.
+        If the download fails; the message says which file to save where by hand.
     ValueError
         If the server sends something else (an HTML page, a broken gzip file).
     """
@@ -58,24 +58,22 @@ def fetch(url: str, path: Path) -> Path:
             time.sleep(wait)
             wait *= 2
     raise ConnectionError(
-        f"{url} could not be downloaded ({reason}). Without a network: fetch it in another way, save it as {path}, and run this again"
+        f"{url} could not be downloaded ({reason}). Without a network: download it elsewhere, save it as {path}, and run this again"
     )
 
 
 def _download(url: str, partial: Path) -> None:
-    """One attempt; appends to `partial` if the server goes on where the last attempt ended."""
+    """Make one attempt; append to `partial` if the server continues where the last attempt stopped."""
     have = partial.stat().st_size if partial.exists() else 0
-    # Without "identity" a server may compress once more, and the byte ranges would be those of the compressed stream.
+    # Without "identity" a server may compress the file again, and byte ranges would refer to the compressed stream.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
-        if (
-            response.status_code == 416
-        ):  # nothing after what we have: it is whole, or it is not this file; the check tells
+        if response.status_code == 416:  # the server has no more: the part is complete, or belongs to another file
             total = response.headers.get("Content-Range", "").rpartition("/")[2]
             if total == str(have):
                 return
             partial.unlink()
-            raise requests.ConnectionError("the half file does not fit the server's; starting again")
+            raise requests.ConnectionError("the partial file does not fit the server's; starting again")
         response.raise_for_status()
         resumed = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         start = have if resumed else 0
@@ -85,7 +83,9 @@ def _download(url: str, partial: Path) -> None:
             open(partial, "ab" if resumed else "wb") as file,
             tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=url.rpartition("/")[2]) as progress,
         ):
-            while chunk := response.raw.read(CHUNK_BYTES, decode_content=False):  # iter_content drops a cut chunk
+            while chunk := response.raw.read(
+                CHUNK_BYTES, decode_content=False
+            ):  # iter_content drops an incomplete chunk
                 file.write(chunk)
                 progress.update(len(chunk))
     if total is not None and partial.stat().st_size < total:
@@ -93,11 +93,12 @@ def _download(url: str, partial: Path) -> None:
 
 
 def check_file(file: Path, named: Path) -> None:
-    """
+    """Refuse a file whose content does not fit its final name `named`.
+
     Raises
     ------
     ValueError
-        If the file is an HTML page, empty, or a gzip file whose checksum fails.
+        If the file is an HTML page, empty, or a gzip file that is incomplete or has a wrong checksum.
     """
     with open(file, "rb") as stream:
         head = stream.read(512)
@@ -105,7 +106,7 @@ def check_file(file: Path, named: Path) -> None:
         raise ValueError(f"{named.name} is empty; delete {file} and run this again")
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise ValueError(
-            f"{named.name} is a web page, not data (it starts with {head[:40]!r}); expected the file itself at {named}"
+            f"{named.name} is a web page, not data (it starts with {head[:40]!r}); expected the data file: save it as {named}"
         )
     if named.suffix != ".gz":
         return
@@ -115,5 +116,5 @@ def check_file(file: Path, named: Path) -> None:
                 pass
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(
-            f"{named.name} is not a whole gzip file ({error}); delete {file} and run this again"
+            f"{named.name} is not a complete gzip file ({error}); delete {file} and run this again"
         ) from error

@@ -1,4 +1,4 @@
-"""Cell types as they come: in a column of `obs`, or in a file of their own, matched to the cells by barcode."""
+"""Read the cell types: from a column of `obs`, or from a file of labels, matched to the cells by barcode."""
 
 import re
 from pathlib import Path
@@ -14,39 +14,40 @@ NO_LABEL = ("", "nan", "na", "none", "unknown", "unassigned", "unlabelled", "unl
 
 
 def take_labels(adata: ad.AnnData, key: str | None) -> ad.AnnData:
-    """The column of `obs` that holds the cell types, if there is one, as obs["cell_type"].
+    """Set obs["cell_type"] from the column `key`; None takes a column named like it, if there is one.
 
     Raises
     ------
     ValueError
-        If `key` is no column.
+        If there is no column `key`.
     """
     if key is None:
-        named_alike = [c for c in adata.obs if re.fullmatch(r"cell[ _.]?types?", str(c).lower())]
-        key = named_alike[0] if named_alike else None
+        alike = [c for c in adata.obs if re.fullmatch(r"cell[ _.]?types?", str(c).lower())]
+        key = alike[0] if alike else None
     if key is not None:
         if key not in adata.obs:
             raise ValueError(
-                f"obs has no column {key!r}; it has {', '.join(adata.obs.columns) or 'none'}: set CELL_TYPE_KEY to one of them, or LABELS_FILE"
+                f"obs has no column {key!r}; it has {', '.join(adata.obs.columns) or 'none'}: "
+                "set CELL_TYPE_KEY to one of them, or LABELS_FILE"
             )
         adata.obs["cell_type"] = clean_labels(adata.obs[key])
     return adata
 
 
 def read_labels(path: Path, barcodes: pd.Index, key: str | None = None) -> pd.DataFrame:
-    """Cell types (and what else the file tells of each cell), one row a cell, in the order of `barcodes`.
+    """Read a table of cell types, one row for each cell, in the order of `barcodes`.
 
-    The barcode column is the one whose values are barcodes of the counts. A file without any, but with one row a cell, is
-    taken in the order of the counts, and that is said.
+    The barcode column is the one that holds most barcodes of the counts. A file without barcodes, but with one row for each
+    cell, is taken in the order of the counts, with a warning.
 
     Parameters
     ----------
     path
-        csv or tsv, with a header; the original's cluster CSV included.
+        csv or tsv with a header, such as the original's cluster CSV.
     barcodes
-        Of the counts.
+        Barcodes of the counts.
     key
-        Name of the column with the cell types; None takes the column that is called like one.
+        Column with the cell types; None takes the only column that is named like cell type, cluster, label, ...
 
     Returns
     -------
@@ -55,14 +56,15 @@ def read_labels(path: Path, barcodes: pd.Index, key: str | None = None) -> pd.Da
     Raises
     ------
     ValueError
-        If the labels are those of other cells, or a cell has two.
+        If the labels belong to other cells, or a cell has two different rows.
     """
     return align_labels(read_label_table(path), path, barcodes, key)
 
 
 def read_label_table(path: Path) -> pd.DataFrame:
+    """Read a file of labels as text, as it is; a column without a name is called ""."""
     table = pd.read_csv(path, sep=separator(path), dtype=str, keep_default_na=False)
-    if not isinstance(table.index, pd.RangeIndex):  # R's write.table names no column for the row names
+    if not isinstance(table.index, pd.RangeIndex):  # R's write.table does not name the column of row names
         table = table.reset_index(names="")
     table.columns = table.columns.str.strip().where(~table.columns.str.startswith("Unnamed"), "")
     if table.empty:
@@ -73,25 +75,27 @@ def read_label_table(path: Path) -> pd.DataFrame:
 def align_labels(
     table: pd.DataFrame, path: Path, barcodes: pd.Index, key: str | None, by_order: bool = False
 ) -> pd.DataFrame:
-    """See `read_labels`; `by_order` is for cells that have no barcodes of their own."""
+    """As `read_labels`; `by_order` if the counts have no barcodes."""
     matches = {column: table[column].isin(barcodes).mean() for column in table}
-    barcode_column = max(matches, key=matches.get)
+    barcode_column = max(matches, key=lambda column: matches[column])
     if by_order or matches[barcode_column] == 0:
         if len(table) != len(barcodes):
             raise ValueError(
-                f"{path} labels other cells: none of its {len(table):,} rows names one of the {len(barcodes):,} barcodes "
-                f"(such as {barcodes[0]}; the file has {', '.join(table.iloc[0].astype(str))})"
+                f"{path} labels other cells: none of its {len(table):,} rows has one of the {len(barcodes):,} barcodes "
+                f"(such as {barcodes[0]}; its first row is {', '.join(table.iloc[0].astype(str))}); "
+                "expected a column of barcodes, or one row for each cell in the order of the counts"
             )
         print(
-            f"WARNING: {path.name} names no barcode of the counts: its {len(table):,} rows are taken in the order of the cells"
+            f"WARNING: {path.name} has no barcode of the counts: its {len(table):,} rows are taken in the order of the cells"
         )
         table = table[[c for c in table if c.lower() not in BARCODE_COLUMNS]].set_axis(barcodes)
     else:
         table = table.drop_duplicates()
-        twice = table[barcode_column][table[barcode_column].duplicated() & table[barcode_column].isin(barcodes)]
-        if len(twice):
+        listed = table[barcode_column]
+        repeated = listed[listed.duplicated() & listed.isin(barcodes)]
+        if len(repeated):
             raise ValueError(
-                f"{path} has two rows that differ for {len(twice):,} cells (such as {twice.iloc[0]}); expected one for each cell"
+                f"{path} has two different rows for {len(repeated):,} cells (such as {repeated.iloc[0]}); expected one for each cell"
             )
         table = table.drop_duplicates(barcode_column).set_index(barcode_column)
     key = key or _label_column(table, path)
@@ -106,12 +110,13 @@ def align_labels(
 
 
 def clean_labels(labels: pd.Series) -> pd.Series:
-    """Labels as text; missing where the source means that there is none."""
+    """Labels as text, missing where the text means that there is none (see `NO_LABEL`)."""
     text = labels.astype("object").where(labels.notna(), "").astype(str).str.strip()
     return text.where(~text.str.lower().isin(NO_LABEL), np.nan)
 
 
 def _label_column(table: pd.DataFrame, path: Path) -> str:
+    """Find the column of cell types by its name."""
     for pattern in (r"cell.?type", r"cluster|louvain|leiden|label|annotation|ident|partition"):
         found = [column for column in table if re.search(pattern, column.lower())]
         if len(found) == 1:
@@ -119,5 +124,6 @@ def _label_column(table: pd.DataFrame, path: Path) -> str:
     if table.shape[1] == 1:
         return table.columns[0]
     raise ValueError(
-        f"{path}: cannot tell which column holds the cell types; it has {', '.join(table.columns)}: set CELL_TYPE_KEY to one of them"
+        f"{path}: cannot tell which column holds the cell types; it has {', '.join(table.columns)}: "
+        "set CELL_TYPE_KEY to one of them"
     )

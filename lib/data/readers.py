@@ -1,4 +1,4 @@
-"""Counts in the formats that people have, read into AnnData: cells x genes, sparse."""
+"""Read counts of many formats into AnnData: cells x genes, sparse, checked."""
 
 import re
 from pathlib import Path
@@ -10,19 +10,17 @@ import scanpy as sc
 import scipy.io
 import scipy.sparse as sp
 
-from lib.data.counts import check_orientation, gene_share, sum_duplicate_genes, to_counts
+from lib.data.counts import check_orientation, count_known_genes, sum_duplicate_genes, to_counts
 from lib.data.labels import BARCODE_COLUMNS, align_labels, read_label_table, take_labels
 from lib.data.tables import read_header, separator
 
-CSV_ROWS_AT_ONCE = (
-    500  # a table of 18,000 genes x 10,000 cells is 1.5 GB when dense; read in bands it stays under 0.1 GB
-)
+CSV_BLOCK_ROWS = 500  # of a csv in memory at a time: 18,000 genes x 10,000 cells are 1.5 GB when dense, a block 0.04 GB
 TABLE_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".txt", ".txt.gz")
 LIST_HEADERS = ("x", "v1", "gene", "genes", "gene_name", "feature", "features", "symbol", "barcode", "barcodes", "cell")
 
 
 def read_dataset(path: Path, orientation: str = "auto", cell_type_key: str | None = None) -> ad.AnnData:
-    """Raw counts from a file or folder, recognised by its name and content.
+    """Read raw counts from a file or folder; the format is recognised by its name and content.
 
     Parameters
     ----------
@@ -30,14 +28,14 @@ def read_dataset(path: Path, orientation: str = "auto", cell_type_key: str | Non
         `.h5ad`, 10x `.h5`, a folder with a MatrixMarket table (10x, or the original's MTX + cluster CSV), an `.mtx(.gz)`
         file, or a table of counts (csv, tsv, optionally gzipped).
     orientation
-        Of a table: "genes_in_rows", "cells_in_rows", or "auto" to tell by well-known gene names.
+        Of a table: "genes_in_rows", "cells_in_rows", or "auto" to recognise it by common gene names.
     cell_type_key
-        Column with the cell types, in `obs` or in the cluster CSV; None takes the one called like it, if there is one.
+        Column with the cell types, in `obs` or in the cluster CSV; None takes a column named like cell_type, if there is one.
 
     Raises
     ------
     ValueError
-        For a format that is none of these, and for values that are not counts.
+        For any other format, and for values that are not counts.
     """
     name = path.name.lower()
     if path.is_dir():
@@ -52,14 +50,14 @@ def read_dataset(path: Path, orientation: str = "auto", cell_type_key: str | Non
         adata = take_labels(read_count_table(path, orientation), cell_type_key)
     else:
         raise ValueError(
-            f"{path} has a format that is not known; expected .h5ad, 10x .h5, a 10x or MTX folder, or one of {', '.join(TABLE_SUFFIXES)}"
+            f"{path} has an unknown format; expected .h5ad, 10x .h5, a 10x or MTX folder, or one of {', '.join(TABLE_SUFFIXES)}"
         )
     check_orientation(adata, str(path))
     return tidy(adata, str(path))
 
 
 def tidy(adata: ad.AnnData, what: str) -> ad.AnnData:
-    """Checked CSR counts under unique gene names and unique barcodes; `obs` is kept, all else is left behind."""
+    """Check the counts (see `to_counts`) and make gene names and barcodes unique; of the rest, only `obs` is kept."""
     counts = to_counts(adata.X, what)
     counts, gene_names = sum_duplicate_genes(counts, pd.Index(adata.var_names.astype(str)))
     obs = adata.obs.copy()
@@ -67,14 +65,20 @@ def tidy(adata: ad.AnnData, what: str) -> ad.AnnData:
     if not obs.index.is_unique:
         repeated = obs.index[obs.index.duplicated()].unique()
         print(
-            f"{len(repeated):,} barcodes stand more than once (such as {repeated[0]}): -1, -2, ... was added to the later ones"
+            f"{len(repeated):,} duplicate barcodes (such as {repeated[0]}): -1, -2, ... is added to the second, third, ... cell"
         )
         obs.index = ad.utils.make_index_unique(obs.index)
     return ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=gene_names))
 
 
 def read_h5ad(path: Path) -> ad.AnnData:
-    """The first of `layers["counts"]`, `raw.X` and `X` that holds counts."""
+    """Read the first of `layers["counts"]`, `raw.X` and `X` that holds counts.
+
+    Raises
+    ------
+    ValueError
+        If none does; the message says what is wrong with each.
+    """
     adata = ad.read_h5ad(path)
     candidates = {"X": (adata.X, adata.var_names)}
     if adata.raw is not None:
@@ -91,7 +95,7 @@ def read_h5ad(path: Path) -> ad.AnnData:
             refused.append(str(error))
             continue
         if where != "X":
-            print(f"counts taken from {where}")
+            print(f"counts are taken from {where}")
         return ad.AnnData(counts, obs=adata.obs.copy(), var=pd.DataFrame(index=var_names))
     raise ValueError(
         "; ".join(refused) or f"{path} holds no matrix; expected raw counts in X, raw.X or layers['counts']"
@@ -99,52 +103,56 @@ def read_h5ad(path: Path) -> ad.AnnData:
 
 
 def read_mtx_folder(folder: Path, matrix_file: Path | None = None, cell_type_key: str | None = None) -> ad.AnnData:
-    """A MatrixMarket table with its gene and barcode lists, as Cell Ranger 2 and 3 write them, or MTX + cluster CSV.
+    """Read a MatrixMarket table with its lists of genes and barcodes, as Cell Ranger 2 and 3 write them, or MTX + cluster CSV.
 
-    The lists are told apart by their names (genes/features, barcodes/cells, cluster/cell type/label) and must fit the
-    table's two sides; which side holds the genes follows from their lengths.
+    The lists are recognised by their file names (genes/features, barcodes/cells, cluster/cell type/label). Their lengths show
+    whether the table is genes x cells or cells x genes.
+
+    Raises
+    ------
+    ValueError
+        If a list is missing or does not fit the table.
     """
     files = sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
     if matrix_file is None:
         matrices = [f for f in files if f.name.lower().endswith((".mtx", ".mtx.gz"))]
         if len(matrices) != 1:
             named = ", ".join(f.name for f in matrices)
-            raise ValueError(f"{folder} holds {len(matrices)} .mtx files ({named}), expected one; name the file itself")
+            raise ValueError(
+                f"{folder} holds {len(matrices)} .mtx files ({named}), expected one; set DATASET to the file itself"
+            )
         matrix_file = matrices[0]
     lists = [f for f in files if ".mtx" not in f.name.lower()]
-    label_files = _called(lists, r"cluster|cell.?type|label|annot|partition")
+    label_files = _named_like(lists, r"cluster|cell.?type|label|annot|partition")
     lists = [f for f in lists if f not in label_files]
 
     matrix = sp.csr_matrix(scipy.io.mmread(matrix_file))
-    genes = _read_list(_called(lists, r"gene|feature"), matrix.shape, f"gene names of {matrix_file}")
-    square_of_cell_ranger = matrix.shape[0] == matrix.shape[1] and _called(
-        lists, r"^(genes|features)\.tsv"
-    )  # genes x cells
-    if len(genes) != matrix.shape[1] or square_of_cell_ranger:
+    genes = _read_list(_named_like(lists, r"gene|feature"), matrix.shape, f"gene names of {matrix_file}")
+    is_square = matrix.shape[0] == matrix.shape[1]
+    is_cell_ranger = bool(_named_like(lists, r"^(genes|features)\.tsv"))  # genes x cells
+    if len(genes) != matrix.shape[1] or (is_square and is_cell_ranger):
         matrix = matrix.T.tocsr()
-    if len(genes) != matrix.shape[1]:
-        raise ValueError(
-            f"{matrix_file} has the sides {matrix.shape[0]:,} and {matrix.shape[1]:,}, but there are {len(genes):,} genes"
-        )
-    symbols = genes.iloc[:, min(1, genes.shape[1] - 1)]  # Cell Ranger: gene ID, symbol, kind of feature
+    symbols = genes.iloc[:, min(1, genes.shape[1] - 1)]  # Cell Ranger: gene ID, symbol, type of feature
     adata = ad.AnnData(matrix, var=pd.DataFrame(index=pd.Index(symbols.to_numpy())))
-    _name_and_label_cells(adata, matrix_file, _called(lists, r"barcode|cell"), label_files, cell_type_key)
-    if genes.shape[1] > 2 and (genes[2] == "Gene Expression").any():  # antibodies and the like stand in the same list
+    _name_and_label_cells(adata, matrix_file, _named_like(lists, r"barcode|cell"), label_files, cell_type_key)
+    if genes.shape[1] > 2 and (genes[2] == "Gene Expression").any():  # the list may hold antibodies too
         adata = adata[:, (genes[2] == "Gene Expression").to_numpy()].copy()
     return adata
 
 
-def _called(files: list[Path], pattern: str) -> list[Path]:
+def _named_like(files: list[Path], pattern: str) -> list[Path]:
     return [f for f in files if re.search(pattern, f.name.lower())]
 
 
 def _name_and_label_cells(
     adata: ad.AnnData, matrix_file: Path, barcode_files: list[Path], label_files: list[Path], key: str | None
 ) -> None:
-    """Barcodes from their list, or else from the label file, or else numbers; then the labels."""
+    """Set the barcodes (from their list, else from the label file, else numbers), then the labels."""
     if len(label_files) > 1:
         named = ", ".join(f.name for f in label_files)
-        print(f"{len(label_files)} files look like labels ({named}): none was used; set LABELS_FILE to one of them")
+        print(
+            f"WARNING: {len(label_files)} files look like labels ({named}): none is used; set LABELS_FILE to one of them"
+        )
     labels = read_label_table(label_files[0]) if len(label_files) == 1 else None
     numbered = pd.Index([f"cell_{i + 1}" for i in range(adata.n_obs)])
     barcodes = numbered
@@ -158,46 +166,56 @@ def _name_and_label_cells(
         adata.obs = align_labels(labels, label_files[0], barcodes, key, by_order=barcodes is numbered)
     elif key is not None and not label_files:
         raise ValueError(
-            f"CELL_TYPE_KEY is {key!r}, but there is no file of cell types beside {matrix_file}; set LABELS_FILE"
+            f"CELL_TYPE_KEY is {key!r}, but {matrix_file} has no file of cell types in its folder; set LABELS_FILE"
         )
 
 
 def _read_list(found: list[Path], sides: tuple[int, ...], what: str) -> pd.DataFrame:
-    """A list of genes or cells that fits one of the table's sides; a header line, as R's write.csv adds, is left out."""
+    """Read a list of genes or cells, one for each row or column of the table; a header line, as R's write.csv adds, is left out."""
     if len(found) != 1:
-        raise ValueError(f"the {what} are missing or not unique: found {[f.name for f in found]}, expected one file")
+        raise ValueError(
+            f"the {what} are missing or in several files: found {[f.name for f in found]}, expected one file"
+        )
     table = pd.read_csv(found[0], sep=separator(found[0]), header=None, dtype=str, keep_default_na=False)
     is_header = table.iloc[0].str.lower().isin(LIST_HEADERS).any()
     if len(table) - 1 in sides and (is_header or len(table) not in sides):
         table = table.iloc[1:]
     if len(table) not in sides:
         raise ValueError(
-            f"{found[0]} has {len(table):,} lines, expected as many as a side of the table: {' or '.join(f'{n:,}' for n in sides)}"
+            f"{found[0]} has {len(table):,} lines, expected one for each row or column of the table: "
+            f"{' or '.join(f'{n:,}' for n in sides)}"
         )
     return table
 
 
 def read_count_table(path: Path, orientation: str = "auto") -> ad.AnnData:
-    """A csv or tsv table of counts, read in bands of rows so that it is never dense as a whole."""
+    """Read a csv or tsv table of counts, in blocks of rows, so that the whole table is never dense.
+
+    Raises
+    ------
+    ValueError
+        If it is empty, has columns of text, or its orientation cannot be recognised.
+    """
     header = read_header(path)
-    bands, row_names = [], []
+    blocks, row_names = [], []
     read = pd.read_csv(
-        path, sep=separator(path), index_col=0, chunksize=CSV_ROWS_AT_ONCE, low_memory=False, keep_default_na=False, na_values=[""]
+        path, sep=separator(path), index_col=0, chunksize=CSV_BLOCK_ROWS, low_memory=False, keep_default_na=False, na_values=[""]
     ) if header else []  # fmt: skip
-    for band in read:
-        if band.empty:
+    for block in read:
+        if block.empty:
             continue
-        text = [c for c, kind in band.dtypes.items() if not pd.api.types.is_numeric_dtype(kind)]
+        text = [c for c, dtype in block.dtypes.items() if not pd.api.types.is_numeric_dtype(dtype)]
         if text:
             raise ValueError(
-                f"{path} has columns that are not numbers ({', '.join(map(str, text[:3]))}); expected names in the first column and counts in all others"
+                f"{path} has columns that are not numbers ({', '.join(map(str, text[:3]))}); "
+                "expected names in the first column and counts in all others"
             )
-        bands.append(sp.csr_matrix(band.to_numpy(dtype=np.float32)))
-        row_names += band.index.astype(str).tolist()
-    if not bands:
+        blocks.append(sp.csr_matrix(block.to_numpy(dtype=np.float32)))
+        row_names += block.index.astype(str).tolist()
+    if not blocks:
         raise ValueError(f"{path} is empty: it has no rows; expected a table of counts")
-    matrix, rows = sp.vstack(bands, format="csr"), pd.Index(row_names)
-    columns = pd.Index(header[len(header) - matrix.shape[1] :])  # not pandas' names: it renames what stands twice
+    matrix, rows = sp.vstack(blocks, format="csr"), pd.Index(row_names)
+    columns = pd.Index(header[len(header) - matrix.shape[1] :])  # pandas renames duplicate columns
     if orientation == "auto":
         orientation = _guess_orientation(rows, columns, path)
     if orientation == "genes_in_rows":
@@ -206,26 +224,25 @@ def read_count_table(path: Path, orientation: str = "auto") -> ad.AnnData:
 
 
 def _guess_orientation(rows: pd.Index, columns: pd.Index, path: Path) -> str:
-    in_rows, in_columns = gene_share(rows), gene_share(columns)
+    in_rows, in_columns = count_known_genes(rows), count_known_genes(columns)
     if in_rows == in_columns:
         raise ValueError(
-            f"{path}: cannot tell genes from cells: {in_rows:,} well-known gene names in rows, {in_columns:,} in columns "
+            f"{path}: cannot tell genes from cells: {in_rows:,} known gene names in rows, {in_columns:,} in columns "
             f"(rows: {', '.join(rows[:3])}; columns: {', '.join(columns[:3])}); set ORIENTATION to genes_in_rows or cells_in_rows"
         )
     return "genes_in_rows" if in_rows > in_columns else "cells_in_rows"
 
 
 def read_gene_lengths(path: Path) -> pd.Series:
-    """Gene lengths in base pairs, by gene name.
+    """Read gene lengths in base pairs, by gene name.
 
-    Either the original's table (Gene start, Gene end, Gene name, Transcript start, Transcript end; the longest
-    `transcript end - start` of each gene: a genomic span, introns included) or a table of two columns, gene and length
-    (exonic lengths). A gene that stands more than once gets its longest.
+    Either the original's GeneLength.txt (Gene name, Transcript start, Transcript end: the length is end - start, a genomic span with
+    introns) or a table of two columns, gene and length (exonic lengths). A duplicate gene gets its largest length.
 
     Raises
     ------
     ValueError
-        If it is neither.
+        If the table is neither.
     """
     table = pd.read_csv(path, sep=separator(path))
     if table.shape[1] == 2 and re.fullmatch(r"[0-9.]+", str(table.columns[1])):  # no header
@@ -237,7 +254,7 @@ def read_gene_lengths(path: Path) -> pd.Series:
         name, length = table.iloc[:, 0], table.iloc[:, 1]
     else:
         raise ValueError(
-            f"{path} is no table of gene lengths: it has the columns {', '.join(map(str, table.columns))}; "
+            f"{path} is not a table of gene lengths: it has the columns {', '.join(map(str, table.columns))}; "
             "expected gene and length, or the columns of GeneLength.txt"
         )
     lengths = pd.Series(length.to_numpy(dtype=float), index=name.astype(str)).groupby(level=0).max()

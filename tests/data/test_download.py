@@ -1,4 +1,4 @@
-"""Downloads over a bad line, against a server on this machine, and stage 0 from the first byte to data/counts.h5ad."""
+"""Interrupted and refused downloads from a local server, and stage 0 from download to data/counts.h5ad."""
 
 import gzip
 import random
@@ -27,7 +27,7 @@ def serve_without_range(handler: Handler, body: bytes) -> None:
 
 
 def cut(after: int):
-    """All that is left is announced, as a good server does it, but the connection ends after so many bytes."""
+    """Announces the rest of the file, as a server should, but ends the connection after so many bytes."""
 
     def answer(handler: Handler, body: bytes) -> None:
         whole = handler.answer
@@ -50,14 +50,14 @@ def files_in(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_comes_whole(site, tmp_path):
+def test_a_file_is_downloaded_completely(site, tmp_path):
     path = fetch_body(site, tmp_path)
     assert path == tmp_path / "counts.bin" and path.read_bytes() == BODY
     assert site.ranges == [None] and files_in(tmp_path) == ["counts.bin"]
 
 
 @pytest.mark.parametrize("after", [700_000, 100_000])
-def test_a_cut_download_goes_on_where_it_ended(site, tmp_path, after):
+def test_an_interrupted_download_continues_where_it_stopped(site, tmp_path, after):
     site.answers = [cut(after), serve]
     assert fetch_body(site, tmp_path).read_bytes() == BODY
     assert len(site.ranges) == 2 and site.ranges[1] is not None, "the second request must ask for the rest only"
@@ -65,12 +65,12 @@ def test_a_cut_download_goes_on_where_it_ended(site, tmp_path, after):
     assert files_in(tmp_path) == ["counts.bin"]
 
 
-def test_a_line_that_is_cut_again_and_again_still_brings_the_file(site, tmp_path):
+def test_a_download_that_is_interrupted_again_and_again_is_completed(site, tmp_path):
     site.answers = [cut(100_000)]
     assert fetch_body(site, tmp_path, BODY[:400_000]).read_bytes() == BODY[:400_000]
 
 
-def test_a_half_file_of_an_earlier_run_is_gone_on_with(site, tmp_path):
+def test_the_partial_file_of_an_earlier_run_is_continued(site, tmp_path):
     (tmp_path / "counts.bin.part").write_bytes(BODY[:1000])
     assert fetch_body(site, tmp_path).read_bytes() == BODY and site.ranges == ["bytes=1000-"]
 
@@ -87,7 +87,7 @@ def test_a_range_other_than_the_one_asked_for_is_not_appended(site, tmp_path):
     assert fetch_body(site, tmp_path).read_bytes() == BODY and len(site.ranges) == 2
 
 
-def test_a_missing_file_is_told_at_once_with_the_remedy(site, tmp_path):
+def test_a_missing_file_is_refused_at_once_with_the_remedy(site, tmp_path):
     with pytest.raises(ConnectionError) as told:
         fetch(site.url("none.bin"), tmp_path / "none.bin")
     for part in (site.url("none.bin"), "404", f"save it as {tmp_path / 'none.bin'}"):
@@ -96,19 +96,19 @@ def test_a_missing_file_is_told_at_once_with_the_remedy(site, tmp_path):
 
 
 @pytest.mark.parametrize("code", [500, 503, 429])
-def test_a_server_in_trouble_is_asked_again(site, tmp_path, code):
+def test_a_server_error_is_tried_again(site, tmp_path, code):
     site.answers = [status(code), status(code), serve]
     assert fetch_body(site, tmp_path).read_bytes() == BODY and len(site.ranges) == 3
 
 
-def test_a_server_in_trouble_for_good_is_given_up(site, tmp_path):
+def test_a_lasting_server_error_is_given_up(site, tmp_path):
     site.answers = [status(500)]
     with pytest.raises(ConnectionError, match=rf"the server answered 500 .*save it as {tmp_path / 'counts.bin'}"):
         fetch_body(site, tmp_path)
     assert len(site.ranges) == ATTEMPTS and files_in(tmp_path) == []
 
 
-def test_waits_double_and_start_again_with_progress(site, tmp_path, monkeypatch):
+def test_waits_double_and_start_again_after_progress(site, tmp_path, monkeypatch):
     waits = []
     monkeypatch.setattr(lib.data.download, "FIRST_WAIT_S", 1.0)
     monkeypatch.setattr(lib.data.download.time, "sleep", waits.append)
@@ -136,10 +136,10 @@ def test_a_web_page_in_place_of_the_file_is_refused(site, tmp_path, name):
     ids=["truncated", "wrong CRC", "wrong length", "wrong stream", "not gzip"],
 )
 def test_a_broken_gzip_file_is_refused(site, tmp_path, broken):
-    with pytest.raises(ValueError, match="counts.csv.gz is not a whole gzip file"):
+    with pytest.raises(ValueError, match="counts.csv.gz is not a complete gzip file"):
         fetch_body(site, tmp_path, broken, "counts.csv.gz")
     assert files_in(tmp_path) == []
-    assert fetch_body(site, tmp_path, GZIP, "counts.csv.gz").read_bytes() == GZIP, "nothing of it is left in the way"
+    assert fetch_body(site, tmp_path, GZIP, "counts.csv.gz").read_bytes() == GZIP, "the broken file must not stay"
 
 
 def test_an_empty_file_is_refused(site, tmp_path):
@@ -148,24 +148,24 @@ def test_an_empty_file_is_refused(site, tmp_path):
     assert files_in(tmp_path) == []
 
 
-def test_a_file_that_is_there_is_used(site, tmp_path, capsys):
+def test_an_existing_file_is_used(site, tmp_path, capsys):
     (tmp_path / "counts.bin").write_bytes(b"put here by hand")
     assert fetch_body(site, tmp_path).read_bytes() == b"put here by hand"
     assert site.ranges == [] and f"using the file in {tmp_path}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(PAGE, "is a web page"), (GZIP[:-20], "is not a whole gzip file"), (b"", "is empty")]
+    ("content", "message"), [(PAGE, "is a web page"), (GZIP[:-20], "is not a complete gzip file"), (b"", "is empty")]
 )
-def test_a_file_that_is_there_is_checked(site, tmp_path, content, message):
+def test_an_existing_file_is_checked(site, tmp_path, content, message):
     path = tmp_path / "counts.csv.gz"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"counts.csv.gz {message}"):
         fetch_body(site, tmp_path, GZIP, "counts.csv.gz")
-    assert path.read_bytes() == content and site.ranges == [], "a file of the user's is neither deleted nor replaced"
+    assert path.read_bytes() == content and site.ranges == [], "a file of the user is neither deleted nor replaced"
 
 
-def test_without_a_server_the_remedy_is_told(site, tmp_path):
+def test_without_a_server_the_message_has_the_remedy(site, tmp_path):
     site.stop()
     with pytest.raises(
         ConnectionError,
@@ -174,18 +174,18 @@ def test_without_a_server_the_remedy_is_told(site, tmp_path):
         fetch_body(site, tmp_path)
 
 
-def test_a_half_file_that_was_whole_is_finished(site, tmp_path):
+def test_a_partial_file_that_is_complete_gets_its_name(site, tmp_path):
     (tmp_path / "counts.bin.part").write_bytes(BODY)
     assert fetch_body(site, tmp_path).read_bytes() == BODY
     assert site.ranges == [f"bytes={len(BODY)}-"] and files_in(tmp_path) == ["counts.bin"]
 
 
-def test_a_half_file_longer_than_the_servers_is_dropped(site, tmp_path):
+def test_a_partial_file_longer_than_the_servers_is_dropped(site, tmp_path):
     (tmp_path / "counts.bin.part").write_bytes(b"x" * (len(BODY) + 5))
     assert fetch_body(site, tmp_path).read_bytes() == BODY and site.ranges[1:] == [None]
 
 
-# Stage 0, from the first byte
+# Stage 0, from download to data/counts.h5ad
 
 N_CELLS, N_GENES = 10_360, 30
 COUNTS, LABELS, LENGTHS = (
@@ -197,7 +197,7 @@ COUNTS, LABELS, LENGTHS = (
 
 @pytest.fixture(scope="module")
 def lung():
-    """Cells as GSE130148 has them, and its files as GEO serves them."""
+    """Cells like those of GSE130148, and files in the form that GEO serves."""
     rng = np.random.default_rng(0)
     counts = rng.poisson(0.6, (N_CELLS, N_GENES))
     counts[rng.integers(0, N_CELLS, 50), rng.integers(0, N_GENES, 50)] = rng.integers(1000, 60_000, 50)
@@ -225,7 +225,7 @@ def lung():
 
 
 def run_stage(site, place, check=True):
-    # "_" stands as %5F in GEO's own links
+    # GEO's own links have %5F in place of _
     return place.run(
         "_0_download_data.py",
         "--geo-url",
@@ -274,11 +274,11 @@ def test_stage_0_refuses_another_number_of_cells(site, tmp_path, lung):
     place = Workplace(tmp_path / "place")
     done = run_stage(site, place, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "GSE130148_raw_counts.csv.gz has 10,359 cells, expected the 10,360 of GSE130148" in done.stderr
+    assert f"GSE130148 has 10,359 cells, expected 10,360: delete its files in {place.data / 'raw'}" in done.stderr
     assert not (place.data / "counts.h5ad").exists()
 
 
-def test_stage_0_goes_on_without_gene_lengths_and_says_so(site, tmp_path, lung):
+def test_stage_0_goes_on_without_gene_lengths_with_a_warning(site, tmp_path, lung):
     _, files = lung
     site.files = {path: content for path, content in files.items() if "GeneLength" not in path}
     place = Workplace(tmp_path / "place")

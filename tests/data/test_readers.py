@@ -1,4 +1,4 @@
-"""Every format gives back the same counts, labels go to their cells, and what is not counts is refused by name."""
+"""Every format gives the same counts, labels go to their cells, and values that are not counts are refused."""
 
 import csv
 import gzip
@@ -8,13 +8,11 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
-import scanpy as sc
 import scipy.io
 import scipy.sparse as sp
 from helpers import Workplace
 
 import lib.data.readers
-from lib.data import datasets
 from lib.data.labels import read_labels
 from lib.data.readers import read_count_table, read_dataset, read_gene_lengths
 
@@ -26,8 +24,8 @@ TYPES = ["T", "B", "NK", "Mono"] * 3
 
 
 @pytest.fixture(autouse=True)
-def small_bands(monkeypatch):
-    monkeypatch.setattr(lib.data.readers, "CSV_ROWS_AT_ONCE", 5)  # so that the 8 or 12 rows come in several bands
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(lib.data.readers, "CSV_BLOCK_ROWS", 5)  # so that the 8 or 12 rows are read in several blocks
 
 
 def log_normalized(counts=COUNTS):
@@ -42,7 +40,7 @@ def table(genes_in_rows: bool) -> pd.DataFrame:
     return cells().to_df().T if genes_in_rows else cells().to_df()
 
 
-# One writer a format: it writes COUNTS into the folder and returns what the user would name
+# One writer for each format: it writes COUNTS into the folder and returns the path that the user would give
 
 
 def h5ad(folder, adata=None):
@@ -58,7 +56,7 @@ def h5ad_sparse(folder):
 def h5ad_raw(folder):
     adata = cells(log_normalized())
     adata.raw = cells()
-    return h5ad(folder, adata[:, :3].copy())  # raw holds all genes, as after a choice of variable ones
+    return h5ad(folder, adata[:, :3].copy())  # raw holds all genes, X the variable ones
 
 
 def h5ad_raw_normalized(folder):
@@ -255,14 +253,14 @@ def test_labels_in_obs_are_kept(tmp_path):
     assert read_dataset(h5ad(tmp_path, adata)).obs["cell_type"].tolist() == TYPES
 
 
-def test_the_place_of_the_counts_is_said(tmp_path, capsys):
+def test_a_message_says_where_the_counts_are_taken_from(tmp_path, capsys):
     read_dataset(h5ad_layer(tmp_path))
-    assert "counts taken from layers['counts']" in capsys.readouterr().out
+    assert "counts are taken from layers['counts']" in capsys.readouterr().out
     read_dataset(h5ad_raw(tmp_path))
-    assert "counts taken from raw.X" in capsys.readouterr().out
+    assert "counts are taken from raw.X" in capsys.readouterr().out
 
 
-# Names that stand more than once
+# Duplicate names
 
 TWICE = ["ACTB", "GAPDH", "ACTB", "B2M", "CD3E", "ACTB", "NKG7", "LYZ"]
 SUMMED = np.column_stack([COUNTS[:, [0, 2, 5]].sum(axis=1), COUNTS[:, [1, 3, 4, 6, 7]]])
@@ -270,7 +268,7 @@ SUMMED = np.column_stack([COUNTS[:, [0, 2, 5]].sum(axis=1), COUNTS[:, [1, 3, 4, 
 
 @pytest.mark.filterwarnings("ignore:Variable names are not unique")
 @pytest.mark.parametrize("name", ["cells.h5ad", "genes_in_rows.csv", "cells_in_rows.csv"])
-def test_duplicate_genes_are_summed_and_said(tmp_path, capsys, name):
+def test_duplicate_genes_are_summed_with_a_message(tmp_path, capsys, name):
     adata = ad.AnnData(COUNTS, obs=pd.DataFrame(index=BARCODES), var=pd.DataFrame(index=TWICE))
     if name == "cells.h5ad":
         h5ad(tmp_path, adata)
@@ -278,12 +276,12 @@ def test_duplicate_genes_are_summed_and_said(tmp_path, capsys, name):
         frame = pd.DataFrame(COUNTS, BARCODES, TWICE)
         (frame.T if name.startswith("genes") else frame).to_csv(tmp_path / name)
     assert_same_counts(read_dataset(tmp_path / name), SUMMED, genes=["ACTB", "GAPDH", "B2M", "CD3E", "NKG7", "LYZ"])
-    assert "1 gene names stand more than once (such as ACTB): their counts were summed" in capsys.readouterr().out
+    assert "1 duplicate gene names (such as ACTB): their counts are summed" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore:Observation names are not unique")
 @pytest.mark.parametrize("name", ["cells.h5ad", "genes_in_rows.csv", "cells_in_rows.csv"])
-def test_duplicate_barcodes_are_made_unique_and_said(tmp_path, capsys, name):
+def test_duplicate_barcodes_are_made_unique_with_a_message(tmp_path, capsys, name):
     twice = ["x", "y", "x", *BARCODES[3:]]
     if name == "cells.h5ad":
         h5ad(tmp_path, ad.AnnData(COUNTS, obs=pd.DataFrame(index=twice), var=pd.DataFrame(index=GENES)))
@@ -291,7 +289,7 @@ def test_duplicate_barcodes_are_made_unique_and_said(tmp_path, capsys, name):
         frame = pd.DataFrame(COUNTS, twice, GENES)
         (frame.T if name.startswith("genes") else frame).to_csv(tmp_path / name)
     assert_same_counts(read_dataset(tmp_path / name), barcodes=["x", "y", "x-1", *BARCODES[3:]])
-    assert "1 barcodes stand more than once (such as x)" in capsys.readouterr().out
+    assert "1 duplicate barcodes (such as x)" in capsys.readouterr().out
 
 
 # What is refused
@@ -354,7 +352,7 @@ def test_an_empty_h5ad_is_refused(tmp_path):
             ",c1,c2\nfoo,3,4\nbar,5,6\n",
             r"cannot tell genes from cells: .*rows: foo, bar; columns: c1, c2\); set ORIENTATION",
         ),
-        ("counts.xlsx", "", r"counts.xlsx has a format that is not known; expected .h5ad, 10x .h5, .*\.csv"),
+        ("counts.xlsx", "", r"counts.xlsx has an unknown format; expected .h5ad, 10x .h5, .*\.csv"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, name, text, message):
@@ -364,7 +362,7 @@ def test_bad_files_are_refused(tmp_path, name, text, message):
 
 
 @pytest.mark.parametrize("genes_in_rows", [True, False])
-def test_a_told_orientation_is_obeyed(tmp_path, genes_in_rows):
+def test_a_given_orientation_is_used(tmp_path, genes_in_rows):
     pd.DataFrame([[3, 4, 0], [5, 6, 1]], ["foo", "bar"], ["a", "b", "c"]).to_csv(tmp_path / "counts.csv")
     adata = read_count_table(tmp_path / "counts.csv", "genes_in_rows" if genes_in_rows else "cells_in_rows")
     rows, columns = (adata.var_names, adata.obs_names) if genes_in_rows else (adata.obs_names, adata.var_names)
@@ -382,7 +380,7 @@ def test_ensembl_ids_tell_the_orientation_too(tmp_path):
 
 def test_a_transposed_h5ad_is_refused(tmp_path):
     with pytest.raises(
-        ValueError, match=r"cells.h5ad looks transposed: its rows carry gene names \(ACTB, GAPDH, MALAT1\)"
+        ValueError, match=r"cells.h5ad looks transposed: its rows have gene names \(ACTB, GAPDH, MALAT1\)"
     ):
         read_dataset(h5ad(tmp_path, cells().T.copy()))
 
@@ -396,7 +394,9 @@ def test_mtx_folders_that_do_not_fit_are_refused(tmp_path):
         read_dataset(tmp_path)
     (tmp_path / "other.mtx").unlink()
     write_lines(tmp_path / "genes.tsv", [f"id{i}\tG{i}" for i in range(20)])
-    with pytest.raises(ValueError, match="genes.tsv has 20 lines, expected as many as a side of the table: 8 or 12"):
+    with pytest.raises(
+        ValueError, match="genes.tsv has 20 lines, expected one for each row or column of the table: 8 or 12"
+    ):
         read_dataset(tmp_path)
     (tmp_path / "genes.tsv").unlink()
     with pytest.raises(ValueError, match="gene names of .*matrix.mtx are missing"):
@@ -448,13 +448,13 @@ def test_labels_go_to_their_barcodes(tmp_path, capsys, header, line):
 
 @pytest.mark.parametrize("header", ["cell_type", "partition"])
 @pytest.mark.parametrize("numbered", [True, False])
-def test_labels_without_barcodes_are_taken_in_order_and_that_is_said(tmp_path, capsys, header, numbered):
+def test_labels_without_barcodes_are_taken_in_order_with_a_message(tmp_path, capsys, header, numbered):
     lines = [header, *TYPES]
     if numbered:
         lines = ["," + header, *(f"{i},{cell_type}" for i, cell_type in enumerate(TYPES))]
     assert labels_of(tmp_path, lines)["cell_type"].tolist() == TYPES
     assert (
-        "labels.txt names no barcode of the counts: its 12 rows are taken in the order of the cells"
+        "labels.txt has no barcode of the counts: its 12 rows are taken in the order of the cells"
         in capsys.readouterr().out
     )
 
@@ -462,7 +462,7 @@ def test_labels_without_barcodes_are_taken_in_order_and_that_is_said(tmp_path, c
 @pytest.mark.parametrize("n_rows", [11, 13])
 def test_labels_of_other_cells_are_refused(tmp_path, n_rows):
     with pytest.raises(
-        ValueError, match=rf"labels.txt labels other cells: none of its {n_rows} rows names one of the 12 barcodes"
+        ValueError, match=rf"labels.txt labels other cells: none of its {n_rows} rows has one of the 12 barcodes"
     ):
         labels_of(tmp_path, ["barcode,cell_type", *(f"other{i},T" for i in range(n_rows))])
 
@@ -517,7 +517,7 @@ def test_the_key_chooses_among_several_columns(tmp_path):
     assert labels_of(tmp_path, TWO_KEYS, key="cell_type")["cell_type"].tolist() == TYPES
 
 
-def test_the_key_may_stand_beside_a_column_called_cell_type(tmp_path):
+def test_the_key_may_be_another_column_than_cell_type(tmp_path):
     labels = labels_of(tmp_path, TWO_KEYS, key="cell_type_fine")
     assert labels["cell_type"].tolist() == [f"{cell_type} fine" for cell_type in TYPES]
 
@@ -579,28 +579,10 @@ def test_a_table_of_gene_and_length(tmp_path, separator):
 @pytest.mark.parametrize(
     "lines", [["gene,strand,length", "ACTB,+,1500"], ["gene,length", "ACTB,long"], ["gene", "ACTB"]]
 )
-def test_a_table_of_something_else_is_no_gene_lengths(tmp_path, lines):
+def test_a_table_of_something_else_is_refused_as_gene_lengths(tmp_path, lines):
     write_lines(tmp_path / "lengths.csv", lines)
     with pytest.raises(
         ValueError,
-        match=f"lengths.csv is no table of gene lengths: it has the columns {lines[0].replace(',', ', ')}; expected",
+        match=f"lengths.csv is not a table of gene lengths: it has the columns {lines[0].replace(',', ', ')}; expected",
     ):
         read_gene_lengths(tmp_path / "lengths.csv")
-
-
-# The data that scanpy carries
-
-
-def test_the_counts_of_pbmc68k_reduced_follow_from_what_scanpy_stores(tmp_path):
-    adata = datasets.load("pbmc68k_reduced", tmp_path, "", "").adata
-    stored = sc.datasets.pbmc68k_reduced()
-    assert (
-        adata.shape == (700, 765)
-        and list(adata.obs_names) == list(stored.obs_names)
-        and list(adata.var_names) == list(stored.raw.var_names)
-    )
-    counts = adata.X.toarray().astype(np.float64)
-    assert (counts == np.rint(counts)).all() and counts.min() == 0 and counts.max() > 100
-    again = np.log1p(counts / stored.obs["n_counts"].to_numpy(dtype=np.float64)[:, None] * 1e4)
-    np.testing.assert_allclose(again, stored.raw.X.toarray(), atol=2e-3, rtol=0)
-    assert adata.obs["cell_type"].tolist() == stored.obs["bulk_labels"].astype(str).tolist()

@@ -1,6 +1,7 @@
-"""The data sets of other systems, from files of their exact formats on a server of this machine."""
+"""The data sets known by name, from files of their exact formats on a local server."""
 
 import gzip
+import inspect
 import io
 import tarfile
 import zipfile
@@ -10,11 +11,12 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy as sc
 import scipy.io
 import scipy.sparse as sp
 from helpers import Workplace
 
-from lib.data import published
+from lib.data import datasets
 
 GENES = [
     ("ENSG00000243485", "MIR1302-10"),
@@ -28,9 +30,9 @@ BARCODES = ["AAACATACAACCAC-1", "AAACATTGAGCTAC-1", "AAACATTGATCAGC-1"]
 
 @pytest.fixture
 def served(site, monkeypatch):
-    """The server in the place of all others; three cells in each set."""
-    monkeypatch.setattr(published, "URLS", {name: site.url(name) for name in published.URLS})
-    monkeypatch.setattr(published, "N_CELLS", dict.fromkeys(published.N_CELLS, 3))
+    """The local server in place of all others; each data set has three cells."""
+    monkeypatch.setattr(datasets, "URLS", {name: site.url(name) for name in datasets.URLS})
+    monkeypatch.setattr(datasets, "N_CELLS", dict.fromkeys(datasets.N_CELLS, 3))
     return site.files
 
 
@@ -91,12 +93,58 @@ def test_pbmc1k(served, tmp_path):
     )
 
 
-def test_pbmc3k(served, tmp_path):
-    served["10x/1.1.0/pbmc3k/pbmc3k_filtered_gene_bc_matrices.tar.gz"] = tar("filtered_gene_bc_matrices/hg19")
-    for _ in range(2):  # the second time from the files that are there
+PBMC3K = "10x/1.1.0/pbmc3k/pbmc3k_filtered_gene_bc_matrices.tar.gz"
+
+
+def processed(folder, **obs) -> bytes:
+    """As scanpy's processed copy: scaled values of some genes, fewer cells, another order."""
+    adata = ad.AnnData(
+        np.array([[0.1, -0.5], [-1.2, 2.0]], np.float32),
+        obs=pd.DataFrame({"n_genes": [781, 1352]} | obs, index=[BARCODES[2], BARCODES[0]]),
+        var=pd.DataFrame(index=["TNFRSF4", "CPSF3L"]),
+    )
+    adata.write_h5ad(folder / "processed.h5ad")
+    return (folder / "processed.h5ad").read_bytes()
+
+
+def test_pbmc3k(served, tmp_path, capsys):
+    served[PBMC3K] = tar("filtered_gene_bc_matrices/hg19")
+    served["cellxgene/pbmc3k.h5ad"] = processed(tmp_path, louvain=pd.Categorical(["B cells", "CD4 T cells"]))
+    for _ in range(2):
         adata = stage_0(tmp_path, "pbmc3k")
         np.testing.assert_array_equal(adata.X.toarray(), COUNTS)
         assert list(adata.var_names) == [b for _, b in GENES] and adata.uns["dataset"] == "pbmc3k"
+        assert adata.obs["cell_type"].isna().tolist() == [False, True, False]
+        assert list(adata.obs["cell_type"].dropna()) == ["CD4 T cells", "B cells"] and list(adata.obs) == ["cell_type"]
+        assert "2 of 3 cells have a label in pbmc3k_processed.h5ad" in capsys.readouterr().out
+        served.clear()  # the second time from the files in data/raw
+
+
+def test_pbmc3k_goes_on_without_labels_with_a_warning(served, tmp_path, capsys):
+    served[PBMC3K] = tar("filtered_gene_bc_matrices/hg19")
+    adata = stage_0(tmp_path, "pbmc3k")
+    np.testing.assert_array_equal(adata.X.toarray(), COUNTS)
+    printed = capsys.readouterr().out
+    assert (
+        "cell_type" not in adata.obs
+        and "WARNING: no cell types of pbmc3k, so stage 1 will cluster the cells" in printed
+    )
+    assert "404" in printed and f"save it as {tmp_path / 'data' / 'raw' / 'pbmc3k_processed.h5ad'}" in printed
+
+
+def test_pbmc3k_refuses_labels_of_something_else(served, tmp_path):
+    served[PBMC3K] = tar("filtered_gene_bc_matrices/hg19")
+    served["cellxgene/pbmc3k.h5ad"] = processed(tmp_path, leiden=["0", "1"])
+    with pytest.raises(
+        ValueError, match="pbmc3k_processed.h5ad has no cell types of these cells: its obs has n_genes, leiden"
+    ):
+        stage_0(tmp_path, "pbmc3k")
+    other = ad.AnnData(np.ones((1, 1)), obs=pd.DataFrame({"louvain": ["B cells"]}, index=["cell_1"]))
+    other.write_h5ad(tmp_path / "data" / "raw" / "pbmc3k_processed.h5ad")
+    with pytest.raises(
+        ValueError, match="for barcodes such as cell_1; expected the column louvain for barcodes such as AAACAT"
+    ):
+        stage_0(tmp_path, "pbmc3k")
 
 
 def test_pbmc68k(served, tmp_path):
@@ -148,7 +196,8 @@ def archive() -> bytes:
 
 
 def test_e_annd_5(served, tmp_path):
-    columns = "Assay\tSample Characteristic[organism]\tFactor Value[inferred cell type - ontology labels]\tFactor Value[inferred cell type - authors labels]\n"
+    inferred = [f"Factor Value[inferred cell type - {by} labels]" for by in ("ontology", "authors")]
+    columns = "\t".join(["Assay", "Sample Characteristic[organism]", *inferred]) + "\n"
     design = columns + "".join(f"{b}\tHomo sapiens\tleukocyte\t{t}\n" for b, t in zip(BARCODES[::-1], ("T", "B", "")))
     served["ebi/E-ANND-5/download?accessKey=&fileType=experiment-design"] = design.encode()
     served["ebi/E-ANND-5/download/zip?accessKey=&fileType=quantification-raw"] = archive()
@@ -164,19 +213,39 @@ def test_e_annd_5(served, tmp_path):
 
 
 def test_half_a_data_set_is_refused(served, tmp_path, monkeypatch):
-    monkeypatch.setitem(published.N_CELLS, "pbmc3k", 2_700)
-    served["10x/1.1.0/pbmc3k/pbmc3k_filtered_gene_bc_matrices.tar.gz"] = tar("filtered_gene_bc_matrices/hg19")
+    monkeypatch.setitem(datasets.N_CELLS, "pbmc3k", 2_700)
+    served[PBMC3K] = tar("filtered_gene_bc_matrices/hg19")
     with pytest.raises(ValueError, match="pbmc3k has 3 cells, expected 2,700"):
         stage_0(tmp_path, "pbmc3k")
 
 
-def test_every_set_has_a_reader_and_the_sources_own_address():
-    assert list(published.READERS) == list(published.N_CELLS)
+def test_every_name_has_a_reader():
+    assert ["GSE130148", *datasets.READERS] == list(datasets.NAMES) == list(datasets.N_CELLS)
+
+
+def test_every_address_is_that_of_the_source_itself():
     hosts = (
         "https://cf.10xgenomics.com/",
+        "https://raw.githubusercontent.com/chanzuckerberg/cellxgene/",
         "https://raw.githubusercontent.com/10XGenomics/",
         "https://github.com/theislab/",
         "https://ftp.ncbi.nlm.nih.gov/",
         "https://www.ebi.ac.uk/",
     )
-    assert all(url.startswith(host) for url, host in zip(published.URLS.values(), hosts))
+    assert all(url.startswith(host) for url, host in zip(datasets.URLS.values(), hosts, strict=True))
+    assert f"{datasets.URLS['cellxgene']}/pbmc3k.h5ad" in inspect.getsource(sc.datasets.pbmc3k_processed)
+
+
+def test_the_counts_of_pbmc68k_reduced_follow_from_what_scanpy_stores(tmp_path):
+    adata = datasets.load("pbmc68k_reduced", tmp_path, "", "").adata
+    stored = sc.datasets.pbmc68k_reduced()
+    assert (
+        adata.shape == (700, 765)
+        and list(adata.obs_names) == list(stored.obs_names)
+        and list(adata.var_names) == list(stored.raw.var_names)
+    )
+    counts = adata.X.toarray().astype(np.float64)
+    assert (counts == np.rint(counts)).all() and counts.min() == 0 and counts.max() > 100
+    again = np.log1p(counts / stored.obs["n_counts"].to_numpy(dtype=np.float64)[:, None] * 1e4)
+    np.testing.assert_allclose(again, stored.raw.X.toarray(), atol=2e-3, rtol=0)
+    assert adata.obs["cell_type"].tolist() == stored.obs["bulk_labels"].astype(str).tolist()
