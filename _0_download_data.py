@@ -14,7 +14,7 @@ import pandas as pd
 from lib import options
 from lib.data import datasets, labels, readers
 from lib.data.counts import fingerprint, write_counts
-from lib.files import folder, replacing, report, user_path
+from lib.files import folder, print_written, replacing, user_path
 
 # Data set
 DATASET = "GSE130148"  # GSE130148 (the paper's), pbmc68k_reduced (needs no network), pbmc1k, pbmc3k, pbmc68k, dentate_gyrus, E-ANND-5, or a path of yours
@@ -63,7 +63,7 @@ def main() -> None:
         written.append(data / "bulk.csv")
         with replacing(written[-1]) as temporary:
             source.bulk.to_csv(temporary)
-    report("stage 0", written, "python _1_split_train_test.py")
+    print_written("stage 0", written, "python _1_split_train_test.py")
 
 
 def load() -> datasets.Source:

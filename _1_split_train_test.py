@@ -30,7 +30,7 @@ from lib.data.counts import (
 from lib.data.embedding import embed, labels_of_neighbours, lazy, principal_components
 from lib.data.markers import cluster_types, read_markers
 from lib.evaluation import plots_cells
-from lib.files import folder, report, user_path
+from lib.files import folder, print_written, user_path
 
 # Quality control (the original's thresholds; none switches one off)
 MIN_GENES: int | None = 200  # genes detected in a cell, at least
@@ -139,7 +139,7 @@ def main() -> None:
         cells = ad.AnnData(obs=part.drop(columns=["row", "umap_1", "umap_2"]), var=adata.var[in_train].copy(), uns=uns)
         rows_of_part = part["row"].to_numpy()
         write_blocks(cells, (block[:, in_train] for block, _ in selected_blocks(adata.X, rows_of_part)), data / name)
-    report(
+    print_written(
         "stage 1", [data / "train.h5ad", data / "test.h5ad", fig / "umap_reference.png"], "python _2_make_pseudobulk.py"
     )
 

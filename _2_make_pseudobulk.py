@@ -22,7 +22,7 @@ from tqdm import tqdm
 from lib import options
 from lib.bulk import pseudobulk
 from lib.data.counts import hold_out, n_entries, read_split
-from lib.files import folder, replacing, report
+from lib.files import folder, print_written, replacing
 
 # Mixtures of train cells, to train the network of stage 4
 N_TRAIN_SAMPLES = 15_000  # original code
@@ -55,7 +55,7 @@ def main() -> None:
     gene_length_bp = gene_lengths(train) if USE_GENE_LENGTHS else None
     written = write_test_mixtures(test, gene_length_bp, data)
     written.append(write_train_mixtures(train, gene_length_bp, data / "pseudobulk_train.h5ad"))
-    report("stage 2", written, "python _3_train_gmvae.py")
+    print_written("stage 2", written, "python _3_train_gmvae.py")
 
 
 def check_constants() -> None:

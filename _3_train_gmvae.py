@@ -20,7 +20,7 @@ from lib.baselines import registry
 from lib.data.batches import CellDataset
 from lib.data.counts import hold_out, n_entries, read_counts
 from lib.evaluation import plots_training
-from lib.files import folder, report
+from lib.files import folder, print_written
 from lib.models import sampling
 from lib.models.axes import within_type_axes
 from lib.models.gmvae import GMVAE
@@ -112,7 +112,7 @@ def main() -> None:
     if parallel.IS_FIRST:
         figure = fig / f"{GENERATOR}_loss.png"
         plots_training.loss_curves(trainer.history_table(), trainer.best_epoch, unit, figure)
-        report(
+        print_written(
             "stage 3", [trainer.best_path, trainer.last_path, trainer.history_path, figure], "python _4_train_sctape.py"
         )
 

@@ -34,7 +34,7 @@ from lib.bulk.sctape import ScTAPE, read_profiles, select_genes
 from lib.bulk.tables import read_bulk, read_gene_ids
 from lib.data.counts import select_cells
 from lib.evaluation import plots_training
-from lib.files import folder, report, user_path
+from lib.files import folder, print_written, user_path
 from lib.training import Trainer, check_checkpoint, keep_freed_memory, load_checkpoint
 
 # Network
@@ -85,7 +85,7 @@ def main() -> None:
     plots_training.loss_curves(trainer.history_table(), trainer.best_epoch, unit, figure)
     print(f"mixtures of held-out cells: {accuracy}")
     following = "python _5_generate.py" + " --deconvolution bulk_encoder" * (NETWORK == "bulk_encoder")
-    report("stage 4", [trainer.best_path, trainer.last_path, trainer.history_path, figure], following)
+    print_written("stage 4", [trainer.best_path, trainer.last_path, trainer.history_path, figure], following)
 
 
 def train_sctape(mixtures: ad.AnnData, train: ad.AnnData, models: Path, device: torch.device) -> tuple[Trainer, str]:

@@ -72,7 +72,7 @@ def _umask() -> int:
     return mask
 
 
-def report(stage: str, written: list[Path], then: str) -> None:
+def print_written(stage: str, written: list[Path], then: str) -> None:
     """Print the last lines of a stage: what it wrote and what to run next."""
     print(f"\n{stage} wrote")
     for path in written:

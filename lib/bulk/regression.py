@@ -1,11 +1,13 @@
-"""Proportions of cell types in bulk samples of another platform: the adaptive stage of the deconvolution.
+"""The default deconvolution: a weighted non-negative regression on the reference profiles, with platform factors.
 
-A bulk sample is modelled as y_g = f_g * sum_k x_k S_kg + noise: x_k cells of type k, S the types' mean counts per cell in the
-single-cell reference (the decoder's signature matrix), and f_g what the bulk's platform sees of gene g in proportion to what
-the single cells' platform sees (length, 3' bias, mapping): log f_g ~ N(0, PLATFORM_SD^2). Decoder steps (f, given x) and
-encoder steps (x, given f) alternate on the unlabelled bulk, as in scTAPE's adaptive stage, until neither moves: block-wise
-descent to the maximum of the posterior. Platform factors as random effects: Cable, D. M. et al., "Robust decomposition of
-cell type mixtures in spatial transcriptomics", Nature Biotechnology 40, 517-526 (2022).
+A bulk sample is modelled as y_g = f_g sum_k x_k S_kg + residual: x_k is the amount of cells of type k, S_kg the mean counts of gene
+g in a cell of type k of the reference, and f_g the platform factor: how much better or worse the bulk's platform measures gene g
+than the platform of the single cells (length, 3' bias, mapping), log f_g ~ N(0, PLATFORM_SD^2). Amounts (given f) and platform
+factors (given x) are fitted in turn to the unlabelled bulk until the amounts do not change: block-wise maximisation of the
+posterior. No network is used. It takes the place of scTAPE's adaptive stage.
+
+Platform factors as random effects: Cable, D. M. et al., "Robust decomposition of cell type mixtures in spatial transcriptomics",
+Nature Biotechnology 40, 517-526 (2022).
 """
 
 from typing import NamedTuple
@@ -17,82 +19,85 @@ import scipy.optimize
 from lib.bulk.reference import TECHNICAL, Reference, signature_genes
 from lib.bulk.tables import sample_totals
 
-# Chosen on mixtures of train cells that were held out of the reference, clean and with simulated platforms; never on a bulk.
+# Selected on mixtures of held-out train cells, with and without simulated platform factors; never on a real bulk.
+MODES = ("regression", "regression-per-sample", "regression-unadapted")
 PLATFORM_SD = 1.0  # of log f: full-length TPM and UMI counts differ by a factor of 3 in a typical gene
-NOISE_SHARE = 0.5  # prior standard deviation of the noise, as a share of the gene's mean over types ...
-NOISE_SAMPLES = 4  # ... which weighs as much as so many samples
-CELLS_PER_BULK = 1000  # noise of a mixture of finitely many cells
-ROUNDS = 100  # of decoder and encoder steps, at most
-MEMBER_ROUNDS = 30  # of those for each member of the ensemble: the spread has settled by then
-FAR_ABOVE = 5  # times what the reference expects: that much of a gene is called unexplained
-MIN_R = 0.5  # correlation with the reference below which a sample is warned about
+RESIDUAL_SHARE = 0.5  # prior standard deviation of the residual, as a share of the gene's mean over types ...
+RESIDUAL_SAMPLES = 4  # ... and its weight, in samples
+CELLS_PER_BULK = 1000  # assumed, for the sampling variance of a mixture of cells
+ROUNDS = 100  # of both fits, at most
+MEMBER_ROUNDS = 30  # for each member of the ensemble; more do not change the spread
+FAR_ABOVE = 5  # a gene is called unexplained if the bulk has more than so many times what the reference predicts
+MIN_R = 0.5  # samples with a lower correlation with the reference get a warning
 
 
 class Fit(NamedTuple):
-    """Where the alternating steps end."""
+    """Result of the alternating fits."""
 
     proportions: np.ndarray  # samples x types, of cells, rows sum to 1
-    amounts: np.ndarray  # samples x types: the x of the model, on the scale of `scaled`
+    amounts: np.ndarray  # samples x types: x, on the scale of `scaled`
     factors: np.ndarray  # 1 x genes, or samples x genes: f
-    noise: np.ndarray  # the same shape: variance of the noise
+    residual_variance: np.ndarray  # the same shape
 
 
 class Estimate(NamedTuple):
-    """What is told of bulk samples."""
+    """Result for bulk samples; None for what a method does not give."""
 
     proportions: pd.DataFrame  # samples x types, of cells, rows sum to 1
     spread: pd.DataFrame  # samples x types: standard deviation over the ensemble
-    samples: pd.DataFrame  # one row a sample: genes used, agreement with the reference, unexplained genes, warning
+    samples: pd.DataFrame  # one row per sample: genes used, correlation with the reference, unexplained genes, warning
     signature: (
-        pd.DataFrame
-    )  # types x genes: counts per cell as the bulk's platform would see them (overall), or the reference's
-    expression: np.ndarray | None  # samples x types x genes, in high-resolution mode
+        pd.DataFrame | None
+    )  # types x genes: counts per cell, times the mean platform factors where these are fitted
+    expression: np.ndarray | None  # samples x types x genes, with "regression-per-sample"
 
 
 def deconvolve(
     reference: Reference,
     bulk: pd.DataFrame,
-    mode: str = "overall",
+    mode: str = "regression",
     n_members: int = 10,
     seed: int = 0,
     min_coverage: float = 0.5,
 ) -> Estimate:
-    """Everything that can be read out of bulk samples; one sample is enough.
+    """Proportions of cell types in bulk samples, their spread, and the adapted signature matrix. One sample is enough.
 
     Parameters
     ----------
     reference
         All genes of the single cells.
     bulk
-        Samples x genes, in any unit that is proportional to the number of transcripts (TPM, counts per million); genes that
-        the reference lacks do no harm.
+        Samples x genes, in any unit proportional to the number of transcripts (TPM, counts per million). Genes that the
+        reference lacks are ignored.
     mode
-        "overall": platform factors shared by all samples; "high-resolution": factors of each sample, and its cell-type-specific
-        expression; "none": no adaptation.
+        "regression": all samples share one set of platform factors; "regression-per-sample": each sample has its own, and the
+        expression of each type in it is estimated as well; "regression-unadapted": all platform factors are 1.
     n_members
-        Size of the ensemble for the spread; 0 leaves the spread missing.
+        Size of the ensemble for the spread; 0: the spread is NaN.
     min_coverage
         Share of the signature genes that the bulk must have.
 
     Raises
     ------
     ValueError
-        If the bulk has too few of the signature's genes, or a sample none of their expression.
+        For an unknown mode, if the bulk has too few of the signature genes, or if a sample does not express any of them.
     """
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
     wanted = [reference.gene_names[g] for g in signature_genes(reference)]
     coverage = pd.Index(wanted).isin(bulk.columns).mean()
     if coverage < min_coverage:
         raise ValueError(
             f"the bulk has {coverage:.0%} of the {len(wanted):,} signature genes, expected at least {min_coverage:.0%} (its genes: "
-            f"{', '.join(map(str, bulk.columns[:3]))}; the signature's: {', '.join(wanted[:3])}); are these the same species and names? (GENE_IDS)"
+            f"{', '.join(map(str, bulk.columns[:3]))}; the signature's: {', '.join(wanted[:3])}); are species and gene names the same? (GENE_IDS)"
         )
     shared = reference.of_genes(np.flatnonzero(pd.Index(reference.gene_names).isin(bulk.columns)))
     values = bulk[shared.gene_names].to_numpy(dtype=np.float64)
     genes = signature_genes(shared)
     used, chosen = values[:, genes], shared.of_genes(genes)
-    print(f"deconvolution on {len(genes):,} signature genes; the bulk has {coverage:.1%} of all that would be used")
-    how = {"per_sample": mode == "high-resolution", "adaptive": mode != "none"}
-    fit = adapt(used, chosen, **how)
+    print(f"deconvolution on {len(genes):,} signature genes; the bulk has {coverage:.1%} of those of the reference")
+    how = {"per_sample": mode == "regression-per-sample", "adaptive": mode != "regression-unadapted"}
+    fit = fit_regression(used, chosen, **how)
     factors = (
         all_factors(values, shared, fit.amounts, how["per_sample"])
         if how["adaptive"]
@@ -110,7 +115,7 @@ def deconvolve(
 
 
 def sample_quality(values: np.ndarray, shared: Reference, amounts: np.ndarray, genes: np.ndarray) -> pd.DataFrame:
-    """How much each sample looks like the reference mixed in its proportions, and which genes that leaves unexplained."""
+    """Correlation of each sample with the fitted mixture of the reference, and the genes that the mixture does not explain."""
     r = reconstruction_r(values[:, genes], shared.of_genes(genes), amounts)
     fitted = amounts @ shared.mean
     y = values * (fitted[:, genes].sum(axis=1) / values[:, genes].sum(axis=1))[:, None]
@@ -124,28 +129,28 @@ def sample_quality(values: np.ndarray, shared: Reference, amounts: np.ndarray, g
 
 
 def scaled(bulk: np.ndarray, reference: Reference) -> np.ndarray:
-    """Samples x genes, each sample scaled to the sum of the reference's mean cell, so that the amounts sum to about 1.
+    """Bulk, samples x genes, scaled to the counts of the mean reference cell, so that the amounts sum to about 1.
 
     Raises
     ------
     ValueError
-        For a sample without expression in these genes.
+        For a sample that does not express any of these genes.
     """
     return bulk / sample_totals(bulk) * reference.mean.mean(axis=0).sum()
 
 
 def non_negative_least_squares(gram: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """min_x x'Gx / 2 - t'x over x >= 0, for many t.
+    """Minimise x'Gx / 2 - t'x over x >= 0, for many t: samples x types.
 
     Parameters
     ----------
     gram
-        1 x types x types, or one for each sample, positive definite.
+        1 x types x types, or one matrix per sample; positive definite.
     target
         Samples x types.
     """
     x = np.linalg.solve(gram, target[..., None])[..., 0]
-    negative = np.flatnonzero((x < 0).any(axis=1))  # the others are at their minimum
+    negative = np.flatnonzero((x < 0).any(axis=1))  # the others are solved
     roots = np.linalg.cholesky(gram)
     right = np.linalg.solve(roots, target[..., None])[..., 0]
     for i in negative:
@@ -153,57 +158,62 @@ def non_negative_least_squares(gram: np.ndarray, target: np.ndarray) -> np.ndarr
     return x
 
 
-def adapt(
+def fit_regression(
     bulk: np.ndarray, reference: Reference, per_sample: bool = False, adaptive: bool = True, rounds: int | None = None
 ) -> Fit:
-    """Alternate encoder and decoder steps on bulk samples.
+    """Fit amounts and platform factors in turn to bulk samples.
 
     Parameters
     ----------
     bulk
-        Samples x the reference's genes, in any unit that is proportional to the number of transcripts.
+        Samples x genes of the reference, in any unit proportional to the number of transcripts.
     per_sample
-        Platform factors of each sample (high-resolution mode); False shares them between the samples (overall mode).
+        True: each sample has its own platform factors; False: all samples share them.
     adaptive
-        False leaves all factors at 1: one weighted non-negative regression on the reference as it is.
+        False: all factors are 1, one weighted non-negative regression.
     rounds
-        None takes `ROUNDS`.
+        At most; None: `ROUNDS`.
     """
     y, mean = scaled(bulk, reference), reference.mean
     gene_mean = mean.mean(axis=0)
-    prior_noise = (NOISE_SHARE * gene_mean) ** 2 + reference.variance.mean(axis=0) / CELLS_PER_BULK
+    prior_variance = (RESIDUAL_SHARE * gene_mean) ** 2 + reference.variance.mean(axis=0) / CELLS_PER_BULK
     n_groups, per_group = (len(y), 1) if per_sample else (1, len(y))
-    factors, noise = np.ones((n_groups, y.shape[1])), np.tile(prior_noise, (n_groups, 1))
-    # the first regression also weighs down the genes whose means are uncertain
-    unsure = (reference.variance / np.maximum(reference.n_cells, 1)[:, None]).sum(axis=0)
-    x = fit_amounts(y, mean, factors, 10 * gene_mean[None] ** 2 + unsure)
+    factors, residual_variance = np.ones((n_groups, y.shape[1])), np.tile(prior_variance, (n_groups, 1))
+    # the first regression gives a low weight to genes whose means are uncertain
+    mean_variance = (reference.variance / np.maximum(reference.n_cells, 1)[:, None]).sum(axis=0)
+    x = fit_amounts(y, mean, factors, 10 * gene_mean[None] ** 2 + mean_variance)
     for _ in range((rounds or ROUNDS) if adaptive else 0):
         before = x
         fitted = x @ mean
-        factors = fit_platform_factors(y, fitted, factors, noise)
+        factors = fit_platform_factors(y, fitted, factors, residual_variance)
         squares = grouped((y - fitted * factors) ** 2, n_groups)
         residual = squares / max(per_group - 2, 1)
-        noise = (per_group * residual + NOISE_SAMPLES * prior_noise) / (per_group + NOISE_SAMPLES)
-        x = fit_amounts(y, mean, factors, noise)
+        residual_variance = (per_group * residual + RESIDUAL_SAMPLES * prior_variance) / (per_group + RESIDUAL_SAMPLES)
+        x = fit_amounts(y, mean, factors, residual_variance)
         if np.abs(x - before).max() < 1e-5:
             break
     total = x.sum(axis=1, keepdims=True)
     proportions = np.where(total > 0, x / np.where(total > 0, total, 1), 1 / x.shape[1])
-    return Fit(proportions, x, factors, noise)
+    return Fit(proportions, x, factors, residual_variance)
 
 
-def fit_amounts(y: np.ndarray, mean: np.ndarray, factors: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """Amounts of the types, samples x types: weighted non-negative least squares on the signature times the factors."""
+def fit_amounts(y: np.ndarray, mean: np.ndarray, factors: np.ndarray, residual_variance: np.ndarray) -> np.ndarray:
+    """Amounts of the types, samples x types, given the platform factors: weighted non-negative least squares."""
     n_types = len(mean)
     products = (mean[:, None] * mean[None]).reshape(n_types**2, -1)
-    gram = (factors**2 / noise @ products.T).reshape(-1, n_types, n_types)
+    gram = (factors**2 / residual_variance @ products.T).reshape(-1, n_types, n_types)
     gram = gram + 1e-8 * np.trace(gram, axis1=1, axis2=2)[:, None, None] * np.eye(n_types)
-    return non_negative_least_squares(gram, (y * factors / noise) @ mean.T)
+    return non_negative_least_squares(gram, (y * factors / residual_variance) @ mean.T)
 
 
-def fit_platform_factors(y: np.ndarray, fitted: np.ndarray, factors: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """Platform factors: three Newton steps on log f, of the squared errors over the noise plus log(f)^2 over the prior's variance."""
-    cross, square = grouped(y * fitted, len(factors)) / noise, grouped(fitted**2, len(factors)) / noise
+def fit_platform_factors(
+    y: np.ndarray, fitted: np.ndarray, factors: np.ndarray, residual_variance: np.ndarray
+) -> np.ndarray:
+    """Platform factors given the amounts: three Newton steps on log f, for squared residuals over their variance plus log(f)^2 / PLATFORM_SD^2."""
+    cross, square = (
+        grouped(y * fitted, len(factors)) / residual_variance,
+        grouped(fitted**2, len(factors)) / residual_variance,
+    )
     log_f = np.log(factors)
     for _ in range(3):
         f = np.exp(log_f)
@@ -214,32 +224,33 @@ def fit_platform_factors(y: np.ndarray, fitted: np.ndarray, factors: np.ndarray,
 
 
 def grouped(values: np.ndarray, n_groups: int) -> np.ndarray:
-    """Sums over the samples that share their factors: all of them, or none."""
+    """Sum over the samples if they share one set of factors (n_groups = 1)."""
     return values.sum(axis=0, keepdims=True) if n_groups == 1 else values
 
 
 def spread(bulk: np.ndarray, reference: Reference, n_members: int, seed: int, **how) -> np.ndarray:
     """Standard deviation of each proportion over an ensemble, samples x types.
 
-    Every member sees genes drawn with replacement and type means drawn from their sampling error, so the spread tells of both
-    what single genes do on another platform and how few cells a type has. It cannot tell of a type that the reference lacks.
+    Every member uses a bootstrap sample of the genes, and mean profiles with random errors as large as their sampling errors. The
+    spread therefore covers genes that behave differently on another platform, and types with few cells in the reference. It does
+    not cover cell types that the reference lacks.
     """
-    drawn = []
+    members = []
     error = np.sqrt(reference.variance / np.maximum(reference.n_cells, 1)[:, None])
     for member in range(n_members):
         rng = np.random.default_rng([seed, member])
         genes = rng.integers(0, bulk.shape[1], bulk.shape[1])
         mean = np.maximum(reference.mean + error * rng.standard_normal(error.shape), 0)
-        drawn.append(
-            adapt(
+        members.append(
+            fit_regression(
                 bulk[:, genes], reference._replace(mean=mean).of_genes(genes), rounds=MEMBER_ROUNDS, **how
             ).proportions
         )
-    return np.std(drawn, axis=0)
+    return np.std(members, axis=0)
 
 
 def reconstruction_r(bulk: np.ndarray, reference: Reference, proportions: np.ndarray) -> np.ndarray:
-    """Pearson's r of each sample with the reference mixed in the estimated proportions, on log(1 + transcripts per 10,000)."""
+    """Pearson's r of each sample with the fitted mixture of the reference, on log(1 + transcripts per 10,000)."""
     mixed = proportions @ reference.mean
     a, b = (np.log1p(values / values.sum(axis=1, keepdims=True) * 1e4) for values in (bulk, mixed))
     a, b = a - a.mean(axis=1, keepdims=True), b - b.mean(axis=1, keepdims=True)
@@ -247,44 +258,43 @@ def reconstruction_r(bulk: np.ndarray, reference: Reference, proportions: np.nda
 
 
 def to_rna(proportions: np.ndarray, library_size: np.ndarray) -> np.ndarray:
-    """Shares of the RNA instead of the cells, rows sum to 1: each type times its mean counts per cell over all genes."""
+    """Shares of RNA from shares of cells, rows sum to 1: each type times its mean counts per cell."""
     rna = proportions * library_size
     return rna / rna.sum(axis=1, keepdims=True)
 
 
 def cell_type_expression(bulk: np.ndarray, amounts: np.ndarray, signature: np.ndarray) -> np.ndarray:
-    """What each type expresses in each sample: samples x types x genes, counts per cell on the scale of the reference.
+    """Expression of each type in each sample: samples x types x genes, counts per cell on the scale of the reference.
 
-    The sample's deviation from its fit is shared out among the types as the posterior mean of normal deviations does it
-    (Rahmani et al., Nature Communications 10, 3417 (2019), eq. 5), each type's standard deviation being in proportion to its
-    expression: z_k = S_k + x_k S_k^2 (y - sum_j x_j S_j) / (sum_j x_j^2 S_j^2 + s^2), not below 0.
+    The residual of a sample is distributed among the types as the posterior mean of normal deviations (Rahmani et al., Nature
+    Communications 10, 3417 (2019), eq. 5), with a standard deviation of each type proportional to its expression: z_k = S_k + x_k S_k^2 (y - sum_j x_j S_j) / (sum_j x_j^2 S_j^2 + s^2), at least 0.
 
     Parameters
     ----------
     bulk
         Samples x genes.
     amounts
-        Samples x types, of `adapt`.
+        Samples x types, from `fit_regression`.
     signature
-        Types x genes, or samples x types x genes: the reference times the platform factors.
+        Types x genes, or samples x types x genes: reference profiles times platform factors.
     """
     per_sample = np.broadcast_to(signature, (len(bulk), *signature.shape[-2:]))
     contribution = amounts[:, :, None] * per_sample
     fitted = contribution.sum(axis=1)
     y = bulk / bulk.sum(axis=1, keepdims=True) * fitted.sum(axis=1, keepdims=True)
-    noise = (NOISE_SHARE * fitted) ** 2
-    share = contribution * per_sample / (np.square(contribution).sum(axis=1) + noise + 1e-12)[:, None]
+    residual_variance = (RESIDUAL_SHARE * fitted) ** 2
+    share = contribution * per_sample / (np.square(contribution).sum(axis=1) + residual_variance + 1e-12)[:, None]
     return np.maximum(per_sample + share * (y - fitted)[:, None], 0)
 
 
 def all_factors(bulk: np.ndarray, reference: Reference, amounts: np.ndarray, per_sample: bool) -> np.ndarray:
-    """Platform factors of every gene, the signature's or not, given the amounts: 1 x genes, or samples x genes."""
+    """Platform factors of all genes, not only the signature genes, given the amounts: 1 x genes, or samples x genes."""
     fitted = amounts @ reference.mean
     y = bulk / bulk.sum(axis=1, keepdims=True) * fitted.sum(axis=1, keepdims=True)
     gene_mean = reference.mean.mean(axis=0)
-    noise = (NOISE_SHARE * gene_mean) ** 2 + reference.variance.mean(axis=0) / CELLS_PER_BULK + 1e-12
+    residual_variance = (RESIDUAL_SHARE * gene_mean) ** 2 + reference.variance.mean(axis=0) / CELLS_PER_BULK + 1e-12
     n_groups = len(bulk) if per_sample else 1
-    factors, noise = np.ones((n_groups, bulk.shape[1])), np.tile(noise, (n_groups, 1))
+    factors, residual_variance = np.ones((n_groups, bulk.shape[1])), np.tile(residual_variance, (n_groups, 1))
     for _ in range(5):
-        factors = fit_platform_factors(y, fitted, factors, noise)
+        factors = fit_platform_factors(y, fitted, factors, residual_variance)
     return factors

@@ -13,6 +13,7 @@ import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
+import scipy.io
 import scipy.sparse as sp
 from anndata.abc import CSRDataset
 
@@ -239,3 +240,15 @@ def log_normalize(counts: sp.csr_matrix, target: float) -> sp.csr_matrix:
     library_size = np.asarray(counts.sum(axis=1)).ravel()
     scaled = sp.diags_array(target / np.maximum(library_size, 1)).dot(counts)
     return sp.csr_matrix(scaled.log1p(), dtype=np.float32)
+
+
+def write_mtx(cells: ad.AnnData, path: Path) -> Path:
+    """Write counts.mtx (cells x genes), genes.csv and clusters.csv to the folder `path`, which is returned."""
+    path.mkdir(exist_ok=True)
+    with replacing(path / "counts.mtx") as temporary:
+        scipy.io.mmwrite(temporary, cells.X.astype(np.int64))
+    with replacing(path / "genes.csv") as temporary:
+        pd.Series(cells.var_names, name="gene").to_csv(temporary, index=False)
+    with replacing(path / "clusters.csv") as temporary:
+        cells.obs[["cell_type", "sample"]].to_csv(temporary, index_label="barcode")
+    return path

@@ -11,10 +11,10 @@ from helpers import ROOT
 from lib.bulk.reference import reference_profiles
 from lib.bulk.regression import (
     PLATFORM_SD,
-    adapt,
     cell_type_expression,
     deconvolve,
     fit_platform_factors,
+    fit_regression,
     non_negative_least_squares,
     reconstruction_r,
     scaled,
@@ -87,7 +87,7 @@ def test_true_profiles_give_true_proportions(world):
     exact = reference._replace(mean=means, n_cells=np.full(N_TYPES, 10**9))
     bulk = true @ means
     for how in ({}, {"per_sample": True}, {"adaptive": False}):
-        np.testing.assert_allclose(adapt(bulk, exact, **how).proportions, true, atol=2e-3)
+        np.testing.assert_allclose(fit_regression(bulk, exact, **how).proportions, true, atol=2e-3)
 
 
 def test_another_platform_costs_little_with_adaptation_and_much_without(world):
@@ -95,22 +95,22 @@ def test_another_platform_costs_little_with_adaptation_and_much_without(world):
     bulk = bulk_of(world, platform_sd=1.0)
     errors = {
         mode: mae(true, deconvolve(world[0], bulk, mode, n_members=0).proportions)
-        for mode in ("overall", "high-resolution", "none")
+        for mode in ("regression", "regression-per-sample", "regression-unadapted")
     }
-    assert errors["overall"] < 0.03
-    assert errors["overall"] < 0.6 * errors["none"]
-    assert errors["high-resolution"] < 1.2 * errors["none"]
+    assert errors["regression"] < 0.03
+    assert errors["regression"] < 0.6 * errors["regression-unadapted"]
+    assert errors["regression-per-sample"] < 1.2 * errors["regression-unadapted"]
 
 
 def test_factors_are_those_of_the_platform(world):
     reference, means, true = world
     rng = np.random.default_rng(5)
     log_f = rng.normal(0, 0.7, N_GENES)
-    found = np.log(adapt(true @ means * np.exp(log_f), reference._replace(mean=means)).factors[0])
+    found = np.log(fit_regression(true @ means * np.exp(log_f), reference._replace(mean=means)).factors[0])
     assert np.corrcoef(found, log_f)[0, 1] > 0.95
 
 
-@pytest.mark.parametrize("mode", ["overall", "high-resolution", "none"])
+@pytest.mark.parametrize("mode", ["regression", "regression-per-sample", "regression-unadapted"])
 def test_one_sample_works_and_units_and_order_of_genes_do_not_matter(world, mode):
     bulk = bulk_of(world, 0.3)
     one = deconvolve(world[0], bulk.iloc[[4]], mode, n_members=3)
@@ -121,7 +121,7 @@ def test_one_sample_works_and_units_and_order_of_genes_do_not_matter(world, mode
     np.testing.assert_allclose(
         deconvolve(world[0], shuffled, mode, n_members=0).proportions, one.proportions, atol=1e-6
     )
-    if mode != "overall":  # samples do not see each other
+    if mode != "regression":  # samples do not see each other
         np.testing.assert_allclose(
             deconvolve(world[0], bulk, mode, n_members=0).proportions.iloc[[4]], one.proportions, atol=2e-3
         )
@@ -196,7 +196,7 @@ def test_cell_type_expression_shares_the_deviation_among_those_who_express():
 def test_high_resolution_expression_follows_the_sample(world):
     reference, means, _ = world
     bulk = bulk_of(world)
-    estimate = deconvolve(reference, bulk, "high-resolution", n_members=0)
+    estimate = deconvolve(reference, bulk, "regression-per-sample", n_members=0)
     assert estimate.expression.shape == (30, N_TYPES, N_GENES) and (estimate.expression >= 0).all()
     assert deconvolve(reference, bulk, n_members=0).expression is None
     for k in range(N_TYPES):
