@@ -1,9 +1,10 @@
-"""Principal components, UMAP and MDE of cells, the same way for real and generated ones, in memory or larger than memory."""
+"""Principal components, UMAP, MDE and Leiden clusters of cells, computed in the same way for real and generated cells."""
 
 from types import ModuleType
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import scanpy as sc
 import torch
 from anndata.experimental import read_elem_lazy
@@ -11,22 +12,22 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from lib.data.counts import BLOCK_CELLS
 
-MIN_CELLS = 10  # fewer have no neighbourhood to speak of
+MIN_CELLS = 10  # fewer cells have no meaningful neighbours
 
 
 def lazy(adata: ad.AnnData, rows: np.ndarray) -> ad.AnnData:
-    """Some cells of a file, their counts a dask array, which reads them in blocks whenever they are needed. rows: ascending."""
+    """Some cells of a count file (`rows` ascending), their counts a dask array that is read in blocks when it is used."""
     counts = read_elem_lazy(adata.X.group, chunks=(BLOCK_CELLS, adata.n_vars))
     return ad.AnnData(counts[rows], var=adata.var[[]].copy())
 
 
 def principal_components(counts: ad.AnnData, n_top_genes: int, n_pcs: int) -> np.ndarray:
-    """Median normalisation, log1p, highly variable genes, PCA (scanpy), on all given cells jointly.
+    """Normalise to the median library size, log1p, select highly variable genes, PCA (scanpy), all cells together.
 
     Parameters
     ----------
     counts
-        Cells x genes, raw counts; sparse, in memory or as a dask array.
+        Cells x genes, raw counts, sparse, in memory or as a dask array.
 
     Returns
     -------
@@ -35,7 +36,7 @@ def principal_components(counts: ad.AnnData, n_top_genes: int, n_pcs: int) -> np
     Raises
     ------
     ValueError
-        If there are too few cells.
+        If there are fewer than `MIN_CELLS` cells.
     """
     if counts.n_obs < MIN_CELLS:
         raise ValueError(f"{counts.n_obs} cells are too few for an embedding; expected at least {MIN_CELLS}")
@@ -45,9 +46,8 @@ def principal_components(counts: ad.AnnData, n_top_genes: int, n_pcs: int) -> np
     if adata.n_vars > n_top_genes:
         sc.pp.highly_variable_genes(adata, n_top_genes=n_top_genes)
         adata = adata[:, adata.var["highly_variable"]].copy()
-    sc.pp.pca(
-        adata, n_comps=min(n_pcs, adata.n_obs - 1, adata.n_vars - 1), svd_solver="covariance_eigh"
-    )  # no random start
+    n_comps = min(n_pcs, adata.n_obs - 1, adata.n_vars - 1)
+    sc.pp.pca(adata, n_comps=n_comps, svd_solver="covariance_eigh")  # deterministic
     return np.asarray(adata.obsm["X_pca"], dtype=np.float32)
 
 
@@ -61,12 +61,18 @@ def variable_genes(cells: ad.AnnData, n_genes: int) -> np.ndarray:
     return np.flatnonzero(counts.var["highly_variable"])
 
 
+def neighbour_graph(pcs: np.ndarray, n_neighbors: int, seed: int) -> ad.AnnData:
+    """Nearest neighbours (scanpy) of cells x principal components: `obsp`."""
+    graph = ad.AnnData(obsm={"X_pca": pcs})
+    sc.pp.neighbors(graph, n_neighbors=min(n_neighbors, graph.n_obs - 1), use_rep="X_pca", random_state=seed)
+    return graph
+
+
 def embed(pcs: np.ndarray, n_neighbors: int, seed: int) -> ad.AnnData:
     """Neighbour graph and UMAP (scanpy) of cells x principal components: `obsp`, `obsm["X_umap"]`."""
-    adata = ad.AnnData(obsm={"X_pca": pcs})
-    sc.pp.neighbors(adata, n_neighbors=min(n_neighbors, adata.n_obs - 1), use_rep="X_pca", random_state=seed)
-    sc.tl.umap(adata, random_state=seed)
-    return adata
+    graph = neighbour_graph(pcs, n_neighbors, seed)
+    sc.tl.umap(graph, random_state=seed)
+    return graph
 
 
 def mde(pcs: np.ndarray, n_neighbors: int, seed: int) -> np.ndarray:
@@ -80,11 +86,12 @@ def mde(pcs: np.ndarray, n_neighbors: int, seed: int) -> np.ndarray:
 
 
 def load_pymde() -> ModuleType:
-    """
+    """Import pymde, which is not in requirements.txt: it needs a torchvision of the same build as torch.
+
     Raises
     ------
     ImportError
-        Without pymde, which is not among the requirements: it brings torchvision, which not every build of torch has.
+        If pymde or its torchvision cannot be imported.
     """
     try:
         import pymde
@@ -95,11 +102,55 @@ def load_pymde() -> ModuleType:
     return pymde
 
 
+def leiden(graph: ad.AnnData, resolution: float, seed: int) -> np.ndarray:
+    """Leiden cluster of each cell of a neighbour graph (igraph), as text."""
+    sc.tl.leiden(graph, resolution=resolution, flavor="igraph", n_iterations=2, directed=False, random_state=seed)
+    return graph.obs["leiden"].astype(str).to_numpy()
+
+
 def labels_of_neighbours(pcs: np.ndarray, known: np.ndarray, labels: np.ndarray, n_neighbors: int) -> np.ndarray:
-    """A label for every cell: its own, or what most of its nearest neighbours among the `known` cells have."""
-    everyone = np.empty(len(pcs), dtype=object)
-    everyone[known] = labels
-    others = np.setdiff1d(np.arange(len(pcs)), known)
-    if len(others):
-        everyone[others] = KNeighborsClassifier(n_neighbors).fit(pcs[known], labels).predict(pcs[others])
-    return everyone
+    """Label of every cell: its own for the `known` cells, the majority of its nearest known neighbours for the rest."""
+    all_labels = np.empty(len(pcs), dtype=object)
+    all_labels[known] = labels
+    rest = np.setdiff1d(np.arange(len(pcs)), known)
+    if len(rest):
+        all_labels[rest] = KNeighborsClassifier(n_neighbors).fit(pcs[known], labels).predict(pcs[rest])
+    return all_labels
+
+
+def in_large_clusters(
+    cells: ad.AnnData, min_cells: int, n_top_genes: int, n_pcs: int, n_neighbors: int, resolution: float, seed: int
+) -> np.ndarray:
+    """Small-cluster filter of Bulk2Single: mask of the cells whose Leiden cluster has at least `min_cells` cells.
+
+    Parameters
+    ----------
+    cells
+        Generated cells, raw counts.
+    min_cells
+        Size of the smallest cluster that is kept.
+    n_top_genes, n_pcs, n_neighbors, resolution
+        Of the clusters: highly variable genes, principal components, neighbours of a cell, Leiden's resolution.
+
+    Raises
+    ------
+    ValueError
+        If there are too few cells, or no cluster is large enough.
+    """
+    if cells.n_obs < MIN_CELLS:
+        raise ValueError(f"{cells.n_obs} cells are too few for the small-cluster filter; expected at least {MIN_CELLS}")
+    graph = neighbour_graph(principal_components(cells, n_top_genes, n_pcs), n_neighbors, seed)
+    clusters = leiden(graph, resolution, seed)
+    sizes = pd.Series(clusters).value_counts()
+    kept = sizes[clusters].to_numpy() >= min_cells
+    if not kept.any():
+        raise ValueError(
+            f"all {len(sizes)} clusters of the generated cells have fewer than {min_cells} cells (the largest: {sizes.max()}); "
+            "lower NOISE_CLUSTER_CELLS"
+        )
+    n_small = np.sum(sizes < min_cells)
+    print(
+        f"small-cluster filter: {np.sum(~kept):,} of {len(kept):,} cells dropped, in {n_small} of {len(sizes)} clusters "
+        f"of fewer than {min_cells} cells"
+    )
+    return kept

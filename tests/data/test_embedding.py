@@ -1,15 +1,18 @@
-"""Embeddings of few and of many cells; scanpy finds neighbours in another way above 8,192 cells, with other libraries."""
+"""Embeddings of few and of many cells (above 8,192, scanpy finds neighbours with another library), and the small-cluster filter."""
 
 import sys
 from types import SimpleNamespace
 
+import anndata as ad
 import numpy as np
 import pytest
+import scipy.sparse as sp
 from helpers import simulated_dataset
 
 from lib.data.counts import read_counts, write_counts
 from lib.data.embedding import (
     embed,
+    in_large_clusters,
     labels_of_neighbours,
     lazy,
     load_pymde,
@@ -51,8 +54,8 @@ def test_labels_spread_to_the_nearest_cells():
     assert "".join(labels) == "aaabbbab"
 
 
-def test_mde_hands_the_components_to_pymde(monkeypatch):
-    """pymde itself needs a torchvision that fits torch; here stands something with its interface."""
+def test_mde_gives_the_components_to_pymde(monkeypatch):
+    """With a substitute that has pymde's interface: pymde itself needs a torchvision of torch's build."""
     asked = {}
 
     def preserve_neighbors(data, embedding_dim, n_neighbors):
@@ -78,9 +81,38 @@ def test_mde_of_pymde_keeps_groups_together():
     assert places.shape == (120, 2) and gap > 2 * places[:60].std()
 
 
-def test_without_pymde_it_says_what_to_install(monkeypatch):
+def test_without_pymde_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pymde", None)
     with pytest.raises(
         ImportError, match="MDE needs pymde and a torchvision that fits torch .* pip install pymde, or set MDE to False"
     ):
         load_pymde()
+
+
+# The small-cluster filter
+
+
+@pytest.fixture(scope="module")
+def odd_cells():
+    """300 cells of three types and eight odd cells, and which are odd."""
+    adata = simulated_dataset(n_cells=300)
+    odd = np.zeros((8, 60), np.float32)
+    odd[:, 50:] = np.random.default_rng(0).poisson(60, (8, 10))
+    counts = sp.vstack([adata.X, sp.csr_matrix(odd)], format="csr")
+    order = np.random.default_rng(1).permutation(308)
+    return ad.AnnData(counts[order]), order >= 300
+
+
+def test_the_small_cluster_filter_drops_the_odd_cells_and_no_other(odd_cells, capsys):
+    adata, is_odd = odd_cells
+    kept = in_large_clusters(adata, 15, 2000, 20, 6, 0.3, seed=0)
+    np.testing.assert_array_equal(kept, ~is_odd)
+    assert "small-cluster filter: 8 of 308 cells dropped, in 1 of " in capsys.readouterr().out
+    assert in_large_clusters(adata, 1, 2000, 20, 6, 0.3, seed=0).all()
+
+
+def test_a_small_cluster_filter_that_leaves_nothing_is_refused(odd_cells):
+    with pytest.raises(ValueError, match=r"fewer than 500 cells \(the largest: \d+\); lower NOISE_CLUSTER_CELLS"):
+        in_large_clusters(odd_cells[0], 500, 2000, 20, 6, 0.3, seed=0)
+    with pytest.raises(ValueError, match="5 cells are too few for the small-cluster filter"):
+        in_large_clusters(odd_cells[0][:5].copy(), 2, 2000, 20, 6, 0.3, seed=0)

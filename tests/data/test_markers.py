@@ -4,7 +4,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import STAGES, Workplace, split_only
+from helpers import STAGES, Workplace, simulated_dataset, split_only
 
 from lib.data.markers import Markers, cell_scores, read_markers
 
@@ -18,19 +18,17 @@ PBMC = {
 
 
 def test_scores_by_hand():
-    """Two cells, three types; gene G marks two of three types (sensitivity 1/2), A and B one each, N is negative."""
+    """Two cells, three types; gene G marks two of the three types (sensitivity 1/2), A and B one each; N is a negative marker."""
     markers = {"x": Markers(["a", "g"], ["n"]), "y": Markers(["b", "G"], []), "z": Markers(["c"], [])}
     values = np.array([[1.0, 0.0, 2.0, 4.0], [0.0, 3.0, 0.0, 0.0]])
-    z = np.array([[1, -1, 1, 1], [-1, 1, -1, -1]]) / np.sqrt(
-        2
-    )  # two cells: +-1/sqrt(2) with the sample's standard deviation
+    z = np.array([[1, -1, 1, 1], [-1, 1, -1, -1]]) / np.sqrt(2)  # sample standard deviation of two cells
     found = cell_scores(values, ["A", "B", "G", "N"], markers)
     np.testing.assert_allclose(found[:, 0], (z[:, 0] + z[:, 2] / 2) / np.sqrt(2) - z[:, 3] * 1.0)
     np.testing.assert_allclose(found[:, 1], (z[:, 1] + z[:, 2] / 2) / np.sqrt(2))
     assert (found[:, 2] == 0).all()  # no marker among the genes
 
 
-def test_both_forms_of_the_table(tmp_path):
+def test_both_forms_of_the_table_give_the_same_markers(tmp_path):
     plain, sctype = tmp_path / "a.csv", tmp_path / "b.tsv"
     plain.write_text('cell_type,positive,negative\nB,CD79A;MS4A1,CD3D\nT,"CD3D,CD3E",\n')
     sctype.write_text(
@@ -48,12 +46,12 @@ def test_both_forms_of_the_table(tmp_path):
     ):
         read_markers(plain)
     plain.write_text("cell_type,positive\nB,CD79A\nB,MS4A1\n")
-    with pytest.raises(ValueError, match="'B' stands twice"):
+    with pytest.raises(ValueError, match="'B' has two rows or no positive marker"):
         read_markers(plain)
 
 
-def test_clusters_of_blood_get_their_names(pipeline, tmp_path):
-    """On real cells, markers agree with the labels that the cells were sorted by."""
+def test_clusters_of_blood_cells_get_their_names(pipeline, tmp_path):
+    """On real cells, the types by markers agree with the labels of the source."""
     place = Workplace(tmp_path)
     place.data.mkdir()
     (place.data / "counts.h5ad").write_bytes((pipeline.data / "counts.h5ad").read_bytes())
@@ -61,27 +59,14 @@ def test_clusters_of_blood_get_their_names(pipeline, tmp_path):
     place.main(STAGES[1], LABELS="markers", MARKERS_FILE=str(tmp_path / "markers.csv"))
     cells = ad.concat([ad.read_h5ad(place.data / f"{part}.h5ad") for part in ("train", "test")])
     truth = ad.read_h5ad(place.data / "counts.h5ad").obs["cell_type"][cells.obs_names].astype(str)
-    expected = truth.map(
-        lambda name: (
-            "B"
-            if "CD19" in name
-            else "Mono"
-            if "CD14" in name
-            else "DC"
-            if "Dendritic" in name
-            else "NK"
-            if "CD56" in name
-            else "T"
-        )
-    )
+    short = {"CD19": "B", "CD14": "Mono", "Dendritic": "DC", "CD56": "NK"}
+    expected = truth.map(lambda name: next((short[word] for word in short if word in name), "T"))
     known = ~truth.isin(["CD34+"])
     assert (cells.obs["cell_type"].astype(str)[known] == expected[known]).mean() > 0.7
     assert {"B", "T"} <= set(cells.obs["cell_type"]) and len(cells) > 500
 
 
-def test_markers_that_the_data_lack_are_named(tmp_path):
-    from helpers import simulated_dataset
-
+def test_a_type_whose_markers_are_missing_is_named(tmp_path):
     (tmp_path / "markers.csv").write_text("cell_type,positive\na,GENE1;GENE2\nb,CD3D\n")
     with pytest.raises(ValueError, match="the data have no positive marker of b"):
         split_only(

@@ -73,7 +73,7 @@ def test_so_many_cells_of_each_type_without_noise(pipeline, tmp_path, capsys):
     pipeline.main(STAGES[5], CELL_COUNTS="12", NOISE_CLUSTER_CELLS=2, **options)
     generated = ad.read_h5ad(tmp_path / "cells.h5ad")
     out = capsys.readouterr().out
-    dropped = int(out.split("noise filter: ")[1].split(" of ")[0])
+    dropped = int(out.split("small-cluster filter: ")[1].split(" of ")[0])
     assert generated.n_obs == 12 * 10 - dropped and (generated.obs["cell_type"].value_counts() <= 12).all()
 
 
