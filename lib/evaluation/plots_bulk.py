@@ -1,5 +1,6 @@
 """Figures of the deconvolution: how good the proportions are, and the signature matrix they come from."""
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,7 @@ def _predicted_against_true(
 ) -> None:  # fmt: skip
     """One scatter plot per type. shape: rows and columns of panels."""
     overall = agreement.loc["all types"]
-    errors = f"MAE {overall['MAE']:.3f} (train frequencies {baseline_mae:.3f}), CCC {overall['CCC']:.2f}"
+    errors = f"MAE {overall['MAE']:.3f} (constant estimate: {baseline_mae:.3f}), CCC {overall['CCC']:.2f}"
     figure.suptitle(f"{len(true)} random mixtures of test cells: {errors}", fontsize=10)
     panels = np.ravel(figure.subplots(*shape, squeeze=False))
     for axes, (name, colour) in zip(panels, palette(list(true.columns)).items()):
@@ -74,7 +75,9 @@ def _predicted_against_true(
         axes.plot([0, top], [0, top], c="k", lw=0.8, ls="--")
         axes.scatter(x, y, s=14, c=colour, lw=0)
         axes.set(xlim=(-0.03 * top, top), ylim=(-0.03 * top, top), aspect="equal")
-        axes.set_title("{}\nr {r:.2f}, CCC {CCC:.2f}".format(name, **agreement.loc[name]), fontsize=8)
+        axes.set_title(
+            "{}\nr {r:.2f}, CCC {CCC:.2f}".format(textwrap.fill(name, 28), **agreement.loc[name]), fontsize=8
+        )
         axes.tick_params(labelsize=7)
         open_frame(axes)
     for axes in panels[true.shape[1] :]:
@@ -104,7 +107,12 @@ def signature(reference: pd.DataFrame, adapted: pd.DataFrame, path: Path) -> Non
         scaled = table / single_cells.max()
         image = axes.imshow(scaled, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         axes.set_yticks(np.arange(len(reference)), reference.index, fontsize=8)
-        axes.set_title(f"signature matrix: {title}", fontsize=10)
+        axes.set_title(f"mean expression of marker genes, {title}", fontsize=10)
     panels[1].set_xticks(np.arange(len(markers)), markers, rotation=90, fontsize=7)
-    figure.colorbar(image, ax=panels, label="expression, share of the gene's largest in the cells", extend="max")
+    figure.colorbar(
+        image,
+        ax=panels,
+        label="log(1 + counts per 10,000),\ndivided by the gene's maximum in the single cells",
+        extend="max",
+    )
     save(figure, path)

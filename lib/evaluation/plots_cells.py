@@ -1,4 +1,4 @@
-"""Figures of cells: real ones, generated ones, and how close the two are. All numbers come from `lib.evaluation.metrics`."""
+"""Figures of cells: real cells, generated cells, and how close the two are. Their numbers come from metrics.py and cell_statistics.py."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lib.evaluation.metrics import CellStatistics
+from lib.evaluation.cell_statistics import CellStatistics
 from lib.evaluation.plots_style import (
     BACKGROUND,
     GENERATED,
@@ -25,7 +25,13 @@ from lib.evaluation.plots_style import (
     type_legend,
 )
 
-SETS = {"test": NEUTRAL, "train": REAL, "generated": GENERATED}  # of the fidelity figure
+# Of the fidelity figure
+SETS = {"test": NEUTRAL, "train": REAL, "generated": GENERATED}
+EXPRESSION = "log(1 + counts per 10,000)"
+SMALLEST = 1e-3  # mean or variance that is plotted on a logarithmic axis: smaller ones and 0 are plotted here
+GENE_DOTS = {"s": 2, "lw": 0, "alpha": 0.5, "rasterized": True}
+
+# Of the comparison of several generators
 COMPARED = (
     "forest AUC", "linear AUC", "MMD", "iLISI", "gene correlation r", "gene mean MAE", "gene zeros MAE", "library size KS",
     "genes detected KS", "marker overlap", "F1 train on these, test on real", "nearest real cell is a train cell",
@@ -41,7 +47,7 @@ def umap_reference(umap: np.ndarray, cell_type: pd.Series, is_test: np.ndarray, 
     type_legend(figure, by_type)
     for mask, colour, name in ((~is_test, "#C8C8C8", "train"), (is_test, REAL, "test")):
         by_split.scatter(*umap[mask].T, s=dot_size(len(umap)), c=colour, lw=0, rasterized=True)
-        legend_dot(by_split, colour, f"{name} ({mask.sum():,})")
+        legend_dot(by_split, colour, f"{name} cells ({mask.sum():,})")
     by_split.set_title("split")
     by_split.legend(frameon=False, fontsize=8, loc="best")
     embedding_axes(by_split)
@@ -106,7 +112,7 @@ def four_stages(embeddings: dict[str, list[np.ndarray]], cell_types: list[pd.Ser
 
 
 def composition(proportions: pd.DataFrame, path: Path) -> None:
-    """Stacked bars of the proportions of the types. proportions: sets of cells x cell types, from `metrics.type_proportions`."""
+    """Stacked bars of the proportions of the types. proportions: sets of cells x cell types, from `type_proportions`."""
     figure = Figure(figsize=(max(7, 3.5 + 0.45 * len(proportions)), 4.8), layout="constrained")
     axes = figure.subplots()
     stacked_bars(axes, proportions, rotation=90 if len(proportions) > 6 else 0)
@@ -127,7 +133,7 @@ def type_correlation(correlation: pd.DataFrame, n_genes: int, path: Path) -> Non
     axes.set_yticks(range(n_rows), correlation.index, fontsize=8)
     axes.set(xlabel="test cells", ylabel="generated cells")
     axes.set_title(f"mean expression of the types, {n_genes:,} marker genes", fontsize=10)
-    figure.colorbar(image, ax=axes, label="Pearson's r, about the mean of the test cells' types", shrink=0.8)
+    figure.colorbar(image, ax=axes, label="Pearson's r, mean over types subtracted", shrink=0.8)
     save(figure, path)
 
 
@@ -139,11 +145,11 @@ def gene_correlation(
     Parameters
     ----------
     test, generated
-        Genes x genes, from `metrics.gene_correlation`.
+        Genes x genes, from `gene_correlation`.
     order
-        Of the genes, from `metrics.cluster_order` of the test cells' matrix.
+        Of the genes, from `cluster_order` of the test cells' matrix.
     r_generated, r_reference
-        Agreement with the test cells over all pairs of genes: of generated cells, of train cells.
+        Agreement with the test cells over all pairs of genes (`correlation_agreement`): of generated cells, of train cells.
     """
     limit = max(0.1, np.quantile(np.abs(test[np.triu_indices(len(test), k=1)]), 0.99))
     figure = Figure(figsize=(11.5, 6), layout="constrained")
@@ -172,41 +178,38 @@ def fidelity(
     table
         From `metrics.fidelity_table`.
     statistics
-        Of "test", "train" and "generated" cells of the same types and numbers, from `metrics.cell_statistics`.
+        Of "test", "train" and "generated" cells of the same types and numbers, from `cell_statistics.summarise`.
     mean_r
         Pearson's r of the genes' means between test and generated cells.
     cell_types
         All of them: their places give the colours.
     """
-    figure = Figure(figsize=(15.5, 7.6), layout="constrained")
-    (classifiers, by_type, library, detected), (mean_variance, mean_zeros, means, markers) = figure.subplots(2, 4)
-    whole = table[table["cells"] == "all"].set_index("figure").loc[["forest AUC", "linear AUC"]]
-    _auc_bars(classifiers, whole.set_axis(["random forest\n(PCs)", "linear\n(genes)"]), "all cells")
-    classifiers.legend(frameon=False, fontsize=8, loc="lower right")
+    figure = Figure(figsize=(16.5, 8), layout="constrained")
+    (classifiers, by_type, library, detected), (variance, zeros, means, fold_changes) = figure.subplots(2, 4)
+    whole = table[table["cells"] == "all"].set_index("figure").loc[["linear AUC", "forest AUC"]]
+    _auc_bars(classifiers, whole.set_axis(["linear\n(genes)", "random forest\n(PCs)"]), "all cells")
+    classifiers.legend(frameon=False, fontsize=8, loc="upper right")
     within = table[(table["cells"] != "all") & (table["figure"] == "forest AUC")].set_index("cells")
-    _auc_bars(by_type, within, "within each type (random forest)")
-
-    _histograms(library, {name: cells.library_size for name, cells in statistics.items()}, "counts per cell")
-    _histograms(detected, {name: cells.n_genes for name, cells in statistics.items()}, "genes detected per cell")
+    _auc_bars(by_type, within, "each type (random forest)")
+    _histograms(library, {name: of.library_size for name, of in statistics.items()}, "library size (counts per cell)")
+    _histograms(detected, {name: of.n_genes for name, of in statistics.items()}, "genes detected per cell")
     library.legend(frameon=False, fontsize=8, loc="upper left")
 
-    _against_mean(mean_variance, statistics, "variance", least=1e-3)
-    _against_mean(mean_zeros, statistics, "zeros", least=0)
-    mean_variance.set(yscale="log", ylabel="variance")
-    mean_zeros.set(ylabel="share of zeros")
-    mean_zeros.legend(frameon=False, fontsize=8)
-
     test, generated = statistics["test"], statistics["generated"]
-    dots = {"s": 2, "lw": 0, "alpha": 0.5, "rasterized": True}
-    means.scatter(test.genes["mean"].clip(1e-3), generated.genes["mean"].clip(1e-3), c=GENERATED, **dots)
-    means.set(xscale="log", yscale="log", xlabel="mean of a gene, test cells", ylabel="mean of a gene, generated cells")
-    means.set_title(f"r = {mean_r:.3f}")
+    _against_mean(variance, test.genes, generated.genes, "variance", least=SMALLEST)
+    variance.set(yscale="log", ylabel="variance over cells", title="mean and variance of each gene")
+    _against_mean(zeros, test.genes, generated.genes, "zeros", least=0)
+    zeros.set(ylabel="share of cells without a count", title="mean and zeros of each gene")
+    zeros.legend(frameon=False, fontsize=8)
+    means.scatter(*(of.genes["mean"].clip(SMALLEST) for of in (test, generated)), c=GENERATED, **GENE_DOTS)
+    means.set(xscale="log", yscale="log", xlabel=f"test cells, {EXPRESSION}", ylabel=f"generated cells, {EXPRESSION}")
+    means.set_title(f"mean of each gene, r = {mean_r:.3f}")
     for name, colour in palette(cell_types).items():
         if name in test.fold_changes and name in generated.fold_changes:
-            markers.scatter(test.fold_changes[name], generated.fold_changes[name], c=colour, **dots)
-    markers.set(xlabel="log2 fold change in a type, test cells", ylabel="the same, generated cells")
-    markers.set_title("all genes, in the colour of the type")
-    for axes in (means, markers):
+            fold_changes.scatter(test.fold_changes[name], generated.fold_changes[name], c=colour, **GENE_DOTS)
+    fold_changes.set(xlabel="test cells, log2 fold change", ylabel="generated cells, log2 fold change")
+    fold_changes.set_title("each gene, each type against all others\n(in the colour of the type)")
+    for axes in (means, fold_changes):
         limits = min(axes.get_xlim()[0], axes.get_ylim()[0]), max(axes.get_xlim()[1], axes.get_ylim()[1])
         axes.plot(limits, limits, c="k", lw=0.8, ls="--")
     for axes in figure.axes:
@@ -216,32 +219,33 @@ def fidelity(
 
 
 def _auc_bars(axes: Axes, rows: pd.DataFrame, cells: str) -> None:
-    """AUC of train and of generated cells, a pair of bars per row."""
-    places = np.arange(len(rows))
-    axes.barh(places + 0.2, rows["real"], 0.38, color=REAL, label="train cells")
-    axes.barh(places - 0.2, rows["generated"], 0.38, color=GENERATED, label="generated cells")
+    """AUC of train and of generated cells, a pair of bars per row, from 0.5."""
+    places = np.arange(len(rows))[::-1]
+    for shift, column, colour in ((0.2, "real", REAL), (-0.2, "generated", GENERATED)):
+        label = {"real": "train cells", "generated": "generated cells"}[column]
+        axes.barh(places + shift, rows[column] - 0.5, 0.38, left=0.5, color=colour, label=label)
     axes.axvline(0.5, c="k", lw=0.8, ls="--")
     axes.set_yticks(places, list(rows.index), fontsize=8)
-    axes.set(xlim=(0.4, 1), xlabel="AUC (0.5: cannot be distinguished)")
-    axes.set_title(f"classifier AUC, against test cells:\n{cells}")
+    lowest = rows[["real", "generated"]].min(axis=None)
+    axes.set(xlim=(min(0.4, lowest - 0.02), 1), xlabel="classifier AUC (0.5: cannot be distinguished)")
+    axes.set_title(f"train or generated cells against test cells,\n{cells}")
 
 
 def _histograms(axes: Axes, values: dict[str, np.ndarray], label: str) -> None:
     """Distributions of log10(value + 1), one line per set of cells."""
     bins = np.histogram_bin_edges(np.log10(np.concatenate(list(values.values())) + 1), 40)
     for name, colour in SETS.items():
-        axes.hist(np.log10(values[name] + 1), bins, histtype="step", color=colour, lw=1.5, density=True, label=name)
-    axes.set(xlabel=f"log10({label})", ylabel="density")
+        style = {"histtype": "step", "color": colour, "lw": 1.5, "density": True, "label": f"{name} cells"}
+        axes.hist(np.log10(values[name] + 1), bins, **style)
+    axes.set(xlabel=f"log10(1 + {label.split(' (')[0]})", ylabel="density of cells", title=label)
 
 
-def _against_mean(axes: Axes, statistics: dict[str, CellStatistics], what: str, least: float) -> None:
-    """One statistic of every gene against its mean, in test and in generated cells."""
-    for name in ("test", "generated"):
-        genes = statistics[name].genes
-        style = {"s": 2, "c": SETS[name], "lw": 0, "alpha": 0.5, "rasterized": True}
-        axes.scatter(genes["mean"].clip(1e-3), genes[what].clip(least), **style)
-        legend_dot(axes, SETS[name], name)
-    axes.set(xscale="log", xlabel="mean of a gene, log(1 + counts per 10,000)")
+def _against_mean(axes: Axes, test: pd.DataFrame, generated: pd.DataFrame, statistic: str, least: float) -> None:
+    """One statistic of each gene against its mean, in test and in generated cells."""
+    for name, genes in (("test", test), ("generated", generated)):
+        axes.scatter(genes["mean"].clip(SMALLEST), genes[statistic].clip(least), c=SETS[name], **GENE_DOTS)
+        legend_dot(axes, SETS[name], f"{name} cells")
+    axes.set(xscale="log", xlabel=f"mean {EXPRESSION}")
 
 
 def comparison(table: pd.DataFrame, reference: pd.Series, path: Path) -> None:

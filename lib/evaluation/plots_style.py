@@ -52,16 +52,31 @@ def scatter_by_type(axes: Axes, embedding: np.ndarray, cell_type: pd.Series, met
     """Cells (n_cells x 2) coloured by type; the type's number in the legend is written on its median cell."""
     colours = palette(list(cell_type.cat.categories))
     names = cell_type.to_numpy(dtype=object)
+    labels = label_places(embedding, names, list(colours))
     order = np.random.default_rng(0).permutation(len(embedding))  # so that no type is plotted on top of all others
     dot_colours = [colours.get(names[i], UNLABELLED) for i in order]
     axes.scatter(*embedding[order].T, s=dot_size(len(embedding)), c=dot_colours, lw=0, rasterized=True)
     for number, (name, colour) in enumerate(colours.items(), start=1):
         legend_dot(axes, colour, f"{number}  {name}")
-        cells = embedding[names == name]
-        if len(cells):  # the cell nearest to the median: the median itself may lie between two groups
-            x, y = cells[np.linalg.norm(cells - np.median(cells, axis=0), axis=1).argmin()]
-            outlined_text(axes, x, y, str(number), fontsize=9, weight="bold", ha="center")
+        if name in labels:
+            outlined_text(axes, *labels[name], str(number), fontsize=9, weight="bold", ha="center")
     embedding_axes(axes, method)
+
+
+def label_places(embedding: np.ndarray, names: np.ndarray, cell_types: list[str]) -> dict[str, np.ndarray]:
+    """Where the number of each type is written: a little above the cell nearest to the type's median.
+
+    The median itself may lie between two groups of cells. Cells closer to another number than a number's height are passed over.
+    """
+    height = 0.04 * np.ptp(embedding, axis=0).max()
+    places: dict[str, np.ndarray] = {}
+    for name in cell_types:
+        cells = embedding[names == name] + [0, height / 2]
+        if len(cells):
+            cells = cells[np.linalg.norm(cells - np.median(cells, axis=0), axis=1).argsort(kind="stable")]
+            free = [all(np.linalg.norm(cell - place) >= height for place in places.values()) for cell in cells]
+            places[name] = cells[int(np.argmax(free))]  # the first one if none is free
+    return places
 
 
 def legend_dot(axes: Axes, colour: str, label: str) -> None:

@@ -31,7 +31,7 @@ def loss_curves(history: pd.DataFrame, best_epoch: int, unit: str, path: Path) -
             axes.plot(history["epoch"], history[f"train_{part}"], c=NEUTRAL, label="train")
         axes.plot(history["epoch"], history[f"held_out_{part}"], c=REAL, label="held out")
         axes.axvline(best_epoch, c="k", lw=0.8, ls=":", label=f"best epoch ({best_epoch})")
-        axes.set(title=part.replace("_", " "), xlabel="epoch", ylabel=unit)
+        axes.set(title=part.replace("kl_", "KL divergence of ").replace("_", " "), xlabel="epoch", ylabel=unit)
         open_frame(axes)
     for axes in panels[len(parts) :]:
         axes.remove()

@@ -20,8 +20,8 @@ from lib.bulk.reference import Reference, nnls_on_markers, signature_genes
 from lib.bulk.regression import Estimate
 from lib.data.batches import CellDataset
 from lib.data.counts import select_cells
-from lib.data.embedding import embed, mde, principal_components
-from lib.evaluation import classifier_transfer, metrics, plots_bulk, plots_cells
+from lib.data.embedding import embed, mde, principal_components, variable_genes
+from lib.evaluation import cell_statistics, classifier_transfer, metrics, plots_bulk, plots_cells
 from lib.files import replacing
 from lib.models.gmvae import GMVAE
 from lib.models.profiles import nb_per_type_log_likelihood
@@ -125,18 +125,18 @@ def plot_cells(
         print_likelihood(model, train, test_part, settings.seed)
     written = _plot_embeddings(test_part, generated_part, settings, fig)
 
-    sets = {"train cells": train.obs, "test cells": test.obs, "generated": generated.obs}
-    plots_cells.composition(metrics.type_proportions(sets), fig / "composition.png")
+    sets = {"train cells": train.obs, "test cells": test.obs, "generated cells": generated.obs}
+    plots_cells.composition(cell_statistics.type_proportions(sets), fig / "composition.png")
     correlation, n_genes = metrics.type_correlation(test_part, generated_part, settings.n_type_markers)
     plots_cells.type_correlation(correlation, n_genes, fig / "type_correlation.png")
-    genes = metrics.variable_genes(train_part, settings.n_correlation_genes)
+    genes = variable_genes(train_part, settings.n_correlation_genes)
     of_test, of_generated, of_train = (
-        metrics.gene_correlation(part, genes) for part in (test_part, generated_part, train_part)
+        cell_statistics.gene_correlation(part, genes) for part in (test_part, generated_part, train_part)
     )
     r_generated, r_reference = (
         metrics.correlation_agreement(of_test, matrix)[0] for matrix in (of_generated, of_train)
     )
-    order = metrics.cluster_order(of_test)
+    order = cell_statistics.cluster_order(of_test)
     plots_cells.gene_correlation(of_test, of_generated, order, r_generated, r_reference, fig / "gene_correlation.png")
     written += [fig / f"{name}.png" for name in ("composition", "type_correlation", "gene_correlation")]
     if settings.four_stages:
@@ -196,7 +196,7 @@ def select_test_cells(train: ad.AnnData, test: ad.AnnData, max_cells: int, max_g
     reference_rows = metrics.select_like(train, cells.obs["cell_type"], rng)
     unseen_rows = np.sort(rng.permutation(np.setdiff1d(np.arange(train.n_obs), reference_rows))[: cells.n_obs])
     gene_cells = select_cells(train, np.sort(rng.permutation(train.n_obs)[:max_gene_cells]))
-    genes = metrics.variable_genes(gene_cells, metrics.N_CORRELATED_GENES)
+    genes = variable_genes(gene_cells, metrics.N_CORRELATED_GENES)
     return TestCells(cells, select_cells(train, reference_rows), select_cells(train, unseen_rows), genes, seed)
 
 
@@ -218,7 +218,7 @@ def evaluate_generator(model: nn.Module, test: TestCells, fig: Path) -> tuple[pd
     )
     print(pooled.rename(columns={"real": "train cells"}).to_string(float_format="{:.3f}".format))
     sets = {"test": test.cells, "train": test.real_reference, "generated": generated}
-    statistics = {name: metrics.cell_statistics(cells) for name, cells in sets.items()}
+    statistics = {name: cell_statistics.summarise(cells) for name, cells in sets.items()}
     mean_r = metrics.pearson(statistics["test"].genes["mean"], statistics["generated"].genes["mean"])
     cell_types = list(test.cells.obs["cell_type"].cat.categories)
     plots_cells.fidelity(table, statistics, mean_r, cell_types, fig / "fidelity.png")
@@ -272,7 +272,7 @@ def evaluate_transfer(
     def sample(types: np.ndarray, seed: int):
         return registry.generate(model, types, seed)
 
-    table = classifier_transfer.protocol(labelled, all_test, sample, seed + 2, classes, *n_cells)
+    table = classifier_transfer.transfer_table(labelled, all_test, sample, seed + 2, classes, *n_cells)
     with replacing(fig / "xgboost.csv") as temporary:
         table.to_csv(temporary, index=False, float_format="%.5f")
     print(

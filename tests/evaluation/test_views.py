@@ -4,13 +4,12 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-import scipy.sparse as sp
 import torch
 from helpers import STAGES, simulated_cells, simulated_dataset, trained_gmvae
 
 from lib.bulk.pseudobulk import largest_remainder
 from lib.data.counts import log_normalize
-from lib.evaluation import metrics, views
+from lib.evaluation import views
 
 FEW = {"MAX_CELLS_JUDGED": 60, "MAX_CELLS_DRAWN": 120, "DEVICE": "cpu"}
 
@@ -30,16 +29,6 @@ def test_reconstructed_cells_follow_their_own_input():
         own.append(np.corrcoef((x - x.mean(axis=0)) @ programme, (y - y.mean(axis=0)) @ programme)[0, 1])
     assert min(own) > 0.4
     np.testing.assert_allclose(np.asarray(made.X.sum(axis=1)).ravel().mean(), cells.X.sum() / 600, rtol=0.05)
-
-
-def test_mean_expression_by_hand():
-    adata = ad.AnnData(np.array([[1.0, 1.0], [0.0, 4.0], [3.0, 0.0]], np.float32))
-    adata.X = sp.csr_matrix(adata.X)
-    adata.obs["cell_type"] = pd.Categorical(["a", "a", "b"], categories=["a", "b", "c"])
-    table = metrics.mean_expression(adata, np.array([True, True]))
-    np.testing.assert_allclose(table.loc["a"], [np.log1p(5000) / 2, (np.log1p(5000) + np.log1p(10000)) / 2], rtol=1e-5)
-    np.testing.assert_allclose(table.loc["b"], [np.log1p(10000), 0], rtol=1e-5)
-    assert table.loc["c"].isna().all()
 
 
 def test_proportions_kept_from_before_are_used_again_and_all_stages_are_drawn(pipeline, tmp_path):
