@@ -1,38 +1,32 @@
-"""DeepConvCVAE: a convolutional conditional VAE on cells laid out as square images, one pixel a gene.
+"""DeepConvCVAE: a convolutional conditional VAE on cells arranged as square images, one pixel per gene.
 
-    image        genes in their order, zeros up to a square whose side is a multiple of 4; log(1 + counts per 10,000) / its largest value
+    image        log(1 + counts per 10,000) / its largest value, genes in their order, padded with zeros to a square whose side is
+                 a multiple of 4
     encoder      image and a label image (dense, K to pixels); conv 16 and 32, kernel 3, stride 2; dense 16; z of 2 dimensions
-    decoder      z and label; dense to the last image; transposed conv 16, 8 (stride 2) and 1; sigmoid
+    decoder      z and label; dense to the encoder's last image; transposed conv 16, 8 (stride 2) and 1; sigmoid
     loss         mean squared error x pixels + KL(q(z|x,y) || Normal(0, 1));  RMSprop, batches of 32
 
-At 144 x 144 pixels and 11 types it has the published 1,503,877 parameters. Source: UMIche's DeepConvCVAE, 68k PBMC. Its later
-version, which we follow where counts are drawn, takes library sizes from real cells and samples from a zero-inflated negative
-binomial; ours is how the parameters of that are found (moments within the types, lib/profiles.py).
+With 144 x 144 pixels and 11 types it has the published 1,503,877 parameters. Source: DeepConvCVAE of UMIche, 68k PBMC. Counts are
+sampled as in its later version: library sizes from real cells, counts from a zero-inflated negative binomial. Ours: theta is
+estimated by moments within the types (lib/models/profiles.py), and extra zeros by the excess over the negative binomial.
 """
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib.baselines import expression_sampling as drawing
+from lib.baselines import expression_sampling as sampling
 from lib.data.batches import Batch, CellDataset
 from lib.data.counts import log_normalize
-from lib.models.likelihoods import gaussian_kl
+from lib.models.likelihoods import standard_normal_kl
 from lib.models.profiles import GeneMarginals, gene_marginals
 
 SETTINGS = {
-    "epochs": 50,
-    "batch_size": 32,
-    "learning_rate": 1e-3,
-    "weight_decay": 0.0,
-    "patience": 50,
-    "optimizer": "rmsprop",
-}
+    "epochs": 50, "batch_size": 32, "learning_rate": 1e-3, "weight_decay": 0.0, "patience": 50, "optimizer": "rmsprop",
+}  # fmt: skip
 FILTERS = 16
 KERNEL = 3
 
@@ -44,106 +38,104 @@ class ConvCVAE(nn.Module):
     n_genes, n_cell_types
         Sizes of the data.
     n_latent, filters, n_dense
-        Dimensions of z; of the first convolution, the second has twice as many; units between convolutions and z.
+        Dimensions of z; filters of the first convolution (the second has twice as many); units between convolutions and z.
     side
-        Of the image, in pixels, a multiple of 4; None for the smallest that holds the genes.
+        Side of the image in pixels, a multiple of 4; None for the smallest image that holds the genes.
+
+    Raises
+    ------
+    ValueError
+        If `side` is not a multiple of 4 or the image has fewer pixels than there are genes.
     """
 
+    largest: torch.Tensor
+
     def __init__(
-        self,
-        n_genes: int,
-        n_cell_types: int,
-        n_latent: int = 2,
-        filters: int = FILTERS,
-        n_dense: int = 16,
-        side: int | None = None,
-    ):
+        self, n_genes: int, n_cell_types: int, n_latent: int = 2, filters: int = FILTERS, n_dense: int = 16, side: int | None = None
+    ):  # fmt: skip
         super().__init__()
         side = 4 * math.ceil(math.sqrt(n_genes) / 4) if side is None else side
         if side % 4 or side**2 < n_genes:
             raise ValueError(
-                f"an image of {side} x {side} pixels cannot hold {n_genes:,} genes; expected a multiple of 4 whose square is at least as large"
+                f"an image of {side} x {side} pixels cannot hold {n_genes:,} genes; expected a side that is a multiple of 4 "
+                "and whose square is at least the number of genes: leave side at None"
             )
         self.arguments = dict(
             n_genes=n_genes, n_cell_types=n_cell_types, n_latent=n_latent, filters=filters, n_dense=n_dense, side=side
         )
         self.n_genes, self.n_cell_types, self.n_latent, self.side = n_genes, n_cell_types, n_latent, side
-        self.small = (2 * filters, side // 4, side // 4)
-        n_small = math.prod(self.small)
+        encoded_shape = (2 * filters, side // 4, side // 4)
+        n_encoded = math.prod(encoded_shape)
         self.label_image = nn.Linear(n_cell_types, side**2)
         self.encoder = nn.Sequential(
             nn.Conv2d(2, filters, KERNEL, stride=2, padding=1), nn.ReLU(),
             nn.Conv2d(filters, 2 * filters, KERNEL, stride=2, padding=1), nn.ReLU(),
-            nn.Flatten(), nn.Linear(n_small, n_dense), nn.ReLU(),
+            nn.Flatten(), nn.Linear(n_encoded, n_dense), nn.ReLU(),
         )  # fmt: skip
         self.z_mean, self.z_log_var = nn.Linear(n_dense, n_latent), nn.Linear(n_dense, n_latent)
         self.decoder = nn.Sequential(
-            nn.Linear(n_latent + n_cell_types, n_small), nn.ReLU(), nn.Unflatten(1, self.small),
+            nn.Linear(n_latent + n_cell_types, n_encoded), nn.ReLU(), nn.Unflatten(1, encoded_shape),
             nn.ConvTranspose2d(2 * filters, filters, KERNEL, stride=2, padding=1, output_padding=1), nn.ReLU(),
             nn.ConvTranspose2d(filters, filters // 2, KERNEL, stride=2, padding=1, output_padding=1), nn.ReLU(),
             nn.ConvTranspose2d(filters // 2, 1, KERNEL, padding=1), nn.Sigmoid(),
         )  # fmt: skip
         self.register_buffer("largest", torch.tensor(1.0))
-        self.prior: dict[str, torch.Tensor] | None = None
+        self.prior: dict[str, torch.Tensor] = {}
 
     def initialise(self, dataset: CellDataset) -> None:
-        """The largest value of the train cells becomes 1, as the sigmoid needs it."""
-        self.largest.fill_(max(float(log_normalize(counts, drawing.TARGET).max()) for counts, _ in dataset.blocks()))
+        """Set the scale of the images: the largest value of the train cells becomes 1, the largest output of the sigmoid."""
+        self.largest.fill_(max(float(log_normalize(counts, sampling.TARGET).max()) for counts, _ in dataset.blocks()))
 
     def one_hot(self, cell_type_idx: torch.Tensor) -> torch.Tensor:
         return F.one_hot(cell_type_idx, self.n_cell_types).float()
 
     def images(self, batch: Batch) -> torch.Tensor:
-        """(n_cells, 1, side, side), between 0 and 1."""
-        pixels = batch.log_normalized(drawing.TARGET).to_dense() / self.largest
+        """Cells as images: (n_cells, 1, side, side), between 0 and 1."""
+        pixels = batch.log_normalized(sampling.TARGET).to_dense() / self.largest
         return F.pad(pixels, (0, self.side**2 - self.n_genes)).view(-1, 1, self.side, self.side)
 
     def decode(self, z: torch.Tensor, cell_type_idx: torch.Tensor) -> torch.Tensor:
+        """Images, (n_cells, 1, side, side), between 0 and 1."""
         return self.decoder(torch.cat([z, self.one_hot(cell_type_idx)], dim=1))
 
-    def forward(self, batch: Batch, noise: torch.Tensor, kl_weight: float = 1.0) -> dict[str, torch.Tensor]:
-        """Mean loss per cell and its parts. noise: (n_cells, n_latent), standard normal."""
+    def forward(self, batch: Batch, epsilon: torch.Tensor, kl_weight: float = 1.0) -> dict[str, torch.Tensor]:
+        """Mean loss per cell and its parts. epsilon: (n_cells, n_latent), standard normal."""
         images = self.images(batch)
         labels = self.label_image(self.one_hot(batch.cell_type_idx)).view(images.shape)
         hidden = self.encoder(torch.cat([images, labels], dim=1))
         mean, log_var = self.z_mean(hidden), self.z_log_var(hidden).clamp(-10, 6)
-        decoded = self.decode(mean + (0.5 * log_var).exp() * noise, batch.cell_type_idx)
+        decoded = self.decode(mean + (0.5 * log_var).exp() * epsilon, batch.cell_type_idx)
         reconstruction_loss = (decoded - images).square().flatten(1).sum(dim=1).mean()
-        kl_z = gaussian_kl(mean, log_var, torch.zeros_like(mean), torch.zeros_like(mean)).mean()
-        return {
-            "loss": reconstruction_loss + kl_weight * kl_z,
-            "reconstruction_loss": reconstruction_loss,
-            "kl_z": kl_z,
-        }
+        kl_z = standard_normal_kl(mean, log_var).mean()
+        loss = reconstruction_loss + kl_weight * kl_z
+        return {"loss": loss, "reconstruction_loss": reconstruction_loss, "kl_z": kl_z}
 
     def fit_prior(self, dataset: CellDataset, seed: int) -> None:
-        """z of new cells is standard normal; library sizes are those of train cells; dispersion and extra zeros of each gene by moments."""
-        self.prior = drawing.train_cells(dataset, self.n_cell_types, np.random.default_rng(seed))
+        """Keep library sizes of train cells; estimate dispersion and extra zeros of each gene. z of new cells is standard normal."""
+        self.prior = sampling.select_train_cells(dataset, self.n_cell_types, seed)
         marginals = gene_marginals(dataset, self.n_cell_types)
         self.prior["log_theta"] = torch.from_numpy(marginals.log_theta).float()
         self.prior["zi_logits"] = torch.logit(torch.from_numpy(extra_zeros(dataset, marginals)).float(), eps=1e-6)
-        self.prior["gene_ratio"] = drawing.gene_ratio(self, dataset, self.n_cell_types, seed)
+        self.prior["gene_ratio"] = sampling.fit_gene_ratio(self, dataset, seed)
 
-    def draw(
-        self, cell_type_idx: torch.Tensor, noise_factor: float, generator: torch.Generator
+    def sample_expression(
+        self, cell_type_idx: torch.Tensor, latent_spread: float, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Expected expression and library size of new cells: see lib/drawing.py."""
-        point = drawing.pick(self.prior, cell_type_idx, generator).cpu()
-        z = noise_factor * torch.randn(
-            len(cell_type_idx), self.n_latent, generator=generator, device=cell_type_idx.device
-        )
+        """log(1 + counts per 10,000), (n_cells, n_genes), and library size, (n_cells,), of new cells."""
+        _, library_size = sampling.sample_train_cells(self.prior, cell_type_idx, generator)
+        size = (len(cell_type_idx), self.n_latent)
+        z = latent_spread * torch.randn(size, generator=generator, device=cell_type_idx.device)
         pixels = self.decode(z, cell_type_idx).flatten(1)[:, : self.n_genes]
-        return pixels * self.largest, self.prior["library_size"][point].to(z.device)
+        return pixels * self.largest, library_size
 
-    def sample(
-        self, cell_type_idx: np.ndarray, seed: int, noise_factor: float = 1.0, blocks: range | None = None
-    ) -> Iterator[sp.csr_matrix]:
-        """New cells of the given types: as `GMVAE.sample`."""
-        return drawing.sample(self, cell_type_idx, seed, noise_factor, blocks)
+    sample = sampling.sample_cells
 
 
 def extra_zeros(dataset: CellDataset, marginals: GeneMarginals) -> np.ndarray:
-    """Share of zeros of each gene beyond those of NB(library size x profile of the type, theta), (n_genes,), at most 0.95."""
+    """Probability of an extra zero of each gene, (n_genes,), within [0, 0.95]: the moment estimate
+
+    (observed zeros - expected zeros) / (n_cells - expected zeros), expected under NB(mu = library size x profile of the type, theta).
+    """
     profiles, theta = marginals.profiles, np.exp(marginals.log_theta)
     observed, expected, n_cells = 0.0, 0.0, 0
     for counts, cell_type_idx in dataset.blocks():

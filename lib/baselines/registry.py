@@ -1,11 +1,13 @@
-"""The generators that stage 3 can train and stage 5 can draw from: one file each, with the same few methods.
+"""The generators by name, and the training of the baselines with their published settings.
 
-    initialise(train)                             what is found without gradients
-    forward(batch, noise, kl_weight)              the loss, to be minimised, and its parts
-    fit_prior(train, seed)                        after training: where new cells come from
-    sample(cell_type_idx, seed, noise_factor)     new cells, raw counts
+Each generator has a file of its own and the same few methods:
 
-The GMVAE is trained by stage 3 itself; the others, with the settings that they were published with, by `fit` here.
+    initialise(train)                              before training: what is estimated without gradients
+    forward(batch, epsilon, kl_weight)             the loss to minimise, and its parts
+    fit_prior(train, seed)                         after training: the distribution that new cells are sampled from
+    sample(cell_type_idx, seed, latent_spread)     new cells, raw counts
+
+The GMVAE is trained by stage 3 itself.
 """
 
 import math
@@ -19,56 +21,63 @@ import torch
 from torch import nn
 
 from lib import parallel
-from lib.baselines.beta_vae import SETTINGS as BETA_VAE_SETTINGS
-from lib.baselines.beta_vae import BetaVAE
-from lib.baselines.conv_cvae import SETTINGS as CONV_CVAE_SETTINGS
-from lib.baselines.conv_cvae import ConvCVAE
-from lib.baselines.pca_cvae import PCACVAE
-from lib.baselines.pca_cvae import SETTINGS as PCA_CVAE_SETTINGS
+from lib.baselines import beta_vae, conv_cvae, pca_cvae
 from lib.data.batches import Batch, CellDataset
 from lib.models import sampling
 from lib.models.gmvae import GMVAE
 from lib.training import Trainer
 
-CLASSES = {"gmvae": GMVAE, "beta_vae": BetaVAE, "pca_cvae": PCACVAE, "conv_cvae": ConvCVAE}
-SETTINGS = {"beta_vae": BETA_VAE_SETTINGS, "pca_cvae": PCA_CVAE_SETTINGS, "conv_cvae": CONV_CVAE_SETTINGS}
+CLASSES: dict[str, type[nn.Module]] = {
+    "gmvae": GMVAE, "beta_vae": beta_vae.BetaVAE, "pca_cvae": pca_cvae.PCACVAE, "conv_cvae": conv_cvae.ConvCVAE,
+}  # fmt: skip
+SETTINGS = {"beta_vae": beta_vae.SETTINGS, "pca_cvae": pca_cvae.SETTINGS, "conv_cvae": conv_cvae.SETTINGS}
 
 
-def load(checkpoint: dict[str, Any], device: torch.device) -> nn.Module:
-    """The generator that a checkpoint of stage 3 holds, ready to sample."""
-    model = CLASSES[checkpoint.get("generator", "gmvae")](**checkpoint["arguments"])
+def load(checkpoint: dict[str, Any], device: torch.device) -> Any:
+    """Load the generator of a checkpoint of stage 3, ready to sample.
+
+    Raises
+    ------
+    ValueError
+        If the training of a baseline was interrupted: what its cells are sampled from is fitted at the end.
+    """
+    name, prior = checkpoint.get("generator", "gmvae"), checkpoint.get("prior")
+    if name != "gmvae" and prior is None:
+        raise ValueError(
+            f"the training of {name} was interrupted; finish it with _3_train_gmvae.py --generator {name} --resume"
+        )
+    model: Any = CLASSES[name](**checkpoint["arguments"])
     model.load_state_dict(checkpoint["weights"])
-    model.prior = checkpoint.get("prior")  # fitted when the training ends
+    model.prior = prior
     return model.to(device).eval()
 
 
 def fit(
     name: str, train: CellDataset, held_out: CellDataset, about: dict[str, Any], settings: dict[str, Any],
     arguments: dict[str, Any], models_dir: Path, seed: int, resume: bool = False,
-) -> tuple[nn.Module, Trainer]:  # fmt: skip
-    """Train a generator until its patience runs out, keep its best weights, and write models/<name>.pt.
+) -> tuple[Any, Trainer]:  # fmt: skip
+    """Train a baseline with early stopping on held-out cells, and write its best weights to models/<name>.pt.
 
     Parameters
     ----------
     about
-        What the checkpoint says of itself: stage, constants, gene_names, cell_types, split_id.
+        Description of the data for the checkpoint: stage, constants, gene_names, cell_types, split_id.
     settings
-        Of the model's file, or edited: epochs, batch_size, learning_rate, weight_decay, patience, optimizer; and balanced
-        (each type is seen as often as any other), one_cycle (of the learning rate; else it is constant), kl_weight (from, to)
-        and kl_warmup_epochs.
+        epochs, batch_size, learning_rate, weight_decay, patience and optimizer; optional: balanced (each type is sampled equally
+        often), one_cycle (learning rate; constant otherwise), kl_weight (first and last weight of the KL) and kl_warmup_epochs.
+        Published values: `SETTINGS`.
     arguments
-        Of the model, beside the sizes of the data; what is left out is as published.
+        Arguments of the model besides the sizes of the data; the defaults are the published ones.
     """
     torch.manual_seed(seed)
-    model = CLASSES[name](train.n_genes, len(about["cell_types"]), **arguments)
+    model: Any = CLASSES[name](train.n_genes, len(about["cell_types"]), **arguments)
     model.initialise(train)
     model.to(train.device)
     optimizer = make_optimizer(model, settings)
     about = about | {"generator": name, "arguments": model.arguments, "settings": settings}
     generator = torch.Generator(train.device).manual_seed(seed)
-    patience = settings["patience"] + settings.get(
-        "kl_warmup_epochs", 0
-    )  # none better is expected while the KL gains weight
+    # while the weight of the KL rises, the held-out loss at full weight need not improve
+    patience = settings["patience"] + settings.get("kl_warmup_epochs", 0)
     trainer = Trainer(name, model, optimizer, generator, about, models_dir, patience)
     if resume:
         trainer.resume()
@@ -94,66 +103,69 @@ def make_optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Op
 
 
 def learning_rate(epoch: int, settings: dict[str, Any]) -> float:
-    """Constant, or one cycle (Smith and Topin 2019): from 1/25 up over the first 30 % of the epochs, then down to nearly nothing, by cosines."""
+    """Learning rate of an epoch: constant, or one cycle (Smith and Topin 2019).
+
+    The cycle rises from 1/25 of `learning_rate` over the first 30 % of the epochs, then falls to 1e-5 of it, both along a cosine.
+    """
     if not settings.get("one_cycle"):
         return settings["learning_rate"]
-    done, warm = (epoch + 0.5) / settings["epochs"], 0.3
-    low, place = (1 / 25, done / warm) if done < warm else (1e-5, (1 - done) / (1 - warm))
-    return settings["learning_rate"] * (low + (1 - low) * (1 - math.cos(math.pi * place)) / 2)
+    done, rise = (epoch + 0.5) / settings["epochs"], 0.3  # fractions of the training
+    low, progress = (1 / 25, done / rise) if done < rise else (1e-5, (1 - done) / (1 - rise))
+    return settings["learning_rate"] * (low + (1 - low) * (1 - math.cos(math.pi * progress)) / 2)
 
 
 def kl_weight(epoch: int, settings: dict[str, Any]) -> float:
+    """Weight of the KL in an epoch: it rises linearly over `kl_warmup_epochs`; 1 without these settings."""
     start, end = settings.get("kl_weight", (1.0, 1.0))
     return start + (end - start) * min(1.0, epoch / max(1, settings.get("kl_warmup_epochs", 0)))
 
 
 def train_epoch(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    train: CellDataset,
-    epoch: int,
-    settings: dict[str, Any],
+    model: nn.Module, optimizer: torch.optim.Optimizer, train: CellDataset, epoch: int, settings: dict[str, Any],
     generator: torch.Generator,
-) -> dict[str, float]:
+) -> dict[str, float]:  # fmt: skip
+    """Train on all labelled cells once; mean losses per cell."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(epoch, settings)
+    balanced = settings.get("balanced", False)
     parts = []
-    for batch in train.shuffled(
-        settings["batch_size"], generator, parallel.RANK, parallel.N_RANKS, settings.get("balanced", False)
-    ):
-        batch, noise = labelled(batch, sample_epsilon(batch, model, generator))
+    for batch in train.shuffled(settings["batch_size"], generator, parallel.RANK, parallel.N_RANKS, balanced):
+        labelled, epsilon = select_labelled(batch, sample_epsilon(batch, model, generator))
         optimizer.zero_grad()
-        losses = model(batch, noise, kl_weight(epoch, settings))
-        (losses["loss"] * (batch.n_cells / batch.n_global * parallel.N_RANKS)).backward()  # see stage 3
+        losses = model(labelled, epsilon, kl_weight(epoch, settings))
+        # processes average their gradients; this weight makes it a mean over cells, as in stage 3
+        share = labelled.n_cells / batch.n_global * parallel.N_RANKS
+        (losses["loss"] * share).backward()
         optimizer.step()
-        parts.append((batch.n_cells, {key: value.detach() for key, value in losses.items()}))
+        parts.append((labelled.n_cells, {name: value.detach() for name, value in losses.items()}))
     return parallel.mean_over(parts)
 
 
 def validate(model: nn.Module, held_out: CellDataset, batch_size: int, seed: int) -> dict[str, float]:
-    """Loss of held-out cells at full KL weight, with the same noise every epoch; training stops by it."""
-    generator = torch.Generator(held_out.device).manual_seed(seed)
+    """Mean losses of held-out cells at the full weight of the KL; early stopping uses `stopping_criterion`."""
+    generator = torch.Generator(held_out.device).manual_seed(seed)  # the same epsilon in every epoch
     batches = held_out.shuffled(2 * batch_size, generator, parallel.RANK, parallel.N_RANKS)
-    means = parallel.mean_over(
-        [(batch.n_cells, model(batch, sample_epsilon(batch, model, generator))) for batch in batches]
-    )
+    parts = [(batch.n_cells, model(batch, sample_epsilon(batch, model, generator))) for batch in batches]
+    means = parallel.mean_over(parts)
     return means | {"stopping_criterion": means["loss"]}
 
 
 def sample_epsilon(batch: Batch, model: nn.Module, generator: torch.Generator) -> torch.Tensor:
-    """Drawn for the whole batch, whoever has which of its cells: any number of processes trains the same model."""
-    n_latent = getattr(model, "module", model).n_latent
-    return torch.randn(batch.n_global, n_latent, generator=generator, device=generator.device)[
-        parallel.RANK :: parallel.N_RANKS
-    ]
+    """Standard normal epsilon, (n_cells, n_latent), of this process's cells.
+
+    It is sampled for the cells of all processes, so that any number of processes trains the same model.
+    """
+    n_latent: Any = getattr(model, "module", model).n_latent
+    epsilon = torch.randn(batch.n_global, n_latent, generator=generator, device=generator.device)
+    return epsilon[parallel.RANK :: parallel.N_RANKS]
 
 
-def labelled(batch: Batch, noise: torch.Tensor) -> tuple[Batch, torch.Tensor]:
-    """Without the cells of unknown type, which these generators cannot use."""
+def select_labelled(batch: Batch, epsilon: torch.Tensor) -> tuple[Batch, torch.Tensor]:
+    """Select the cells of known type, the only ones that the baselines can use."""
     if batch.all_labelled:
-        return batch, noise
+        return batch, epsilon
     known = batch.cell_type_idx >= 0
-    return batch.select(known), noise[known]
+    return batch.select(known), epsilon[known]
 
 
 def sample(

@@ -127,7 +127,7 @@ class _LogProb(torch.autograd.Function):
             r, theta_r, g_r = ratio[rows], _rows(theta, rows), g[rows, None]
             s, log1p_r = torch.div(r, r + 1, out=grad_logits[rows]), r.log1p()
             weight = g_r
-            if zi_logits is not None:
+            if grad_zi is not None:
                 # posterior probability that a zero is an extra zero
                 p_extra = torch.sigmoid(torch.addcmul(zi_logits[rows], log1p_r, theta_r))
                 torch.mul(g_r, torch.sigmoid(zi_logits[rows]).sub_(p_extra).neg_(), out=grad_zi[rows])
@@ -144,7 +144,7 @@ class _LogProb(torch.autograd.Function):
             s.addcmul_(r * theta_r, (grad_library[rows] / library[rows])[:, None], value=-1)
         if theta.dim() == 1:
             grad_theta *= theta
-        if zi_logits is not None:
+        if grad_zi is not None:
             grad_zi.view(-1)[entries] -= g_x * p_extra_x
         grad_logits.view(-1)[entries] += g_x * grad_mu_x
         grad_theta.view(-1).index_add_(0, at_theta, g_x * grad_theta_x)

@@ -1,4 +1,4 @@
-"""The axes within the types: how many there are, which genes they move, how the cells lie on them."""
+"""The axes within the types: their number, their loadings, and the scores of cells on them, in simulated cells."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ N_CELLS, N_GENES = 1500, 400
 
 
 def cells(n_programmes: int, seed: int = 0):
-    """Two types that differ in 40 genes; programmes of 30 genes each move within both. Also the true z and loadings."""
+    """Two types that differ in 40 genes, and programmes of 30 genes each that vary within both: counts, types, true z and loadings."""
     rng = np.random.default_rng(seed)
     types = rng.integers(0, 2, N_CELLS)
     z = rng.normal(size=(N_CELLS, n_programmes))
@@ -25,7 +25,7 @@ def cells(n_programmes: int, seed: int = 0):
     return sp.csr_matrix(rng.poisson(mu).astype(np.float32)), types, z, loadings
 
 
-def found(counts, types, max_axes: int = 8):
+def axes_of(counts, types, max_axes: int = 8):
     dataset = CellDataset(counts, types, torch.device("cpu"))
     return within_type_axes(dataset, gene_marginals(dataset, types.max() + 1), max_axes, 0)
 
@@ -36,53 +36,52 @@ def scores(axes, counts, types):
     return logs @ axes.projection + axes.offset[types]
 
 
-def test_as_many_axes_as_there_are_programmes_and_not_the_types():
-    counts, types, z, loadings = cells(3)
-    axes = found(counts, types)
+def test_axes_are_the_programmes_and_not_the_types():
+    counts, types, z, _ = cells(3)
+    axes = axes_of(counts, types)
     assert 3 <= axes.loadings.shape[1] <= 4
-    seen = scores(axes, counts, types)
-    assert (
-        np.linalg.svd(np.linalg.qr(z - z.mean(axis=0))[0].T @ np.linalg.qr(seen - seen.mean(axis=0))[0])[1].min() > 0.9
-    )
-    assert np.abs(np.corrcoef(seen.T, types)[-1, :-1]).max() < 0.1
+    estimate = scores(axes, counts, types)
+    true_basis, basis = (np.linalg.qr(x - x.mean(axis=0))[0] for x in (z, estimate))
+    assert np.linalg.svd(true_basis.T @ basis)[1].min() > 0.9  # canonical correlations
+    assert np.abs(np.corrcoef(estimate.T, types)[-1, :-1]).max() < 0.1
 
 
 def test_loadings_and_scores_have_the_scale_of_z():
-    """z is found up to a rotation, which the products do not see."""
-    counts, types, z, loadings = cells(3)
-    axes = found(counts, types)
+    """z is found up to a rotation, which does not change the products of loadings."""
+    counts, types, _, loadings = cells(3)
+    axes = axes_of(counts, types)
     true, ours = loadings @ loadings.T, axes.loadings @ axes.loadings.T
     assert np.corrcoef(true.ravel(), ours.ravel())[0, 1] > 0.9
     assert np.sum(ours * true) / np.sum(true * true) == pytest.approx(1, abs=0.25)
-    seen = scores(axes, counts, types)
-    np.testing.assert_allclose((seen.var(axis=0) + axes.variance)[:3], 1, atol=0.25)
+    estimate = scores(axes, counts, types)
+    np.testing.assert_allclose((estimate.var(axis=0) + axes.variance)[:3], 1, atol=0.25)
 
 
-def test_noise_has_no_axes():
-    """One is kept, for z must have a size, and moves no gene."""
+def test_cells_without_programmes_have_no_axes():
+    """One axis is kept, because z needs at least one dimension; its loadings are about 0."""
     counts, types, *_ = cells(0)
-    axes = found(counts, types)
+    axes = axes_of(counts, types)
     assert axes.loadings.shape == (N_GENES, 1) and np.sqrt((axes.loadings**2).mean()) < 0.05
 
 
-def test_a_rare_gene_in_a_far_cell_gets_no_loading():
+def test_a_rare_gene_in_a_cell_with_an_extreme_score_gets_no_loading():
     counts, types, z, _ = cells(2)
     dense = counts.toarray()
     dense[:, -1] = 0
     dense[np.argmax(z[:, 0]), -1] = 1
-    axes = found(sp.csr_matrix(dense), types)
+    axes = axes_of(sp.csr_matrix(dense), types)
     assert np.abs(axes.loadings[-1]).max() < 0.2
 
 
 def test_cells_without_a_label_are_left_out():
     counts, types, *_ = cells(2)
     both = sp.vstack([counts, sp.csr_matrix(np.full((50, N_GENES), 9, dtype=np.float32))], format="csr")
-    axes = found(both, np.append(types, np.full(50, -1)))
+    axes = axes_of(both, np.append(types, np.full(50, -1)))
     assert axes.loadings.shape[1] == 2
 
 
 def test_shrinkage_is_that_of_a_known_prior():
-    """Half of the values are 0, half normal: a sure value stays, an unsure one goes to the prior's mean."""
+    """Half of the values are 0, half normal: precise estimates stay, imprecise ones are shrunk towards 0."""
     rng = np.random.default_rng(0)
     true = np.where(rng.random(4000) < 0.5, 0, rng.normal(0, 0.4, 4000))
     error = np.full(4000, 0.2)

@@ -58,7 +58,7 @@ def test_moments_recover_the_dispersion():
     np.testing.assert_allclose(np.median(estimate, axis=1), [0.5, 2.0, 20.0], rtol=0.15)
 
 
-def test_profiles_are_means_where_types_differ_and_shrunk_where_chance_does():
+def test_profiles_keep_markers_and_shrink_chance_differences():
     rng = np.random.default_rng(0)
     n_genes = 400
     truth = np.tile(rng.dirichlet(np.full(n_genes, 2.0)), (2, 1))
@@ -75,7 +75,7 @@ def test_profiles_are_means_where_types_differ_and_shrunk_where_chance_does():
     assert error < 0.75 * naive_error
 
 
-def test_a_type_without_cells_has_the_profile_of_all():
+def test_a_type_without_cells_has_the_profile_of_all_cells():
     profiles = type_profiles(
         CellDataset(sp.csr_matrix(np.array([[8.0, 2, 0], [6, 4, 0], [0, 0, 10]])), np.array([0, 0, -1]), CPU), 2
     )
