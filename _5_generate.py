@@ -36,6 +36,7 @@ from lib.data.embedding import in_large_clusters, load_pymde
 from lib.evaluation import report
 from lib.evaluation.classifier_transfer import read_classes
 from lib.files import ROOT, folder, print_written, user_path
+from lib.models.gmvae import GMVAE
 from lib.models.sampling import Shift, n_blocks
 from lib.training import check_checkpoint, keep_freed_memory, load_checkpoint
 
@@ -128,7 +129,7 @@ def main() -> None:
         else [*proportions.write(prediction.estimate, prediction.checkpoint, PROPORTIONS_OF, data), output]
     )
     if MIN_CLUSTER_CELLS is not None:
-        drop_small_clusters(output)
+        drop_small_clusters(output, MIN_CLUSTER_CELLS)
     if WRITE_MTX:
         written.append(write_mtx(ad.read_h5ad(output), output.with_suffix("")))
     if EVALUATE:
@@ -159,9 +160,9 @@ def check_options() -> None:
         )
     if MDE:
         load_pymde()
-    for name in (BULK_FILE, GENE_IDS, REPLICATES, PROPORTIONS_FILE, CLASS_FILE):
-        if name is not None:
-            user_path(name)
+    for file in (BULK_FILE, GENE_IDS, REPLICATES, PROPORTIONS_FILE, CLASS_FILE):
+        if file is not None:
+            user_path(file)
 
 
 def output_path(data: Path) -> Path:
@@ -232,6 +233,7 @@ def shift_of(prediction: Prediction | None, model: torch.nn.Module, test: ad.Ann
     """How the bulk encoder moves the cells of each sample and type; None for all other methods."""
     if prediction is None or DECONVOLUTION != "bulk_encoder":
         return None
+    assert isinstance(model, GMVAE)
     checkpoint, bulk, estimate = prediction
     if bulk_encoder.weights_id(model) != checkpoint["gmvae_id"]:
         raise ValueError(
@@ -305,10 +307,10 @@ def with_library_size(blocks: Iterator[sp.csr_matrix], obs: pd.DataFrame) -> Ite
         yield counts
 
 
-def drop_small_clusters(output: Path) -> None:
-    """Small-cluster filter: remove the generated cells in clusters of fewer than MIN_CLUSTER_CELLS cells from the file."""
+def drop_small_clusters(output: Path, min_cells: int) -> None:
+    """Small-cluster filter: remove the generated cells in clusters of fewer cells than `min_cells` from the file."""
     cells = ad.read_h5ad(output)
-    kept = in_large_clusters(cells, MIN_CLUSTER_CELLS, N_TOP_GENES, N_PCS, N_NEIGHBORS, LEIDEN_RESOLUTION, SEED)
+    kept = in_large_clusters(cells, min_cells, N_TOP_GENES, N_PCS, N_NEIGHBORS, LEIDEN_RESOLUTION, SEED)
     write_counts(cells[kept].copy(), output)
 
 
@@ -332,8 +334,8 @@ def evaluate(
         MAX_CELLS_PLOTTED, N_TOP_GENES, N_PCS, N_NEIGHBORS, N_CORRELATION_GENES, N_TYPE_MARKERS, MDE, FOUR_STAGES, SEED
     )
     written += report.plot_cells(model, train, test, ad.read_h5ad(output, backed="r"), settings, fig)
-    test_cells = report.select_test_cells(train, test, MAX_CELLS_EVALUATED, MAX_CELLS_PLOTTED, SEED)
-    pooled, files = report.evaluate_generator(model, test_cells, fig)
+    evaluation = report.select_evaluation_cells(train, test, MAX_CELLS_EVALUATED, MAX_CELLS_PLOTTED, SEED)
+    pooled, files = report.evaluate_generator(model, evaluation, fig)
     written += files
     if XGBOOST:
         types = list(test.obs["cell_type"].cat.categories)
@@ -341,7 +343,7 @@ def evaluate(
         written += report.evaluate_transfer(model, train, test, classes, XGBOOST_CELLS, SEED, fig)
     others = other_generators(models, test, data, device)
     if others:
-        written += report.compare_generators(GENERATOR, pooled, others, test_cells, fig)
+        written += report.compare_generators(GENERATOR, pooled, others, evaluation, fig)
     return written
 
 

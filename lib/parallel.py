@@ -1,6 +1,6 @@
-"""Several processes, started by torchrun, that work on one thing: on the processors of one computer, on GPUs, on many computers.
+"""Several processes that train or generate together, started by torchrun, on processors or GPUs of one or several computers.
 
-Started without torchrun there is one process, and nothing here does anything.
+Without torchrun there is one process, and the functions here do nothing.
 """
 
 import atexit
@@ -16,25 +16,24 @@ IS_FIRST = RANK == 0  # the process that prints and writes
 
 
 def pick_device(name: str) -> torch.device:
-    """
+    """The device of this process; "auto" is a GPU where there is one.
+
     Raises
     ------
     ValueError
-        If CUDA is asked for and is not there.
+        If CUDA is requested but not available.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("DEVICE is cuda, but this torch sees no GPU; set it to auto or cpu")
-    return (
-        torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
-        if name == "cuda" and N_RANKS > 1
-        else torch.device(name)
-    )
+    if name == "cuda" and N_RANKS > 1:
+        return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device(name)
 
 
 def start(device_name: str) -> torch.device:
-    """This process's device. Where there are other processes, meet them; all but the first fall silent."""
+    """Connect this process with the others and return its device. All processes except the first print nothing."""
     device = pick_device(device_name)
     if N_RANKS > 1:
         if device.type == "cuda":
@@ -42,23 +41,23 @@ def start(device_name: str) -> torch.device:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
         if not IS_FIRST:
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (open until the process ends)
     return device
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Wait until all processes have called this function."""
     if N_RANKS > 1:
         dist.barrier()
 
 
 def shared(model: torch.nn.Module) -> torch.nn.Module:
-    """The model, its gradients averaged over the processes."""
+    """The model, with gradients averaged over the processes."""
     return torch.nn.parallel.DistributedDataParallel(model) if N_RANKS > 1 else model
 
 
 def mean_over(parts: list[tuple[int, dict[str, torch.Tensor]]]) -> dict[str, float]:
-    """Means of the batches' means over all processes, weighted by batch size; one transfer from the device, at the end of an epoch."""
+    """Average over batches and processes, weighted by batch size. One transfer from the device, at the end of an epoch."""
     names = list(parts[0][1])
     sizes = torch.tensor([size for size, _ in parts], dtype=torch.float64)
     values = torch.stack([torch.stack([values[name].double() for name in names]) for _, values in parts])

@@ -94,6 +94,7 @@ def _print_proportions(shares: pd.DataFrame, spread: pd.DataFrame, shares_of: st
 
 def _write_expression(found: Estimate, path: Path) -> None:
     """Expression of each type in each sample, one row per sample and type."""
+    assert found.expression is not None and found.signature is not None
     by_sample = found.proportions.rename(index=str).stack().rename_axis(["sample", "cell_type"])
     obs = by_sample.rename("proportion").reset_index()
     obs.index = obs["sample"] + ": " + obs["cell_type"]

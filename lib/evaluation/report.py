@@ -42,11 +42,10 @@ class PlotSettings(NamedTuple):
     seed: int
 
 
-class TestCells(NamedTuple):
+class EvaluationCells(NamedTuple):
     """What every generator is compared with."""
 
-    __test__ = False  # not a test class of pytest
-    cells: ad.AnnData  # test cells
+    test: ad.AnnData  # test cells
     real_reference: ad.AnnData  # train cells of the same types and numbers
     unseen_train: ad.AnnData  # other train cells, for the memorisation check of the real reference
     genes: np.ndarray  # indices of the genes whose correlations are compared, selected by train cells
@@ -189,7 +188,9 @@ def _plot_four_stages(
     )
 
 
-def select_test_cells(train: ad.AnnData, test: ad.AnnData, max_cells: int, max_gene_cells: int, seed: int) -> TestCells:
+def select_evaluation_cells(
+    train: ad.AnnData, test: ad.AnnData, max_cells: int, max_gene_cells: int, seed: int
+) -> EvaluationCells:
     """Test cells, at most `max_cells`, and the train cells that they are compared with. Genes are selected by at most `max_gene_cells` train cells."""
     rng = np.random.default_rng([seed, 5])
     cells = select_cells(test, np.sort(rng.permutation(test.n_obs)[:max_cells]))
@@ -197,7 +198,7 @@ def select_test_cells(train: ad.AnnData, test: ad.AnnData, max_cells: int, max_g
     unseen_rows = np.sort(rng.permutation(np.setdiff1d(np.arange(train.n_obs), reference_rows))[: cells.n_obs])
     gene_cells = select_cells(train, np.sort(rng.permutation(train.n_obs)[:max_gene_cells]))
     genes = variable_genes(gene_cells, metrics.N_CORRELATED_GENES)
-    return TestCells(cells, select_cells(train, reference_rows), select_cells(train, unseen_rows), genes, seed)
+    return EvaluationCells(cells, select_cells(train, reference_rows), select_cells(train, unseen_rows), genes, seed)
 
 
 def generate_like(model: nn.Module, cells: ad.AnnData, seed: int) -> ad.AnnData:
@@ -206,42 +207,49 @@ def generate_like(model: nn.Module, cells: ad.AnnData, seed: int) -> ad.AnnData:
     return ad.AnnData(counts, obs=cells.obs[["cell_type"]].copy(), var=cells.var[[]].copy())
 
 
-def evaluate_generator(model: nn.Module, test: TestCells, fig: Path) -> tuple[pd.DataFrame, list[Path]]:
+def evaluate_generator(model: nn.Module, evaluation: EvaluationCells, fig: Path) -> tuple[pd.DataFrame, list[Path]]:
     """Fidelity of new cells of the test cells' types: metrics.csv and fidelity.png. Returns the metrics over all cells as well."""
-    generated = generate_like(model, test.cells, test.seed + 1)
-    table = metrics.fidelity_table(test.cells, generated, test.real_reference, test.unseen_train, test.genes, test.seed)
+    generated = generate_like(model, evaluation.test, evaluation.seed + 1)
+    table = metrics.fidelity_table(
+        evaluation.test,
+        generated,
+        evaluation.real_reference,
+        evaluation.unseen_train,
+        evaluation.genes,
+        evaluation.seed,
+    )
     with replacing(fig / "metrics.csv") as temporary:
         table.to_csv(temporary, index=False, float_format="%.5f")
     pooled = table[table["cells"] == "all"].drop(columns="cells").set_index("figure")
     print(
-        f"{test.cells.n_obs:,} test cells compared with as many generated cells, and with train cells of the same types:"
+        f"{evaluation.test.n_obs:,} test cells compared with as many generated cells, and with train cells of the same types:"
     )
     print(pooled.rename(columns={"real": "train cells"}).to_string(float_format="{:.3f}".format))
-    sets = {"test": test.cells, "train": test.real_reference, "generated": generated}
+    sets = {"test": evaluation.test, "train": evaluation.real_reference, "generated": generated}
     statistics = {name: cell_statistics.summarise(cells) for name, cells in sets.items()}
     mean_r = metrics.pearson(statistics["test"].genes["mean"], statistics["generated"].genes["mean"])
-    cell_types = list(test.cells.obs["cell_type"].cat.categories)
+    cell_types = list(evaluation.test.obs["cell_type"].cat.categories)
     plots_cells.fidelity(table, statistics, mean_r, cell_types, fig / "fidelity.png")
     return pooled, [fig / "fidelity.png", fig / "metrics.csv"]
 
 
-def fidelity_and_memorisation(test: TestCells, generated: ad.AnnData) -> pd.Series:
+def fidelity_and_memorisation(evaluation: EvaluationCells, generated: ad.AnnData) -> pd.Series:
     """All metrics of generated cells against test cells, as in `metrics.fidelity_table`, over all cells."""
-    found = metrics.fidelity(test.cells, generated, test.genes, test.seed)
-    both = ad.concat([test.cells, test.real_reference, generated], index_unique="-")
+    found = metrics.fidelity(evaluation.test, generated, evaluation.genes, evaluation.seed)
+    both = ad.concat([evaluation.test, evaluation.real_reference, generated], index_unique="-")
     pcs = principal_components(both, metrics.N_TOP_GENES, metrics.N_PCS)
-    n, m = test.cells.n_obs, test.real_reference.n_obs
+    n, m = evaluation.test.n_obs, evaluation.real_reference.n_obs
     found["nearest real cell is a train cell"] = metrics.memorisation(pcs[n + m :], pcs[n : n + m], pcs[:n])
     return found
 
 
 def compare_generators(
-    chosen: str, pooled: pd.DataFrame, others: dict[str, nn.Module], test: TestCells, fig: Path
+    chosen: str, pooled: pd.DataFrame, others: dict[str, nn.Module], evaluation: EvaluationCells, fig: Path
 ) -> list[Path]:
     """The same metrics for other generators of models/: comparison.csv and comparison.png. pooled: of the chosen one, from `evaluate_generator`."""
     table = {chosen: pooled["generated"]}
     table |= {
-        name: fidelity_and_memorisation(test, generate_like(model, test.cells, test.seed + 1))
+        name: fidelity_and_memorisation(evaluation, generate_like(model, evaluation.test, evaluation.seed + 1))
         for name, model in others.items()
     }
     generators = pd.DataFrame({name: table[name] for name in registry.CLASSES if name in table}, index=pooled.index)

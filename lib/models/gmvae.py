@@ -57,6 +57,12 @@ class GMVAE(nn.Module):
     After training, `lib.models.sampling.fit_prior` sets `prior`; without it new cells come from p(z|y) and p(l|z,y).
     """
 
+    log_profiles: torch.Tensor  # (n_cell_types, n_genes) mean profiles; the same for all types if the decoder is an mlp
+    log_theta_mean: torch.Tensor  # mean of log theta over genes
+    n_train_cells: torch.Tensor
+    library_median: torch.Tensor  # of the train cells
+    type_frequency: torch.Tensor  # (n_cell_types,) p(y)
+
     def __init__(
         self, n_genes: int, n_cell_types: int, n_latent: int = 32, hidden: tuple[int, ...] = (128, 64),
         likelihood: str = "nb", decoder: str = "linear", dispersion: str = "gene-type", dropout: float = 0.0,
@@ -89,13 +95,11 @@ class GMVAE(nn.Module):
         self.p_l_zy_mean = nn.Linear(n_latent, 1)
         self.p_l_zy_log_scale = nn.Parameter(torch.zeros(n_cell_types))
         self.prior: Prior | None = None
-        self.register_buffer(
-            "log_profiles", torch.zeros(n_cell_types, n_genes)
-        )  # mean profiles; the same for all types for an mlp
-        self.register_buffer("log_theta_mean", torch.tensor(0.0))  # over genes
+        self.register_buffer("log_profiles", torch.zeros(n_cell_types, n_genes))
+        self.register_buffer("log_theta_mean", torch.tensor(0.0))
         self.register_buffer("n_train_cells", torch.tensor(1.0))
-        self.register_buffer("library_median", torch.tensor(1.0))  # of the train cells
-        self.register_buffer("type_frequency", torch.full((n_cell_types,), 1 / n_cell_types))  # p(y)
+        self.register_buffer("library_median", torch.tensor(1.0))
+        self.register_buffer("type_frequency", torch.full((n_cell_types,), 1 / n_cell_types))
 
     @property
     def device(self) -> torch.device:

@@ -46,6 +46,7 @@ def initialise(model: GMVAE, dataset: CellDataset, marginals: GeneMarginals, axe
 
 def _start_on_axes(model: GMVAE, axes: Axes) -> None:
     """Linear parts of q(z|x,y) and p(x|z,y,l) from the axes, p(z|y) standard normal; the networks start near zero."""
+    assert model.q_z_xy_axes is not None and model.q_z_xy_axes_offset is not None
     model.p_x_zyl_log_mean.weight.copy_(torch.from_numpy(axes.loadings))
     model.q_z_xy_axes.weight.copy_(torch.from_numpy(axes.projection))
     model.q_z_xy_axes_offset.copy_(torch.from_numpy(axes.offset))

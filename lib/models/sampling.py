@@ -146,12 +146,12 @@ def sample(
         y = torch.from_numpy(np.asarray(cell_type_idx[rows], dtype=np.int64)).to(device)
         z, log_library = sample_z(model, y, latent_spread, generator)
         if shift is not None:
+            assert groups is not None
             group = torch.from_numpy(groups[rows].astype(np.int64)).to(device)
-            matrix, offset, log_ratio = (None if part is None else part.to(device) for part in shift)
-            z = torch.einsum("nij,nj->ni", matrix[group], z) + offset[group]
+            z = torch.einsum("nij,nj->ni", shift.matrix.to(device)[group], z) + shift.offset.to(device)[group]
         likelihood = model.p_x(z, log_library.exp() * model.library_median, y)
-        if shift is not None and log_ratio is not None:
-            likelihood.logits += log_ratio[group // model.n_cell_types]
+        if shift is not None and shift.log_ratio is not None:
+            likelihood.logits += shift.log_ratio.to(device)[group // model.n_cell_types]
         if model.prior is not None:
             likelihood.logits += model.prior["log_ratio"].to(device)[y]
         yield likelihood.sample(generator)
