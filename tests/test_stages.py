@@ -222,7 +222,7 @@ def test_a_real_bulk_table(pipeline, tmp_path, genes_in_rows):
     generated = ad.read_h5ad(tmp_path / "out.h5ad")
     assert generated.obs["sample"].value_counts().to_dict() == {"own_1": 101, "own_2": 101, "own_3": 101}
     assert re.search(
-        r"units of the bulk: recognised as tpm.*the bulk has 9\d\.\d% of all that would be used", done.stdout, re.DOTALL
+        r"units of the bulk: recognised as tpm.*the bulk has 9\d\.\d% of those of the reference", done.stdout, re.DOTALL
     )
     predicted = pd.read_csv(place.data / "predicted_proportions.csv", index_col=0)
     assert list(predicted.index) == ["own_1", "own_2", "own_3"]

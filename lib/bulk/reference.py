@@ -1,4 +1,4 @@
-"""What single cells say of their types, for the deconvolution: mean counts, their noise, the genes that tell types apart."""
+"""Reference of the deconvolution: mean counts of each cell type, their variance, and the genes that distinguish the types."""
 
 import re
 from typing import Any, NamedTuple
@@ -11,32 +11,33 @@ import torch
 from anndata.abc import CSRDataset
 
 from lib.data.counts import row_blocks
+from lib.models.profiles import log_fold_changes, top_genes
 
-# Chosen on mixtures of train cells that were held out of the reference, clean and with simulated platforms; never on a bulk.
-MIN_Z = 5.0  # of the genes used: their difference between one type and the others, in standard errors
-MAX_GENES = 3000  # those with the largest z
-N_MARKERS = 50  # of each type, for the baseline
+# Selected on mixtures of held-out train cells, with and without simulated platform factors; never on a real bulk.
+MIN_Z = 5.0  # of signature genes: difference between one type and the others, in standard errors
+MAX_GENES = 3000  # signature genes at most: those with the largest z
+N_MARKERS = 50  # of each type, for the NNLS baseline
 # Genes whose share differs between platforms more than between cell types: ribosomal, mitochondrial, nuclear non-coding
 TECHNICAL = re.compile(r"^(MT-|MRP[LS]\d|RP[LS](?!6K)|MALAT1$|NEAT1$|XIST$)", re.IGNORECASE)
 
 
 class Reference(NamedTuple):
-    """What the single cells say of their types."""
+    """Profiles of the cell types."""
 
     gene_names: list[str]
     cell_types: list[str]
     mean: np.ndarray  # types x genes: counts per cell
-    variance: np.ndarray  # types x genes: between the cells of a type
-    n_cells: np.ndarray  # of each type
+    variance: np.ndarray  # types x genes: variance of counts between the cells of a type
+    n_cells: np.ndarray  # (n_types,)
 
     def of_genes(self, genes: np.ndarray) -> "Reference":
-        """The same for some genes, by their places."""
+        """The reference with some of its genes, given by their indices."""
         return self._replace(
             gene_names=[self.gene_names[g] for g in genes], mean=self.mean[:, genes], variance=self.variance[:, genes]
         )
 
     def per_length(self, gene_length_bp: pd.Series | None) -> "Reference":
-        """Counts per base pair instead of counts, for TPM by gene length; genes without a length are left out. None changes nothing."""
+        """Counts per base pair instead of counts, for TPM by gene length. Genes without a length are removed. None changes nothing."""
         if gene_length_bp is None:
             return self
         known = self.of_genes(np.flatnonzero(pd.Index(self.gene_names).isin(gene_length_bp.index)))
@@ -45,7 +46,7 @@ class Reference(NamedTuple):
         return known._replace(mean=known.mean * per_bp, variance=known.variance * per_bp**2)
 
     def to_checkpoint(self) -> dict[str, Any]:
-        """Tensors and builtins alone."""
+        """As tensors and builtins, for a checkpoint."""
         arrays = {name: torch.from_numpy(np.asarray(getattr(self, name), np.float32)) for name in ("mean", "variance")}
         return self._asdict() | arrays | {"n_cells": torch.from_numpy(self.n_cells)}
 
@@ -59,7 +60,7 @@ class Reference(NamedTuple):
 def reference_profiles(
     counts: sp.csr_matrix | CSRDataset, cell_type_idx: np.ndarray, gene_names: list[str], cell_types: list[str]
 ) -> Reference:
-    """Mean and variance of each type's counts, read in blocks; cells of type -1 do not count.
+    """Mean and variance of the counts of each type, read in blocks. Cells of unknown type (-1) are ignored.
 
     Parameters
     ----------
@@ -79,15 +80,15 @@ def reference_profiles(
     n = np.maximum(n_cells, 1)[:, None]
     mean = total / n
     variance = np.maximum(squares / n - mean**2, 0) * n / np.maximum(n - 1, 1)
-    # a gene that a type's few cells happen not to show is not known to be absent: half of what Poisson noise would be on average
+    # a gene without counts in the few cells of a type may still be expressed: at least half of the mean Poisson variance
     return Reference(list(gene_names), list(cell_types), mean, np.maximum(variance, 0.5 * mean.mean(axis=0)), n_cells)
 
 
 def signature_genes(reference: Reference, usable: np.ndarray | None = None) -> np.ndarray:
-    """Places of the genes that tell the types apart beyond the noise of the reference, technical genes left out.
+    """Indices of the genes that distinguish the types beyond the sampling error of the reference, without technical genes.
 
-    z of a gene and type: mean counts in the type minus the mean over the other types, in standard errors. A gene counts by its
-    largest |z|. Noise in genes below `MIN_Z` would draw all estimates together (errors in variables).
+    z of a gene and type: mean counts in the type minus the mean over the other types, in standard errors; genes are ranked by
+    their largest |z|. Sampling errors of genes below `MIN_Z` would bias all estimates towards each other (errors in variables).
     """
     mean, n_types = reference.mean, len(reference.cell_types)
     error = reference.variance / np.maximum(reference.n_cells, 1)[:, None]
@@ -99,20 +100,19 @@ def signature_genes(reference: Reference, usable: np.ndarray | None = None) -> n
     if usable is not None:
         use &= usable
     z = np.where(use, z, 0)
-    least = min(MIN_Z, np.sort(z)[::-1][: 10 * n_types][-1])  # few cells: the best there are, ten a type
+    least = min(MIN_Z, np.sort(z)[::-1][: 10 * n_types][-1])  # with few cells: ten genes per type
     chosen = np.flatnonzero((z >= least) & (z > 0))
     return np.sort(chosen[np.argsort(-z[chosen], kind="stable")[:MAX_GENES]])
 
 
 def marker_genes(reference: Reference) -> np.ndarray:
-    """Places of each type's `N_MARKERS` genes of largest fold change over the mean of the other types, for the baseline."""
+    """Indices of the `N_MARKERS` genes of each type with the largest fold change over the mean of the other types."""
     share = reference.mean / reference.mean.sum(axis=1, keepdims=True) * 1e4
-    others = (share.sum(axis=0) - share) / (len(share) - 1)
-    return np.unique(np.argsort(-np.log2((share + 0.1) / (others + 0.1)), axis=1, kind="stable")[:, :N_MARKERS])
+    return np.unique(top_genes(log_fold_changes(share), N_MARKERS))
 
 
 def nnls_on_markers(bulk: pd.DataFrame, reference: Reference) -> pd.DataFrame:
-    """The baseline: plain non-negative least squares on markers chosen by the train cells; samples x types, rows sum to 1."""
+    """Baseline: non-negative least squares on marker genes of the reference; samples x types, rows sum to 1."""
     genes = marker_genes(reference)
     shared = pd.Index(reference.gene_names)[genes].isin(bulk.columns)
     markers = reference.of_genes(genes[shared])

@@ -1,4 +1,4 @@
-"""Bulk tables as people have them: csv, tsv or xlsx, genes in rows or columns, symbols or Ensembl IDs, counts, TPM, FPKM or log2."""
+"""Read bulk tables: csv, tsv or xlsx, genes in rows or columns, symbols or Ensembl IDs, counts, TPM, FPKM or log2."""
 
 import re
 from pathlib import Path
@@ -15,14 +15,14 @@ LARGEST_LOG2 = 25  # of log2(TPM + 1): 2^25 is more than a million
 
 
 def read_bulk(path: Path, known_genes: list[str], gene_ids: dict[str, str] | None = None) -> pd.DataFrame:
-    """Samples x genes. The genes' side is told by the names that it shares with the single cells; duplicates are summed.
+    """Read a bulk table, samples x genes. Genes are on the side that shares more names with the single cells.
 
     Parameters
     ----------
     known_genes
-        Names in the single cells.
+        Gene names of the single cells.
     gene_ids
-        Gene names by Ensembl ID without version (`read_gene_ids`); needed where the bulk has the one and the cells the other.
+        Gene names by Ensembl ID without version (`read_gene_ids`), for a bulk with IDs and cells with names.
 
     Raises
     ------
@@ -65,7 +65,7 @@ def read_bulk(path: Path, known_genes: list[str], gene_ids: dict[str, str] | Non
 
 
 def read_strings(path: Path) -> pd.DataFrame:
-    """A table as it stands in the file: first column as index, first row as columns, names stripped."""
+    """Read a table as text: first column as index, first row as columns, names stripped of blanks and quotes."""
     if path.suffix.lower() in (".xlsx", ".xls"):
         cells = pd.read_excel(path, header=None, dtype=str, keep_default_na=False)
         table = cells.iloc[1:, 1:].set_axis(cells.iloc[1:, 0], axis=0).set_axis(cells.iloc[0, 1:], axis=1)
@@ -74,7 +74,7 @@ def read_strings(path: Path) -> pd.DataFrame:
         table = pd.read_csv(
             path, sep=separator(path), header=None, skiprows=1, index_col=0, dtype=str, keep_default_na=False
         )
-        table.columns = header[len(header) - table.shape[1] :]  # not pandas' names: it renames what stands twice
+        table.columns = header[len(header) - table.shape[1] :]  # not pandas' names: it renames duplicates
     table.index, table.columns = (
         pd.Index(axis.astype(str).str.strip().str.strip('"')) for axis in (table.index, table.columns)
     )
@@ -82,7 +82,7 @@ def read_strings(path: Path) -> pd.DataFrame:
 
 
 def name_rows(table: pd.DataFrame, path: Path, known: set[str], gene_ids: dict[str, str]) -> pd.DataFrame:
-    """Columns of text (descriptions, a second name) are no samples: left out, unless they name the genes better than the first."""
+    """Remove columns of text such as descriptions; one that names more known genes than the first column becomes the index."""
     first_rows = table.iloc[:200]
     is_text = np.array(
         [pd.to_numeric(first_rows.iloc[:, i], errors="coerce").isna().all() for i in range(table.shape[1])], dtype=bool
@@ -109,7 +109,7 @@ def name_rows(table: pd.DataFrame, path: Path, known: set[str], gene_ids: dict[s
 
 
 def gene_names(names: pd.Index, known: set[str], gene_ids: dict[str, str]) -> pd.Index:
-    """Ensembl IDs without their version, and as gene names where the table has them; other names as they are."""
+    """Ensembl IDs without version, translated to gene names where `gene_ids` has them; other names unchanged."""
 
     def name(given: str) -> str:
         match = ENSEMBL.match(given)
@@ -121,12 +121,12 @@ def gene_names(names: pd.Index, known: set[str], gene_ids: dict[str, str]) -> pd
 
 
 def read_gene_ids(path: Path) -> dict[str, str]:
-    """Gene names by Ensembl ID, from a table that has a column of either (as Ensembl's BioMart gives them).
+    """Read gene names by Ensembl ID from a table with one column of each, such as an export of Ensembl's BioMart.
 
     Raises
     ------
     ValueError
-        If no column holds Ensembl gene IDs, or none besides holds names.
+        If the table lacks a column of Ensembl gene IDs or a column of names.
     """
     table = pd.read_csv(path, sep=separator(path), dtype=str, keep_default_na=False)
     is_id = [table[c].str.match(ENSEMBL).mean() for c in table]
@@ -143,7 +143,7 @@ def read_gene_ids(path: Path) -> dict[str, str]:
 
 
 def recognised_units(bulk: pd.DataFrame) -> str:
-    """What the values look like: "log2", "counts", "tpm" (or counts per million) or "fpkm" (any other scale)."""
+    """Guess the unit of the values: "log2", "counts", "tpm" (or counts per million) or "fpkm" (any other scale)."""
     values = bulk.to_numpy()
     if (values % 1 == 0).all():
         return "counts"
@@ -156,7 +156,7 @@ def recognised_units(bulk: pd.DataFrame) -> str:
 def to_tpm(
     bulk: pd.DataFrame, units: str, gene_length_bp: pd.Series | None, replicates: Path | None = None
 ) -> pd.DataFrame:
-    """Samples x genes, each sample scaled to a million, duplicate genes summed, replicates pooled; says what was done.
+    """Convert a bulk to TPM, samples x genes: duplicate genes summed, replicates pooled. Each step is printed.
 
     Parameters
     ----------
@@ -171,11 +171,11 @@ def to_tpm(
     Raises
     ------
     ValueError
-        For a sample without expression, and for values that the unit cannot have.
+        For a sample without expression, and for values that are impossible in the unit.
     """
     if units == "auto":
         units = recognised_units(bulk)
-        print(f"units of the bulk: recognised as {units} (set BULK_UNITS if that is wrong)")
+        print(f"units of the bulk: recognised as {units} (set BULK_UNITS if this is wrong)")
     values = bulk.to_numpy(dtype=np.float64)
     if units == "log2":
         if values.min() < -1 or values.max() > 40:
@@ -211,37 +211,37 @@ def to_tpm(
 
 
 def summed_duplicates(bulk: pd.DataFrame) -> pd.DataFrame:
-    """Genes that stand more than once (transcripts, or IDs of one name) summed, which is right for anything but logarithms."""
+    """Sum duplicate genes (transcripts, or several IDs of one name), with a message. Right for every unit except logarithms."""
     if not bulk.columns.has_duplicates:
         return bulk
-    print(f"{bulk.columns.duplicated().sum():,} genes that stand more than once were summed")
+    print(f"{bulk.columns.duplicated().sum():,} duplicate genes were summed")
     return bulk.T.groupby(level=0, sort=False).sum().T
 
 
 def pooled_replicates(bulk: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """Mean of the samples of each group, in the order of first appearance.
+    """Average the samples of each group, in the order of first appearance.
 
     Parameters
     ----------
     bulk
-        Samples x genes, counts or any linear unit. Means of counts let a deeper replicate weigh more.
+        Samples x genes, counts or any linear unit. With counts, deeper replicates have more weight.
     path
-        csv or tsv: sample, group; one row a sample. A sample that it does not name stands alone.
+        csv or tsv with columns sample and group, one row per sample. Samples that are not in the table are not pooled.
 
     Raises
     ------
     ValueError
-        If it names no sample of the bulk, or one in two groups.
+        If no sample of the bulk is in the table, or one is in two groups.
     """
     table = pd.read_csv(path, sep=separator(path), dtype=str, keep_default_na=False)
     if table.shape[1] < 2 or not table.iloc[:, 0].isin(bulk.index).any():
         raise ValueError(
-            f"{path} names no sample of the bulk (such as {bulk.index[0]}); expected a header, then rows of sample and group"
+            f"{path} names no sample of the bulk (such as {bulk.index[0]}); expected a header, then one row per sample: sample, group"
         )
     group = table.drop_duplicates().set_index(table.columns[0]).iloc[:, 0]
     if group.index.has_duplicates:
         raise ValueError(
-            f"{path} puts {group.index[group.index.duplicated()][0]} into two groups; expected one row a sample"
+            f"{path} puts {group.index[group.index.duplicated()][0]} into two groups; expected one row per sample"
         )
     groups = pd.Index([group.get(sample, sample) for sample in bulk.index])
     pooled = bulk.groupby(groups, sort=False).mean()
@@ -250,7 +250,7 @@ def pooled_replicates(bulk: pd.DataFrame, path: Path) -> pd.DataFrame:
 
 
 def sample_totals(values: np.ndarray) -> np.ndarray:
-    """Sum of each sample over the genes at hand, samples x 1.
+    """Sum of each sample over the given genes, samples x 1.
 
     Raises
     ------

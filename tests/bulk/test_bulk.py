@@ -40,7 +40,7 @@ def test_duplicate_genes_are_summed_and_said(tmp_path, table, capsys, genes_in_r
     assert to_tpm(read_bulk(tmp_path / "bulk.csv", GENES), "tpm", None).loc["s1", "ACTB"] == pytest.approx(
         20 / 110 * 1e6
     )
-    assert "1 genes that stand more than once were summed" in capsys.readouterr().out
+    assert "1 duplicate genes were summed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
