@@ -1,4 +1,4 @@
-"""Mini-batches of cells, cut straight from sparse counts, in memory or on disk; the whole set is never dense."""
+"""Mini-batches of cells from sparse counts, in memory or on disk; the counts are never dense as a whole."""
 
 import functools
 import warnings
@@ -15,58 +15,57 @@ from scipy.special import gammaln
 
 from lib.data.counts import selected_blocks
 
-SHUFFLED_CELLS = 256  # neighbours on disk that stay together when cells are shuffled there: one read
-WINDOW_CELLS = (
-    8_192  # cells on disk that are in memory at a time, from random places, and are shuffled among themselves
-)
-GPU_SHARE = 0.5  # of the GPU's free memory that the counts may take; a larger set stays in the computer's
+SHUFFLED_CELLS = 256  # consecutive cells on disk that are read together when cells are shuffled
+WINDOW_CELLS = 8_192  # cells of random blocks on disk that are in memory together and are shuffled
+GPU_SHARE = 0.5  # of the GPU's free memory that the counts may take; larger sets stay in the computer's memory
 
 
 @dataclass
 class Batch:
-    """Some cells, as the non-zero entries of their rows."""
+    """Some cells: the non-zero entries of their rows of counts."""
 
-    indptr: torch.Tensor  # (n_cells + 1,) where each cell's entries begin
-    genes: torch.Tensor  # (n_entries,) gene of each entry
+    indptr: torch.Tensor  # (n_cells + 1,) index of each cell's first entry
+    genes: torch.Tensor  # (n_entries,) its gene
     counts: torch.Tensor  # (n_entries,) its count, > 0
-    cells: torch.Tensor  # (n_entries,) cell of each entry
-    library_size: torch.Tensor  # (n_cells,) counts of each cell
+    cells: torch.Tensor  # (n_entries,) its cell
+    library_size: torch.Tensor  # (n_cells,) sum of the cell's counts
     log_factorials: torch.Tensor  # (n_cells,) sum of log(count!), float64
     cell_type_idx: torch.Tensor  # (n_cells,) -1 where unknown
     n_genes: int
-    all_labelled: bool  # of the batch as it was cut
-    n_global: int  # cells of the batch in all processes that train together
+    all_labelled: bool  # whether all cells have a type, before `select` and `of_type`
+    n_global: int  # cells of the batch over all processes that train together
 
     @property
     def n_cells(self) -> int:
         return len(self.library_size)
 
     def log_normalized(self, target: float | torch.Tensor) -> torch.Tensor:
-        """log(1 + count x target / library size), sparse, n_cells x n_genes: what the encoder sees."""
+        """log(1 + count x target / library size), sparse, n_cells x n_genes: the encoder's input."""
         values = torch.log1p(self.counts * (target / self.library_size)[self.cells])
         return _csr(self.indptr, self.genes, values, (self.n_cells, self.n_genes))
 
     def select(self, chosen: torch.Tensor) -> "Batch":
-        """Some of the cells, by a mask (n_cells,)."""
+        """The cells of a mask (n_cells,)."""
         entries = chosen[self.cells]
-        place = chosen.cumsum(0) - 1
+        new_index = chosen.cumsum(0) - 1
         n_entries = self.indptr.diff()[chosen]
         return replace(
             self,
             indptr=F.pad(n_entries.cumsum(0), (1, 0)),
             genes=self.genes[entries],
             counts=self.counts[entries],
-            cells=place[self.cells[entries]],
+            cells=new_index[self.cells[entries]],
             library_size=self.library_size[chosen],
             log_factorials=self.log_factorials[chosen],
             cell_type_idx=self.cell_type_idx[chosen],
         )
 
     def of_type(self, cell_type_idx: int) -> "Batch":
-        """The same cells, taken for cells of one type."""
+        """The same cells, all labelled with one type."""
         return replace(self, cell_type_idx=torch.full_like(self.cell_type_idx, cell_type_idx))
 
     def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
         tensors = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         return replace(self, **tensors)
 
@@ -78,7 +77,7 @@ def _csr(indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, shap
 
 
 def transposed(x: torch.Tensor) -> torch.Tensor:
-    """The transpose of a sparse CSR matrix, itself in CSR form, as fast products need it."""
+    """Transpose a sparse CSR matrix to CSR, the form that fast products need."""
     indptr, indices, values = x.crow_indices(), x.col_indices(), x.values()
     if x.device.type == "cpu":
         columns = sp.csr_matrix((values.numpy(), indices.numpy(), indptr.numpy()), shape=x.shape).tocsc()
@@ -96,7 +95,7 @@ def transposed(x: torch.Tensor) -> torch.Tensor:
 
 
 class InMemoryCells:
-    """Cells held in memory, their counts compressed, on the computing device where they fit."""
+    """Cells in memory, their counts sparse; on the GPU if they fit."""
 
     def __init__(self, counts: sp.csr_matrix, cell_type_idx: np.ndarray, device: torch.device):
         self.device = device
@@ -117,18 +116,21 @@ class InMemoryCells:
             for name in ("genes", "counts", "library_size", "log_factorials", "cell_type_idx"):
                 setattr(self, name, getattr(self, name).to(device))
 
+    def __len__(self) -> int:
+        return len(self.library_size)
+
     def batch(self, cells: np.ndarray, n_global: int | None = None) -> Batch:
-        """All sizes are known from `indptr`, which stays with the processor: it need not wait for a GPU."""
+        """Make a batch of these cells. `indptr` stays on the CPU and gives all sizes, so that the CPU does not wait for the GPU."""
         begin, n_entries = self.indptr[cells], self.indptr[cells + 1] - self.indptr[cells]
         indptr = np.concatenate([[0], n_entries.cumsum()])
-        held_on = self.counts.device
+        memory = self.counts.device
         first, n_entries, rows = (
-            torch.from_numpy(a).to(held_on, non_blocking=True) for a in (begin - indptr[:-1], n_entries, cells)
+            torch.from_numpy(a).to(memory, non_blocking=True) for a in (begin - indptr[:-1], n_entries, cells)
         )
         cell_of_entry = torch.repeat_interleave(n_entries, output_size=int(indptr[-1]))
-        entries = torch.arange(int(indptr[-1]), device=held_on) + first[cell_of_entry]
+        entries = torch.arange(int(indptr[-1]), device=memory) + first[cell_of_entry]
         return Batch(
-            indptr=torch.from_numpy(indptr).to(held_on, non_blocking=True),
+            indptr=torch.from_numpy(indptr).to(memory, non_blocking=True),
             genes=self.genes[entries].long(),
             counts=self.counts[entries],
             cells=cell_of_entry,
@@ -142,21 +144,20 @@ class InMemoryCells:
 
 
 class CellDataset:
-    """Counts and types of cells, from which batches are cut.
+    """Counts and types of cells, as batches.
 
     Parameters
     ----------
     counts
-        Cells x genes, CSR, raw counts: a matrix in memory, or one on disk (`X` of a backed AnnData), of which a window of
-        `WINDOW_CELLS` at most is read at a time.
+        Cells x genes, CSR, raw counts: a matrix in memory, or on disk (`X` of a backed AnnData).
     cell_type_idx
         Type of each cell, -1 where unknown.
     device
-        Where the batches are wanted.
+        Of the batches.
     cells
         Rows that belong to the data set, ascending; None for all.
     in_memory
-        Read them all at once, even if they are on disk.
+        Whether counts on disk are read into memory at once; otherwise at most `WINDOW_CELLS` at a time.
     """
 
     def __init__(
@@ -179,66 +180,64 @@ class CellDataset:
 
     @functools.cached_property
     def library_size(self) -> np.ndarray:
-        """Counts of each cell."""
+        """Sum of each cell's counts, (n_cells,)."""
         return np.concatenate([np.asarray(counts.sum(axis=1)).ravel() for counts, _ in self.blocks()])
 
     def __len__(self) -> int:
         return len(self.cells)
 
     def blocks(self) -> Iterator[tuple[sp.csr_matrix, np.ndarray]]:
-        """All cells in order, some at a time: counts and types."""
-        for counts, places in selected_blocks(
-            self.counts, np.arange(len(self)) if self.in_memory_cells is not None else self.cells
-        ):
+        """All cells in order, in blocks: counts and types."""
+        rows = np.arange(len(self)) if self.in_memory_cells is not None else self.cells
+        for counts, places in selected_blocks(self.counts, rows):
             yield counts, self.cell_type_idx[places]
 
     def in_order(self, batch_size: int) -> Iterator[Batch]:
-        for counts, cell_type_idx in [(None, None)] if self.in_memory_cells is not None else self.blocks():
-            held = self.in_memory_cells or InMemoryCells(counts, cell_type_idx, self.device)
-            for start in range(0, len(held.library_size), batch_size):
-                yield held.batch(np.arange(start, min(start + batch_size, len(held.library_size))))
+        """Every cell once, in order, in batches of at most `batch_size` cells."""
+        parts = (InMemoryCells(*block, self.device) for block in self.blocks())
+        for part in parts if self.in_memory_cells is None else [self.in_memory_cells]:
+            for start in range(0, len(part), batch_size):
+                yield part.batch(np.arange(start, min(start + batch_size, len(part))))
 
     def shuffled(
         self, batch_size: int, generator: torch.Generator, rank: int = 0, n_ranks: int = 1, balanced: bool = False
     ) -> Iterator[Batch]:
-        """Every cell once, in an order drawn from `generator`; batches of a window differ by one cell at most.
+        """Every cell once, in random order, in batches of about `batch_size` cells.
 
-        Cells on disk are shuffled in two steps: neighbours stay together in blocks, a window of random blocks is read, and
-        the cells in the window are shuffled. Of several processes each gets its part of every batch. `balanced` draws as many
-        cells with replacement instead, each type of the window as often as any other, none of unknown type.
+        Cells on disk are shuffled in windows: random blocks of consecutive cells are read, and the cells of these blocks are
+        shuffled. Of several processes, each gets its share of every batch. `balanced` samples as many cells with replacement
+        instead: every type of the window equally often, no cell of unknown type.
         """
-        for held in [self.in_memory_cells] if self.in_memory_cells is not None else self._windows(generator):
+        for part in self._windows(generator) if self.in_memory_cells is None else [self.in_memory_cells]:
             if balanced:
-                types = held.cell_type_idx.to(generator.device)
+                types = part.cell_type_idx.to(generator.device)
                 weights = torch.where(types < 0, 0.0, 1 / types[types >= 0].bincount()[types.clamp(min=0)])
-                order = torch.multinomial(weights, len(types), replacement=True, generator=generator).cpu().numpy()
+                order = torch.multinomial(weights, len(types), replacement=True, generator=generator)
             else:
-                order = (
-                    torch.randperm(len(held.library_size), generator=generator, device=generator.device).cpu().numpy()
-                )
-            for cells in np.array_split(order, max(1, round(len(order) / batch_size))):
-                yield held.batch(cells[rank::n_ranks], len(cells))
+                order = torch.randperm(len(part), generator=generator, device=generator.device)
+            for cells in np.array_split(order.cpu().numpy(), max(1, round(len(order) / batch_size))):
+                yield part.batch(cells[rank::n_ranks], len(cells))
 
     def _windows(self, generator: torch.Generator) -> Iterator[InMemoryCells]:
-        """Random blocks of cells, read while the last window is being used."""
+        """Windows of random blocks of cells; the next window is read while the current one is used."""
         n_blocks = -(-self.counts.shape[0] // SHUFFLED_CELLS)
         order = torch.randperm(n_blocks, generator=generator, device=generator.device).cpu().numpy()
         windows = np.array_split(order, max(1, round(n_blocks * SHUFFLED_CELLS / WINDOW_CELLS)))
         with ThreadPoolExecutor(1) as reader:
-            coming = reader.submit(self._read, windows[0])
+            reading = reader.submit(self._read, windows[0])
             for following in [*windows[1:], None]:
-                held = coming.result()
+                window = reading.result()
                 if following is not None:
-                    coming = reader.submit(self._read, following)
-                if len(held.library_size):
-                    yield held
+                    reading = reader.submit(self._read, following)
+                if len(window):
+                    yield window
 
     def _read(self, blocks: np.ndarray) -> InMemoryCells:
-        """This data set's cells among some blocks of the file."""
+        """Read the data set's cells in these blocks of the file."""
         parts, cell_type_idx = [], []
         for start in np.sort(blocks) * SHUFFLED_CELLS:
             rows = slice(start, min(start + SHUFFLED_CELLS, self.counts.shape[0]))
-            mine = slice(*np.searchsorted(self.cells, [rows.start, rows.stop]))
-            parts.append(self.counts[rows][self.cells[mine] - start])
-            cell_type_idx.append(self.cell_type_idx[mine])
+            places = slice(*np.searchsorted(self.cells, [rows.start, rows.stop]))
+            parts.append(self.counts[rows][self.cells[places] - start])
+            cell_type_idx.append(self.cell_type_idx[places])
         return InMemoryCells(sp.vstack(parts, format="csr"), np.concatenate(cell_type_idx), self.device)

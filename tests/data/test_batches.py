@@ -1,4 +1,4 @@
-"""Batches hold what the matrix holds."""
+"""Batches hold the rows of the matrix, in memory and on disk."""
 
 import functools
 
@@ -39,7 +39,7 @@ def test_selected_cells_are_those_cells():
 
 
 def test_an_epoch_holds_every_cell_once_in_a_seeded_order():
-    counts, types = simulated_cells(n_cells=103)
+    counts, _ = simulated_cells(n_cells=103)
     dataset = CellDataset(counts, np.arange(103), torch.device("cpu"))
     orders = []
     for seed in (0, 0, 1):
@@ -52,7 +52,7 @@ def test_an_epoch_holds_every_cell_once_in_a_seeded_order():
 
 @pytest.fixture
 def on_disk(tmp_path, monkeypatch):
-    """Cells in a file of many blocks and windows, the same in memory, and which of them belong to the data set."""
+    """A data set on disk in many blocks and windows, the same in memory, and the rows that belong to it."""
     monkeypatch.setattr("lib.data.batches.SHUFFLED_CELLS", 16)
     monkeypatch.setattr("lib.data.batches.WINDOW_CELLS", 64)
     monkeypatch.setattr("lib.data.counts.row_blocks", functools.partial(row_blocks, size=50))
@@ -60,7 +60,7 @@ def on_disk(tmp_path, monkeypatch):
     adata = ad.AnnData(counts, uns={"dataset": "simulated"})
     write_counts(adata, tmp_path / "cells.h5ad")
     mine = np.flatnonzero(np.arange(403) % 4 > 0)
-    ids = np.arange(403)  # as types, so that a batch tells which cells it holds
+    ids = np.arange(403)  # used as types, so that a batch shows which cells it holds
     cpu = torch.device("cpu")
     backed = read_counts(tmp_path / "cells.h5ad", "-").X
     return CellDataset(backed, ids, cpu, mine, in_memory=False), CellDataset(counts, ids, cpu, mine), mine
@@ -77,13 +77,13 @@ def test_cells_on_disk_are_the_cells_in_memory(on_disk):
         np.testing.assert_array_equal(whole.toarray(), memory.counts.toarray())
 
 
-def test_an_epoch_from_disk_holds_every_cell_once_and_mixes_far_cells(on_disk):
+def test_an_epoch_from_disk_holds_every_cell_once_and_mixes_distant_cells(on_disk):
     disk, memory, mine = on_disk
     batches = list(disk.shuffled(12, torch.Generator().manual_seed(0)))
     ids = torch.cat([b.cell_type_idx for b in batches]).numpy()
     assert sorted(ids) == list(mine)
     spread = [np.ptp(b.cell_type_idx.numpy()) for b in batches]
-    assert np.mean(spread) > 150  # cells of a batch come from all over the file, not from one stretch of 64
+    assert np.mean(spread) > 150  # cells of a batch come from the whole file, not from 64 consecutive cells
     of_memory = memory.in_memory_cells.batch(np.searchsorted(mine, batches[0].cell_type_idx.numpy()))
     assert torch.equal(batches[0].counts, of_memory.counts) and torch.equal(batches[0].genes, of_memory.genes)
     again = torch.cat([b.cell_type_idx for b in disk.shuffled(12, torch.Generator().manual_seed(0))]).numpy()
