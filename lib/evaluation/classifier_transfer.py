@@ -1,17 +1,17 @@
-"""Generative genomics' judgement of cells: XGBoost names the types, trained on real or on synthetic cells, tested on the other.
+"""Cell types predicted by XGBoost, trained on real or on synthetic cells and tested on the other: the test of Generative genomics.
 
-    real -> real            train cells, test cells
-    real -> synthetic       the same classifier, new cells by the type that was asked for
-    synthetic -> real       trained on new cells, tested on the test cells
+    real -> real            trained on train cells, tested on test cells
+    real -> synthetic       the same classifier, tested on generated cells: is the predicted type the requested one?
+    synthetic -> real       trained on generated cells, tested on test cells
 
-Each classifier stops early by cells of its own kind that it was not trained on. Precision, recall and F1 are means over types
-(macro) and over cells (weighted), for the types and, where a table maps them, for coarse classes: a cell whose predicted type is
-of the right class counts as right.
+Early stopping uses further cells of the same kind, real or synthetic. Precision, recall and F1 are means over types (macro) and over
+cells (weighted): for the types and, if a table maps types to coarse classes, for the classes.
 
-Source: the Generative genomics project (README): 1,000 synthetic cells a type to test on, 2,000 to train on and 100 to stop by.
-Ours: the genes, and the classifier's settings, which are XGBoost's own.
+Source: the Generative genomics project (README): per type, 1,000 synthetic cells to test on, 2,000 to train on, 100 for early stopping.
+Ours: the genes, and XGBoost's default settings.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import anndata as ad
@@ -22,22 +22,22 @@ from sklearn.metrics import precision_recall_fscore_support
 
 from lib.data.counts import hold_out, log_normalize
 from lib.data.tables import separator
-from lib.evaluation.metrics import variable_genes
+from lib.evaluation.cell_statistics import variable_genes
 
-N_GENES = 1000  # the most variable ones of the train cells
-ROUNDS, PATIENCE = 300, 10  # of boosting: at most; without a better error
+N_GENES = 1000  # the most variable genes of the train cells
+ROUNDS, PATIENCE = 300, 10  # of boosting: at most; without a lower error
 STOPPING_FRACTION = (
-    0.125  # of the train cells of each type, to stop by (with a fifth of all cells as test cells: their 70/20/10)
+    0.125  # of the train cells of each type, for early stopping (70/20/10 with 20% test cells, as in the source)
 )
 
 
 def read_classes(path: Path, cell_types: list[str]) -> list[str]:
-    """The coarse class of each type, from a table of two columns, cell type and class, with a header.
+    """The coarse class of each cell type, from a csv or tsv with a header and two columns, cell type and class.
 
     Raises
     ------
     ValueError
-        If it names no class for a type.
+        If there are other columns, or a type has no class.
     """
     table = pd.read_csv(path, sep=separator(path), dtype=str).dropna(how="all")
     if table.shape[1] != 2:
@@ -54,14 +54,9 @@ def read_classes(path: Path, cell_types: list[str]) -> list[str]:
 
 
 def train_classifier(
-    counts: sp.csr_matrix,
-    types: np.ndarray,
-    stop_counts: sp.csr_matrix,
-    stop_types: np.ndarray,
-    n_types: int,
-    seed: int,
-):
-    """XGBoost on log(1 + counts per 10,000), stopped early by the second set."""
+    counts: sp.csr_matrix, types: np.ndarray, stop_counts: sp.csr_matrix, stop_types: np.ndarray, n_types: int, seed: int
+):  # fmt: skip
+    """XGBoost on log(1 + counts per 10,000); the second set of cells is for early stopping. Returns xgboost.Booster."""
     import xgboost
 
     features, stop_features = log_normalize(counts, 1e4), log_normalize(stop_counts, 1e4)
@@ -79,16 +74,15 @@ def train_classifier(
 
 
 def predict_types(classifier, counts: sp.csr_matrix) -> np.ndarray:
+    """Most probable type of each cell, by the classifier's best round: (n_cells,) integers."""
     import xgboost
 
-    chosen = classifier.predict(
-        xgboost.DMatrix(log_normalize(counts, 1e4)), iteration_range=(0, classifier.best_iteration + 1)
-    )
-    return chosen.argmax(axis=1)
+    features, rounds = xgboost.DMatrix(log_normalize(counts, 1e4)), (0, classifier.best_iteration + 1)
+    return classifier.predict(features, iteration_range=rounds).argmax(axis=1)
 
 
-def scores(true: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
-    """Precision, recall and F1, over the types that are among the true ones or the predicted."""
+def precision_recall_f1(true: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    """Precision, recall and F1, macro and weighted, over the types that occur in either."""
     found = {}
     for average in ("macro", "weighted"):
         values = precision_recall_fscore_support(true, predicted, average=average, zero_division=0)
@@ -96,49 +90,53 @@ def scores(true: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
     return found
 
 
-def protocol(
-    train: ad.AnnData, test: ad.AnnData, sample, seed: int, classes: list[str] | None = None, n_test: int = 1000, n_train: int = 2000, n_stop: int = 100
-) -> pd.DataFrame:  # fmt: skip
-    """The three tests.
+def transfer_table(
+    train: ad.AnnData,
+    test: ad.AnnData,
+    sample: Callable[[np.ndarray, int], sp.csr_matrix],
+    seed: int,
+    classes: list[str] | None = None,
+    n_test: int = 1000,
+    n_train: int = 2000,
+    n_stop: int = 100,
+) -> pd.DataFrame:
+    """Precision, recall and F1 of the three tests.
 
     Parameters
     ----------
     train, test
-        Real cells in memory, of known type.
+        Real cells in memory, all with a type.
     sample
-        Makes new cells: given (n_cells,) types and a seed, their counts.
+        The generator: types (n_cells,) and a seed -> counts of as many synthetic cells.
     classes
         Coarse class of each type, or None.
     n_test, n_train, n_stop
-        Synthetic cells a type.
+        Synthetic cells per type: to test on, to train on, for early stopping.
 
     Returns
     -------
-    One row a test, once for types and once for classes; columns: labels, trained on, tested on, and the scores.
+    One row per test, for types and then for classes; columns: labels, trained on, tested on, and the scores.
     """
     genes = variable_genes(train, N_GENES)
     n_types = len(train.obs["cell_type"].cat.categories)
     real, real_test = (cells.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64) for cells in (train, test))
     stops = hold_out(real, STOPPING_FRACTION, np.random.default_rng(seed))
     known = np.flatnonzero(np.bincount(real, minlength=n_types))  # types that have train cells
-    new = {name: np.repeat(known, n) for name, n in (("test", n_test), ("train", n_train), ("stop", n_stop))}
-    made = {name: sample(types, seed + i)[:, genes] for i, (name, types) in enumerate(new.items())}
-    of_real = train_classifier(
+    types = {name: np.repeat(known, n) for name, n in (("test", n_test), ("train", n_train), ("stop", n_stop))}
+    synthetic = {name: sample(y, seed + i)[:, genes] for i, (name, y) in enumerate(types.items())}
+    by_real = train_classifier(
         train.X[~stops][:, genes], real[~stops], train.X[stops][:, genes], real[stops], n_types, seed
     )
-    of_new = train_classifier(made["train"], new["train"], made["stop"], new["stop"], n_types, seed)
-    results = {
-        ("real", "real"): (real_test, predict_types(of_real, test.X[:, genes])),
-        ("real", "synthetic"): (new["test"], predict_types(of_real, made["test"])),
-        ("synthetic", "real"): (real_test, predict_types(of_new, test.X[:, genes])),
+    by_synthetic = train_classifier(synthetic["train"], types["train"], synthetic["stop"], types["stop"], n_types, seed)
+    predictions = {
+        ("real", "real"): (real_test, predict_types(by_real, test.X[:, genes])),
+        ("real", "synthetic"): (types["test"], predict_types(by_real, synthetic["test"])),
+        ("synthetic", "real"): (real_test, predict_types(by_synthetic, test.X[:, genes])),
     }
+    labels = {"cell types": np.arange(n_types)} | ({} if classes is None else {"classes": np.asarray(classes)})
     rows = [
-        {"labels": "cell types", "trained on": a, "tested on": b} | scores(*pair) for (a, b), pair in results.items()
+        {"labels": name, "trained on": trained, "tested on": tested} | precision_recall_f1(of[true], of[predicted])
+        for name, of in labels.items()
+        for (trained, tested), (true, predicted) in predictions.items()
     ]
-    if classes is not None:
-        names = np.asarray(classes)
-        rows += [
-            {"labels": "classes", "trained on": a, "tested on": b} | scores(*(names[part] for part in pair))
-            for (a, b), pair in results.items()
-        ]
     return pd.DataFrame(rows)

@@ -49,9 +49,9 @@ def proportions(
 
     axes = right.subplots()
     stacked_bars(axes, bars, rotation=90)
-    axes.set_ylabel("proportion of cells (lines: standard deviation)")
     n_samples = len(bulk_estimate)
-    if n_samples <= MAX_BARS:
+    if n_samples <= MAX_BARS and bulk_spread.notna().any(axis=None):
+        axes.set_ylabel("proportion of cells (lines: standard deviation)")
         places = np.arange(len(bars) - n_samples, len(bars))
         tops = bars.iloc[-n_samples:].cumsum(axis=1)
         for name in tops.columns.intersection(bulk_spread.columns):

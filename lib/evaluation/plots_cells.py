@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lib.evaluation.cell_statistics import CellStatistics
 from lib.evaluation.plots_style import (
@@ -115,7 +116,7 @@ def composition(proportions: pd.DataFrame, path: Path) -> None:
     """Stacked bars of the proportions of the types. proportions: sets of cells x cell types, from `type_proportions`."""
     figure = Figure(figsize=(max(7, 3.5 + 0.45 * len(proportions)), 4.8), layout="constrained")
     axes = figure.subplots()
-    stacked_bars(axes, proportions, rotation=90 if len(proportions) > 6 else 0)
+    stacked_bars(axes, proportions, rotation=90 if len(proportions) > 3 else 0)
     type_legend(figure, axes, top_down=False)
     save(figure, path)
 
@@ -187,13 +188,13 @@ def fidelity(
     figure = Figure(figsize=(16.5, 8), layout="constrained")
     (classifiers, by_type, library, detected), (variance, zeros, means, fold_changes) = figure.subplots(2, 4)
     whole = table[table["cells"] == "all"].set_index("figure").loc[["linear AUC", "forest AUC"]]
-    _auc_bars(classifiers, whole.set_axis(["linear\n(genes)", "random forest\n(PCs)"]), "all cells")
+    _auc_bars(classifiers, whole.set_axis(["linear\n(genes)", "random forest\n(PCs)"]), "all types together")
     classifiers.legend(frameon=False, fontsize=8, loc="upper right")
     within = table[(table["cells"] != "all") & (table["figure"] == "forest AUC")].set_index("cells")
     _auc_bars(by_type, within, "each type (random forest)")
     _histograms(library, {name: of.library_size for name, of in statistics.items()}, "library size (counts per cell)")
     _histograms(detected, {name: of.n_genes for name, of in statistics.items()}, "genes detected per cell")
-    library.legend(frameon=False, fontsize=8, loc="upper left")
+    detected.legend(frameon=False, fontsize=8, loc="upper right")
 
     test, generated = statistics["test"], statistics["generated"]
     _against_mean(variance, test.genes, generated.genes, "variance", least=SMALLEST)
@@ -208,7 +209,7 @@ def fidelity(
         if name in test.fold_changes and name in generated.fold_changes:
             fold_changes.scatter(test.fold_changes[name], generated.fold_changes[name], c=colour, **GENE_DOTS)
     fold_changes.set(xlabel="test cells, log2 fold change", ylabel="generated cells, log2 fold change")
-    fold_changes.set_title("each gene, each type against all others\n(in the colour of the type)")
+    fold_changes.set_title("fold change of each gene in each type\n(in the colour of the type)")
     for axes in (means, fold_changes):
         limits = min(axes.get_xlim()[0], axes.get_ylim()[0]), max(axes.get_xlim()[1], axes.get_ylim()[1])
         axes.plot(limits, limits, c="k", lw=0.8, ls="--")
@@ -228,7 +229,7 @@ def _auc_bars(axes: Axes, rows: pd.DataFrame, cells: str) -> None:
     axes.set_yticks(places, list(rows.index), fontsize=8)
     lowest = rows[["real", "generated"]].min(axis=None)
     axes.set(xlim=(min(0.4, lowest - 0.02), 1), xlabel="classifier AUC (0.5: cannot be distinguished)")
-    axes.set_title(f"train or generated cells against test cells,\n{cells}")
+    axes.set_title(f"train or generated cells against test cells:\n{cells}")
 
 
 def _histograms(axes: Axes, values: dict[str, np.ndarray], label: str) -> None:
@@ -268,13 +269,22 @@ def comparison(table: pd.DataFrame, reference: pd.Series, path: Path) -> None:
         axes.barh(places, values, color=colours, height=0.7)
         axes.axvline(reference[metric], c=REAL, lw=1.5, ls="--")
         low, high = min(0.0, values.min(), reference[metric]), max(values.max(), reference[metric])
-        axes.set(xlim=(low, low + 1.25 * (high - low)))
+        margin = 0.25 * (high - low)
+        axes.set(xlim=(low - margin if low < 0 else low, high + margin))
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         for place, value in zip(places, values):
             outlined_text(axes, max(value, 0), place, f" {value:.3f}", fontsize=8)
         axes.set_title(metric, fontsize=9)
         axes.set_yticks(places, names if axes in panels[::4] else [""] * len(names), fontsize=8)
         axes.tick_params(axis="x", labelsize=8)
     open_frame(*panels)
-    panels[0].plot([], [], c=REAL, lw=1.5, ls="--", label="train cells against the same test cells: the best possible")
+    panels[0].plot(
+        [],
+        [],
+        c=REAL,
+        lw=1.5,
+        ls="--",
+        label="train cells against the same test cells: the best that a generator can reach",
+    )
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize=9)
     save(figure, path)

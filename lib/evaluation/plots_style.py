@@ -98,9 +98,7 @@ def stacked_bars(axes: Axes, proportions: pd.DataFrame, rotation: int) -> None:
         height, bottom = proportions[name], tops[name] - proportions[name]
         axes.bar(places, height, bottom=bottom, color=colour, width=0.8, label=name, edgecolor="white", lw=0.3)
     labels = [str(name).replace("_", " ") for name in proportions.index]
-    axes.set_xticks(
-        places, labels if rotation else [label.replace(", ", "\n") for label in labels], rotation=rotation, fontsize=8
-    )
+    axes.set_xticks(places, labels, rotation=rotation, fontsize=8)
     axes.set(xlim=(-0.6, len(proportions) - 0.4), ylim=(0, 1.02), ylabel="proportion of cells")
     open_frame(axes)
 

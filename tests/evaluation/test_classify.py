@@ -1,4 +1,4 @@
-"""The XGBoost protocol: that it tells good synthetic cells from bad ones, and its scores by hand."""
+"""The XGBoost tests of Generative genomics: good and mislabelled synthetic cells have different scores; scores by hand."""
 
 import anndata as ad
 import numpy as np
@@ -8,7 +8,7 @@ from helpers import STAGES, simulated_dataset
 
 pytest.importorskip("xgboost")
 
-from lib.evaluation import classifier_transfer as classify
+from lib.evaluation.classifier_transfer import precision_recall_f1, read_classes, transfer_table
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def cells():
 
 
 def copies_of(train: ad.AnnData):
-    """A generator that could not be better: real cells of the type."""
+    """The best possible generator: real cells of the type."""
     codes = train.obs["cell_type"].cat.codes.to_numpy()
 
     def sample(types, seed):
@@ -32,9 +32,9 @@ def test_good_cells_score_as_real_ones_and_mislabelled_cells_do_not(cells):
     train, test = cells
     good = copies_of(train)
     sizes = {"n_test": 40, "n_train": 80, "n_stop": 20}
-    table = classify.protocol(train, test, good, 0, **sizes).set_index(["trained on", "tested on"])
+    table = transfer_table(train, test, good, 0, **sizes).set_index(["trained on", "tested on"])
     assert (table["F1 (macro)"] > 0.9).all()
-    swapped = classify.protocol(
+    swapped = transfer_table(
         train, test, lambda types, seed: good(np.array([1, 0, 2])[types], seed), 0, **sizes
     ).set_index(["trained on", "tested on"])
     assert swapped.loc[("real", "real"), "F1 (macro)"] > 0.9
@@ -47,7 +47,7 @@ def test_good_cells_score_as_real_ones_and_mislabelled_cells_do_not(cells):
 def test_a_wrong_type_of_the_right_class_counts_as_right(cells):
     train, test = cells
     good = copies_of(train)
-    table = classify.protocol(
+    table = transfer_table(
         train,
         test,
         lambda types, seed: good(np.array([1, 0, 2])[types], seed),
@@ -62,7 +62,7 @@ def test_a_wrong_type_of_the_right_class_counts_as_right(cells):
 
 def test_scores_by_hand():
     """Type 0: 2 of 3 found, 2 of 2 right; type 1: 1 of 1 found, 1 of 2 right."""
-    found = classify.scores(np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1]))
+    found = precision_recall_f1(np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1]))
     assert found["precision (macro)"] == pytest.approx((1 + 1 / 2) / 2) and found["recall (macro)"] == pytest.approx(
         (2 / 3 + 1) / 2
     )
@@ -74,12 +74,12 @@ def test_scores_by_hand():
 def test_the_table_of_classes(tmp_path):
     path = tmp_path / "classes.csv"
     path.write_text("cell type,class\nB,lymphoid\nT,lymphoid\nMono,myeloid\n")
-    assert classify.read_classes(path, ["T", "Mono"]) == ["lymphoid", "myeloid"]
+    assert read_classes(path, ["T", "Mono"]) == ["lymphoid", "myeloid"]
     with pytest.raises(ValueError, match="names no class for NK"):
-        classify.read_classes(path, ["T", "NK"])
+        read_classes(path, ["T", "NK"])
     path.write_text("a,b,c\n1,2,3\n")
     with pytest.raises(ValueError, match=r"has 3 columns \(a, b, c\); expected two"):
-        classify.read_classes(path, ["T"])
+        read_classes(path, ["T"])
 
 
 def test_stage_5_prints_the_tables(pipeline, tmp_path, capsys):
