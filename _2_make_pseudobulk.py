@@ -6,8 +6,8 @@ writes  data/pseudobulk_test_counts.csv, _tpm.csv (samples x genes), _proportion
 run     python _2_make_pseudobulk.py
 time    15,000 mixtures of 1,200 cells x 16,000 genes: half a minute, 1 GB on disk; 700 genes: seconds
 
-Stage 4 trains its network on the mixtures of train cells. The default deconvolution, a regression on the train cells' mean
-profiles, does not use them. Stage 5 evaluates every deconvolution on the mixtures of test cells.
+Stage 4 trains scTAPE on the mixtures of train cells. The default deconvolution, a regression on the train cells' mean profiles,
+does not use them. Stage 5 evaluates the deconvolution on the mixtures of test cells.
 """
 
 from itertools import chain
@@ -24,11 +24,11 @@ from lib.bulk import pseudobulk
 from lib.data.counts import hold_out, n_entries, read_split
 from lib.files import folder, print_written, replacing
 
-# Mixtures of train cells, to train the network of stage 4
+# Mixtures of train cells, to train scTAPE
 N_TRAIN_SAMPLES = 15_000  # original code
 CELLS_PER_SAMPLE = 1_200  # original code; sampled with replacement
-MIN_DISTINCT_CELLS: int | None = 3  # at least; a type's cells come from a random subset; none: from all (original)
-VALIDATION_FRACTION = 0.15  # of mixtures and cells: held-out train cells, which are in these mixtures alone (ours)
+MIN_DISTINCT_CELLS: int | None = 3  # smallest random subset that a type's cells come from; none: all cells (original)
+VALIDATION_FRACTION = 0.15  # share of train cells held out; the same share of mixtures is made of them (ours)
 
 # Mixtures of test cells, to evaluate the deconvolution
 N_TEST_OWN = 5  # at the test set's own proportions: random 33-40 % of its cells each (original: nested subsets)

@@ -35,13 +35,14 @@ from lib.bulk.tables import read_bulk, read_gene_ids
 from lib.data.counts import select_cells
 from lib.evaluation import plots_training
 from lib.files import folder, print_written, user_path
+from lib.models.gmvae import GMVAE
 from lib.training import Trainer, check_checkpoint, keep_freed_memory, load_checkpoint
 
 # Network
-NETWORK: Literal["sctape", "bulk_encoder"] = "sctape"  # to train; bulk_encoder predicts the cells' states as well
+NETWORK: Literal["sctape", "bulk_encoder"] = "sctape"  # to train: sctape, or bulk_encoder, which predicts states too
 
 # Genes of scTAPE (selected by the training mixtures alone)
-N_GENES = 1000  # whose expression the proportions explain best (ours; original code: the 85 % that vary most)
+N_GENES = 1000  # genes whose expression the proportions explain best (ours; original code: the 85 % that vary most)
 BULK_FILE: str | None = None  # a bulk table to be deconvolved later: select among its genes only
 GENE_IDS: str | None = None  # table of Ensembl IDs and gene names, for a BULK_FILE with IDs
 MIN_GENE_COVERAGE = 0.5  # least share of the selected (or signature) genes that a bulk of stage 5 must have (ours)
@@ -58,7 +59,7 @@ PATIENCE = 15  # epochs without a lower held-out error before training stops (ou
 N_STATE_GENES = 2000  # input genes: the most variable ones of the train cells (ours)
 N_STATE_SAMPLES = 5_000  # mixtures of train cells that favour some states, made by this stage (ours)
 CELLS_PER_STATE_SAMPLE = 1_200  # cells in each of them (ours)
-VALIDATION_FRACTION = 0.25  # of mixtures and cells: held-out train cells, which are in these mixtures alone (ours)
+VALIDATION_FRACTION = 0.25  # share of train cells held out; the same share of mixtures is made of them (ours)
 
 # Running
 RESUME = False  # go on from models/sctape_last.pt
@@ -119,7 +120,7 @@ def train_sctape(mixtures: ad.AnnData, train: ad.AnnData, models: Path, device: 
 def train_bulk_encoder(
     mixtures: ad.AnnData, train: ad.AnnData, models: Path, device: torch.device
 ) -> tuple[Trainer, str]:
-    """The bulk encoder, on its own mixtures, whose states the GMVAE's z tells; returns its accuracy in words."""
+    """The bulk encoder, on its own mixtures, whose states are known from the GMVAE's z; returns its accuracy in words."""
     cell_types = list(train.obs["cell_type"].cat.categories)
     gmvae = load_gmvae(train, models / "gmvae.pt", device)
     cells = select_cells(train, np.flatnonzero(train.obs["cell_type"].notna()))
@@ -175,14 +176,16 @@ def description(
     }
 
 
-def load_gmvae(train: ad.AnnData, path: Path, device: torch.device) -> torch.nn.Module:
+def load_gmvae(train: ad.AnnData, path: Path, device: torch.device) -> GMVAE:
     """The GMVAE whose z the bulk encoder predicts, refused if it was trained on other cells."""
     stage = "_3_train_gmvae.py"
     checkpoint = load_checkpoint(path, stage)
     cell_types = list(train.obs["cell_type"].cat.categories)
     source = folder(DATA_DIR) / "train.h5ad"
     check_checkpoint(checkpoint, path, stage, list(train.var_names), cell_types, train.uns["split_id"], source)
-    return generators.load(checkpoint, device)
+    model = generators.load(checkpoint, device)
+    assert isinstance(model, GMVAE)
+    return model
 
 
 def usable_genes(mixtures: ad.AnnData) -> np.ndarray:

@@ -388,10 +388,10 @@ def test_gene_lengths_go_the_whole_way(tmp_path):
         (place.data / "predicted_proportions.csv").rename(place.data / f"predicted_{units}.csv")
     by_units = [pd.read_csv(place.data / f"predicted_{units}.csv", index_col=0) for units in ("tpm", "counts")]
     np.testing.assert_allclose(*by_units, atol=1e-3)
-    encoder = {"DECONVOLVER": "bulk_encoder", "DEVICE": "cpu"}
-    place.main(STAGES[4], N_STATE_SAMPLES=200, CELLS_PER_STATE_SAMPLE=100, EPOCHS=2, **encoder)
+    few = {"N_STATE_SAMPLES": 200, "CELLS_PER_STATE_SAMPLE": 100, "EPOCHS": 2}
+    place.main(STAGES[4], NETWORK="bulk_encoder", DEVICE="cpu", **few)
     bulk = str(tmp_path / "bulk_counts.csv")
-    place.main(STAGES[5], BULK_FILE=bulk, BULK_UNITS="counts", N_CELLS=5, **encoder)
+    place.main(STAGES[5], BULK_FILE=bulk, BULK_UNITS="counts", N_CELLS=5, DECONVOLVER="bulk_encoder", DEVICE="cpu")
     place.main(STAGES[2], USE_GENE_LENGTHS=False, N_TRAIN_SAMPLES=400)
     with pytest.raises(ValueError, match="by gene length"):
         place.main(STAGES[5])

@@ -232,7 +232,7 @@ def mix_states(
         Mixtures x cell types x axes: half the logarithm of the ratio of two variances, that of the type's cells in the mixture
         over that of all cells of the type; both include `posterior_variance`.
     """
-    n, n_types, n_axes = *cells_per_type.shape, coordinates.shape[1]
+    n, n_types, n_axes = len(cells_per_type), cells_per_type.shape[1], coordinates.shape[1]
     n_active = rng.integers(1, 4, (n, 1))
     direction = rng.normal(size=(n, n_axes)) * (rng.random((n, n_axes)).argsort(axis=1) < n_active)
     strength = rng.uniform(0, MAX_STRENGTH, n) * (rng.random(n) >= UNSHIFTED_SHARE)

@@ -41,7 +41,7 @@ class ScTAPE(nn.Module):
 
     def __init__(self, n_genes: int, n_cell_types: int, dropout: float):
         super().__init__()
-        self.arguments = dict(n_genes=n_genes, n_cell_types=n_cell_types, dropout=dropout)
+        self.arguments: dict[str, Any] = dict(n_genes=n_genes, n_cell_types=n_cell_types, dropout=dropout)
         layers: list[nn.Module] = []
         for n_in, n_out in pairwise((n_genes, *HIDDEN)):
             layers += [nn.Dropout(dropout), nn.Linear(n_in, n_out), nn.CELU()]
@@ -277,7 +277,7 @@ def fit(
 
     train, held_out: the arguments of the model's `forward`, one mixture per row.
     """
-    model = trainer.model
+    model: Any = trainer.model  # has a method `validate`
     device = next(model.parameters()).device
     train, held_out = (tuple(part.to(device) for part in data) for data in (train, held_out))
     shared = parallel.shared(model)

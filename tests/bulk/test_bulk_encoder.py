@@ -1,4 +1,4 @@
-"""The bulk encoder: that a bulk moves the cells themselves, towards the cells that it was made of."""
+"""The bulk encoder: it shifts the generated cells towards the state of the cells in the bulk."""
 
 import anndata as ad
 import numpy as np
@@ -8,7 +8,7 @@ import scipy.sparse as sp
 import torch
 from helpers import STAGES, trained_gmvae
 
-from lib.bulk import bulk_encoder, bulk_encoder_fit, states
+from lib.bulk import bulk_encoder, bulk_states, sctape
 from lib.bulk.bulk_encoder import BulkEncoder
 from lib.data.batches import CellDataset
 from lib.data.counts import log_normalize
@@ -18,14 +18,14 @@ CPU = torch.device("cpu")
 N_TYPES, N_GENES = 3, 60
 
 
-def two_state_cells(n_cells: int, answers: np.ndarray, seed: int) -> ad.AnnData:
-    """Three types whose cells are at rest or answer: an answer changes twelve genes, in all types alike."""
+def two_state_cells(n_cells: int, responds: np.ndarray, seed: int) -> ad.AnnData:
+    """Three types whose cells are resting (0) or respond (1); the response changes the same twelve genes in all types."""
     rng, pattern = np.random.default_rng(seed), np.random.default_rng(0)
     profiles = pattern.lognormal(0, 1.2, (N_TYPES, N_GENES))
     change = np.zeros(N_GENES)
     change[:12] = pattern.normal(0, 1, 12)
     types = np.arange(n_cells) % N_TYPES
-    mu = profiles[types] * np.exp(answers[:, None] * change)
+    mu = profiles[types] * np.exp(responds[:, None] * change)
     mu *= rng.lognormal(np.log(600), 0.3, n_cells)[:, None] / mu.sum(axis=1, keepdims=True)
     counts = sp.csr_matrix(rng.poisson(rng.gamma(10.0, mu / 10.0)).astype(np.float32))
     obs = pd.DataFrame(
@@ -36,12 +36,12 @@ def two_state_cells(n_cells: int, answers: np.ndarray, seed: int) -> ad.AnnData:
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
-    """A GMVAE of cells of which four in ten answer, and the encoder's checkpoint."""
+    """A GMVAE of cells of which four in ten respond; the encoder's checkpoint, the encoder, and its mixtures."""
     cells = two_state_cells(900, np.random.default_rng(1).random(900) < 0.4, seed=1)
     codes = cells.obs["cell_type"].cat.codes.to_numpy()
     model = trained_gmvae(cells.X, codes, epochs=80, on_axes=True)
     model.fit_prior(CellDataset(cells.X, codes, CPU), None, 0)
-    made = bulk_encoder_fit.make_mixtures(model, cells, np.ones(N_GENES, bool), None, N_GENES, 1500, 300, 0.25, seed=0)
+    made = bulk_states.make_mixtures(model, cells, np.ones(N_GENES, bool), None, N_GENES, 1500, 300, 0.25, seed=0)
     torch.manual_seed(0)
     encoder = BulkEncoder(N_GENES, N_TYPES, made.axes["axes"].shape[1], hidden=64, n_latent=32)
     encoder.initialise(made.fit[0], np.full(N_TYPES, 300))
@@ -62,7 +62,7 @@ def fitted(tmp_path_factory):
         tmp_path_factory.mktemp("encoder"),
         30,
     )
-    bulk_encoder_fit.fit(trainer, made, epochs=60, batch_size=100, max_gradient_norm=1.0)
+    sctape.fit(trainer, made.fit, made.held_out, epochs=60, batch_size=100, max_gradient_norm=1.0)
     return model, about | {"weights": trainer.best_weights}, encoder, made
 
 
@@ -75,34 +75,33 @@ def type_means(cells) -> np.ndarray:
     return np.stack([values[np.arange(len(values)) % N_TYPES == k].mean(axis=0) for k in range(N_TYPES)])
 
 
-def test_a_bulk_moves_the_cells_towards_those_it_was_made_of(fitted):
-    """Of new cells, those of a bulk of answering cells come nearer to these than unmoved ones, and those of a bulk at rest to those."""
+def test_a_bulk_shifts_generated_cells_towards_its_own_cells(fitted):
+    """Cells generated for a bulk of responding (resting) cells are closer to these cells than cells generated without a bulk."""
     model, checkpoint, _, _ = fitted
-    kinds = [two_state_cells(600, np.full(600, answer), seed=5 + answer) for answer in (0, 1)]
+    bulk_cells = [two_state_cells(600, np.full(600, state), seed=5 + state) for state in (0, 1)]
     types = np.arange(600) % N_TYPES
-    still = type_means(sp.vstack(list(model.sample(types, 3))))
-    shift = bulk_encoder.shift(checkpoint, bulk_of(*kinds))
-    moved = [
+    unshifted = type_means(sp.vstack(list(model.sample(types, 3))))
+    shift = bulk_encoder.shift(checkpoint, bulk_of(*bulk_cells))
+    shifted = [
         type_means(sp.vstack(list(model.sample(types, 3, shift=shift, groups=types + N_TYPES * sample))))
         for sample in (0, 1)
     ]
-    truth = [type_means(cells) for cells in kinds]
+    truth = [type_means(cells) for cells in bulk_cells]
 
     def error(a, b):
-        return np.sqrt(np.square(a - b)[:, :12].mean(axis=1))  # of each type, over the genes that change
+        return np.sqrt(np.square(a - b)[:, :12].mean(axis=1))  # per type, over the twelve genes that change
 
     for own in (0, 1):
-        assert (error(moved[own], truth[own]) < error(still, truth[own])).all()
-        assert error(moved[own], truth[own]).mean() < 0.75 * error(still, truth[own]).mean()
-        assert (error(moved[own], truth[1 - own]) > error(still, truth[1 - own])).all()
-    assert (
-        np.abs(moved[1] - truth[1])[:, 12:].mean() < 1.3 * np.abs(still - truth[1])[:, 12:].mean() + 0.02
-    )  # and nothing else moves
+        assert (error(shifted[own], truth[own]) < error(unshifted, truth[own])).all()
+        assert error(shifted[own], truth[own]).mean() < 0.75 * error(unshifted, truth[own]).mean()
+        assert (error(shifted[own], truth[1 - own]) > error(unshifted, truth[1 - own])).all()
+    # the other genes hardly change
+    assert np.abs(shifted[1] - truth[1])[:, 12:].mean() < 1.3 * np.abs(unshifted - truth[1])[:, 12:].mean() + 0.02
 
 
-def test_it_reads_states_and_proportions_of_cells_it_has_not_seen(fitted):
+def test_it_predicts_states_and_proportions_of_held_out_cells(fitted):
     _, checkpoint, encoder, made = fitted
-    found = bulk_encoder_fit.explained(encoder, made.held_out)
+    found = bulk_states.explained(encoder, made.held_out)
     assert found["means"] > 0.3 and found["scales"] > 0.1
     assert found["mae"] < 0.4 * float((made.held_out[1] - made.fit[1].mean(dim=0)).abs().mean())
     a, b = two_state_cells(300, np.zeros(300), 7), two_state_cells(300, np.ones(300), 8)
@@ -112,45 +111,44 @@ def test_it_reads_states_and_proportions_of_cells_it_has_not_seen(fitted):
     np.testing.assert_allclose(predicted.sum(axis=1), 1, rtol=1e-5)
 
 
-def test_the_answer_is_an_axis_of_the_states(fitted):
+def test_the_response_is_a_state_axis(fitted):
     model, _, _, made = fitted
     cells = two_state_cells(600, np.arange(600) >= 300, seed=9)
     codes = cells.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64)
-    mean, _ = states.encode(model, CellDataset(cells.X, codes, CPU))
-    place = states.places(made.axes, mean, codes)
-    apart = np.abs(place[300:].mean(axis=0) - place[:300].mean(axis=0)) / place.std(axis=0)
-    assert apart.max() > 1.2
+    mean, _ = bulk_states.encode(model, CellDataset(cells.X, codes, CPU))
+    coordinates = bulk_states.state_coordinates(made.axes, mean, codes)
+    difference = coordinates[300:].mean(axis=0) - coordinates[:300].mean(axis=0)
+    assert (np.abs(difference) / coordinates.std(axis=0)).max() > 1.2
     vectors = made.axes["axes"]
     torch.testing.assert_close(vectors.T @ vectors, torch.eye(vectors.shape[1]), atol=1e-5, rtol=0)
     assert (made.axes["spread"].diff() <= 0).all()
 
 
-def test_mixtures_know_where_their_cells_lie():
-    """Means and scales against the cells that the mixing matrix names, one by one; strong weights move them."""
+def test_means_and_scales_of_mixtures_are_those_of_their_cells():
+    """Means and scales computed from the cells that the mixing matrix names, one by one; strong weights shift the means."""
     rng = np.random.default_rng(0)
     types = np.repeat([0, 1, -1], [200, 100, 50])
-    place, noise = rng.normal(size=(350, 4)), np.array([0.1, 0.2, 0.3, 0.4])
+    coordinates, variance = rng.normal(size=(350, 4)), np.array([0.1, 0.2, 0.3, 0.4])
     cells_per_type = rng.integers(0, 60, (40, 2))
-    mixing, means, log_scales = states.mixtures(cells_per_type, types, place, noise, rng)
+    mixing, means, log_scales = bulk_states.mix_states(cells_per_type, types, coordinates, variance, rng)
     assert mixing.shape == (40, 350) and mixing[:, types == -1].nnz == 0
     for k in range(2):
         np.testing.assert_array_equal(np.asarray(mixing[:, types == k].sum(axis=1)).ravel(), cells_per_type[:, k])
     for i in (0, 7, 31):
-        drawn = np.repeat(place[types == 1], mixing[i].toarray()[0][types == 1].astype(int), axis=0)
-        np.testing.assert_allclose(means[i, 1], drawn.mean(axis=0), atol=1e-5)
-        expected = 0.5 * np.log((drawn.var(axis=0) + noise) / (place[types == 1].var(axis=0) + noise))
+        sampled = np.repeat(coordinates[types == 1], mixing[i].toarray()[0][types == 1].astype(int), axis=0)
+        np.testing.assert_allclose(means[i, 1], sampled.mean(axis=0), atol=1e-5)
+        expected = 0.5 * np.log((sampled.var(axis=0) + variance) / (coordinates[types == 1].var(axis=0) + variance))
         np.testing.assert_allclose(log_scales[i, 1], expected, atol=1e-5)
     full = cells_per_type[:, 0] > 20
     assert np.linalg.norm(means[full, 0], axis=1).max() > 1.5 > 3 * np.linalg.norm(means[full, 0], axis=1).min()
     with pytest.raises(ValueError, match="cell type number 2 has no cells"):
-        states.mixtures(np.ones((2, 3), int), types, place, noise, rng)
+        bulk_states.mix_states(np.ones((2, 3), int), types, coordinates, variance, rng)
 
 
-def test_a_shift_moves_and_scales_z_on_the_axes_alone(fitted, monkeypatch):
+def test_a_shift_changes_z_on_the_axes_alone(fitted, monkeypatch):
     model, checkpoint, _, made = fitted
-    vectors = torch.linalg.qr(torch.randn(5, 2, generator=torch.Generator().manual_seed(0)))[
-        0
-    ]  # two axes in a z of five dimensions
+    # two axes in a z of five dimensions
+    vectors = torch.linalg.qr(torch.randn(5, 2, generator=torch.Generator().manual_seed(0)))[0]
     axes = {"middle": torch.randn(N_TYPES, 5), "axes": vectors, "spread": torch.tensor([2.0, 0.7])}
     means, log_scales = torch.randn(2, N_TYPES, 2).numpy(), torch.randn(2, N_TYPES, 2).numpy() * 0.5
     monkeypatch.setattr(bulk_encoder, "read", lambda *_: (None, means, log_scales))
@@ -159,19 +157,19 @@ def test_a_shift_moves_and_scales_z_on_the_axes_alone(fitted, monkeypatch):
     moved = z @ matrix[sample * N_TYPES + k].T + offset[sample * N_TYPES + k]
     before, after = ((v - axes["middle"][k]) @ axes["axes"] / axes["spread"] for v in (z, moved))
     np.testing.assert_allclose(after, before.numpy() * np.exp(log_scales[sample, k]) + means[sample, k], atol=2e-4)
-    beside = torch.eye(5) - vectors @ vectors.T
-    torch.testing.assert_close(z @ beside, moved @ beside, atol=1e-4, rtol=1e-3)
+    orthogonal = torch.eye(5) - vectors @ vectors.T
+    torch.testing.assert_close(z @ orthogonal, moved @ orthogonal, atol=1e-4, rtol=1e-3)
     means = log_scales = np.zeros((2, N_TYPES, made.axes["axes"].shape[1]), np.float32)
     monkeypatch.setattr(bulk_encoder, "read", lambda *_: (None, means, log_scales))
     types = np.arange(300) % N_TYPES
-    still, unmoved = (
+    unshifted, identity = (
         sp.vstack(list(model.sample(types, 1, **m)))
         for m in ({}, {"shift": bulk_encoder.shift(checkpoint, pd.DataFrame(index=["x", "y"])), "groups": types})
     )
-    assert (still != unmoved).nnz < 0.001 * still.nnz  # the identity, up to rounding
+    assert (unshifted != identity).nnz < 0.001 * unshifted.nnz  # the identity, up to rounding
 
 
-def test_types_of_few_cells_and_absent_types_teach_nothing(fitted):
+def test_rare_and_absent_types_do_not_enter_the_loss(fitted):
     _, _, _, made = fitted
     n_axes = made.axes["axes"].shape[1]
     encoder = BulkEncoder(N_GENES, N_TYPES, n_axes, hidden=8, n_latent=8, dropout=0.0).eval()
@@ -181,7 +179,7 @@ def test_types_of_few_cells_and_absent_types_teach_nothing(fitted):
     mean = torch.zeros(5, N_TYPES, n_axes)
     assert (encoder.encode(profiles)[1][:, 2] == 0).all()
     far = mean.clone()
-    far[:, 1:] = 100.0  # the absent type, and the one of few cells
+    far[:, 1:] = 100.0  # the absent type, and the type with few train cells
     a, b = (encoder(profiles, proportions, m, mean)["mean_loss"].item() for m in (mean, far))
     assert a == b > 0
 
@@ -194,10 +192,12 @@ def test_a_bulk_without_the_genes_is_refused(fitted):
         bulk_encoder.read(checkpoint, bulk_of(two_state_cells(9, np.zeros(9), 0)).iloc[:, :30])
 
 
-def test_stages_4_and_5_take_it_by_a_constant(pipeline, tmp_path):
-    options = {"DECONVOLVER": "bulk_encoder", "DEVICE": "cpu", "FIG_DIR": str(tmp_path)}
-    pipeline.main(STAGES[4], N_STATE_SAMPLES=300, CELLS_PER_STATE_SAMPLE=100, EPOCHS=2, **options)
+def test_stages_4_and_5_use_it_by_a_constant(pipeline, tmp_path):
+    options = {"DEVICE": "cpu", "FIG_DIR": str(tmp_path)}
+    few = {"N_STATE_SAMPLES": 300, "CELLS_PER_STATE_SAMPLE": 100, "EPOCHS": 2}
+    pipeline.main(STAGES[4], NETWORK="bulk_encoder", **options, **few)
     few = {"MAX_CELLS_JUDGED": 60, "MAX_CELLS_DRAWN": 100, "OUTPUT": str(tmp_path / "cells.h5ad")}
+    options["DECONVOLVER"] = "bulk_encoder"
     try:
         predicted = (pipeline.data / "predicted_proportions.csv").read_bytes()
         pipeline.main(STAGES[5], **options, **few)
@@ -211,22 +211,24 @@ def test_stages_4_and_5_take_it_by_a_constant(pipeline, tmp_path):
         (pipeline.data / "predicted_proportions.csv").write_bytes(predicted)
 
 
-def test_genes_move_by_what_stands_out_of_the_bulk(fitted):
-    """A gene that is eightfold in the bulk becomes several times as frequent in the cells; a bulk that differs in every gene alike moves none."""
+def test_single_genes_change_where_the_bulk_stands_out(fitted):
+    """A gene raised eightfold in the bulk rises severalfold in the cells; platform differences in all genes change hardly any gene."""
     model, _, _, _ = fitted
     types, genes = np.arange(600) % N_TYPES, [f"GENE{i}" for i in range(N_GENES)]
-    still = sp.vstack(list(model.sample(types, 3)), format="csr")
-    bulk = pd.DataFrame(np.asarray(still.sum(axis=0)), columns=genes)
+    before = sp.vstack(list(model.sample(types, 3)), format="csr")
+    bulk = pd.DataFrame(np.asarray(before.sum(axis=0)), columns=genes)
     identity = bulk_encoder.Shift(torch.eye(model.n_latent).expand(3, -1, -1), torch.zeros(3, model.n_latent))
     raised = bulk.copy()
     raised["GENE20"] *= 8
     shift = bulk_encoder.with_genes(identity, model, genes, None, np.full((1, 3), 1 / 3), raised, seed=0)
-    moved = sp.vstack(list(model.sample(types, 3, shift=shift, groups=types)), format="csr")
-    gain = np.asarray(moved.sum(axis=0) / moved.sum()).ravel() / np.asarray(still.sum(axis=0) / still.sum()).ravel()
+    after = sp.vstack(list(model.sample(types, 3, shift=shift, groups=types)), format="csr")
+    gain = np.asarray(after.sum(axis=0) / after.sum()).ravel() / np.asarray(before.sum(axis=0) / before.sum()).ravel()
     assert gain[20] > 3 and np.median(np.abs(np.delete(gain, 20) - 1)) < 0.15
     platform = bulk * np.random.default_rng(0).lognormal(0, 1, N_GENES)
-    quiet = bulk_encoder.with_genes(identity, model, genes, None, np.full((1, 3), 1 / 3), platform, seed=0).log_ratio
-    assert (quiet == 0).float().mean() > 0.85
+    unchanged = bulk_encoder.with_genes(
+        identity, model, genes, None, np.full((1, 3), 1 / 3), platform, seed=0
+    ).log_ratio
+    assert (unchanged == 0).float().mean() > 0.85
     lengths = dict(zip(genes, np.random.default_rng(1).uniform(500, 9000, N_GENES)))
     by_length = bulk_encoder.with_genes(
         identity, model, genes, lengths, np.full((1, 3), 1 / 3), raised / np.array(list(lengths.values())), seed=0

@@ -1,8 +1,9 @@
-"""Mixtures are what their mixing matrix says; TPM by hand."""
+"""Mixtures equal the product of mixing matrix and counts; TPM by hand."""
 
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from helpers import STAGES, Workplace
 
 from lib.bulk import pseudobulk
 from lib.bulk.pseudobulk import (
@@ -24,56 +25,56 @@ def test_largest_remainder_keeps_totals_exactly():
     np.testing.assert_array_equal(largest_remainder(np.array([[0.1 * 3, 0.7]]), 10), [[3, 7]])  # 0.1 * 3 is not 0.3
 
 
-def test_proportions_have_absent_and_rare_types_and_vary():
+def test_sampled_proportions_have_absent_and_rare_types_and_vary():
     composition = np.array([0.6, 0.3, 0.1])
-    drawn = sample_proportions(
+    sampled = sample_proportions(
         4000, composition, {"sparse": 0.25, "rare": 0.25, "near": 0.25}, np.random.default_rng(0)
     )
-    np.testing.assert_allclose(drawn.sum(axis=1), 1)
-    assert 0.08 < (drawn == 0).mean() < 0.17  # a quarter of the samples lacks half of its types, at most two of three
-    assert ((drawn > 0) & (drawn < 0.03)).mean() > 0.05
+    np.testing.assert_allclose(sampled.sum(axis=1), 1)
+    assert 0.08 < (sampled == 0).mean() < 0.17  # a quarter of the samples lacks half of its types, at most two of three
+    assert ((sampled > 0) & (sampled < 0.03)).mean() > 0.05
     near = sample_proportions(4000, composition, {"sparse": 0, "rare": 0, "near": 1}, np.random.default_rng(0))
     np.testing.assert_allclose(near.mean(axis=0), composition, atol=0.01)
 
 
 @pytest.mark.parametrize("min_distinct", [None, 3])
-def test_drawn_cells_are_of_the_types_asked_for(min_distinct):
+def test_sampled_cells_are_of_the_requested_types(min_distinct):
     rng = np.random.default_rng(0)
     types = np.repeat([0, 1, 2, -1], [50, 30, 2, 20])
-    wanted = np.array([[10, 0, 5], [1, 200, 0]])
-    mixing = sample_cells(wanted, types, rng, min_distinct)
+    cells_per_type = np.array([[10, 0, 5], [1, 200, 0]])
+    mixing = sample_cells(cells_per_type, types, rng, min_distinct)
     for k in range(3):
-        np.testing.assert_array_equal(mixing.toarray()[:, types == k].sum(axis=1), wanted[:, k])
+        np.testing.assert_array_equal(mixing.toarray()[:, types == k].sum(axis=1), cells_per_type[:, k])
     assert mixing[:, types == -1].nnz == 0
 
 
-def test_min_distinct_draws_from_a_handful_and_otherwise_from_all():
+def test_min_distinct_samples_from_a_subset_of_the_cells():
     types = np.zeros(1000, dtype=int)
-    wanted = np.full((200, 1), 500)
-    handful = np.diff(sample_cells(wanted, types, np.random.default_rng(0), 3).indptr)
-    everyone = np.diff(sample_cells(wanted, types, np.random.default_rng(0)).indptr)
-    assert 1 < handful.min() < 10 and handful.max() > 200
+    cells_per_type = np.full((200, 1), 500)
+    subset = np.diff(sample_cells(cells_per_type, types, np.random.default_rng(0), 3).indptr)
+    everyone = np.diff(sample_cells(cells_per_type, types, np.random.default_rng(0)).indptr)
+    assert 1 < subset.min() < 10 and subset.max() > 200
     assert everyone.min() > 350
 
 
-def test_a_type_without_cells_is_refused():
+def test_a_mixture_of_a_type_without_cells_is_refused():
     with pytest.raises(ValueError, match="cell type number 1 has no cells"):
         sample_cells(np.array([[1, 1]]), np.array([0, 0]), np.random.default_rng(0))
 
 
-def test_simulation_is_the_sum_of_its_cells_whatever_the_threads(monkeypatch):
+def test_simulated_mixtures_are_sums_of_their_cells_for_any_number_of_threads(monkeypatch):
     counts = sp.random(40, 30, 0.3, format="csr", dtype=np.float32, random_state=0)
     counts.data = np.ceil(counts.data * 10)
     types = np.repeat([0, 1], 20)
-    wanted = np.tile([[5, 7]], (600, 1))
+    cells_per_type = np.tile([[5, 7]], (600, 1))
     monkeypatch.setattr(pseudobulk.os, "cpu_count", lambda: 1)
-    one = np.concatenate(list(simulate(wanted, types, counts, seed=3)))
+    one = np.concatenate(list(simulate(cells_per_type, types, counts, seed=3)))
     monkeypatch.setattr(pseudobulk.os, "cpu_count", lambda: 4)
-    four = np.concatenate(list(simulate(wanted, types, counts, seed=3)))
+    four = np.concatenate(list(simulate(cells_per_type, types, counts, seed=3)))
     np.testing.assert_array_equal(one, four)
     assert one.shape == (600, 30) and not np.array_equal(one[:250], one[250:500])
     stream = np.random.SeedSequence(3).spawn(3)[0]
-    by_hand = sample_cells(wanted[:250], types, np.random.default_rng(stream)).toarray() @ counts.toarray()
+    by_hand = sample_cells(cells_per_type[:250], types, np.random.default_rng(stream)).toarray() @ counts.toarray()
     np.testing.assert_array_equal(one[:250], by_hand)
 
 
@@ -84,3 +85,8 @@ def test_tpm_by_hand():
     np.testing.assert_allclose(tpm(counts)[0], np.array([10, 20, 30]) / 60 * 1e6)
     with pytest.raises(ValueError, match="1 of 2 bulk samples have no counts"):
         tpm(np.array([[1, 1], [0, 0]]))
+
+
+def test_impossible_shares_are_refused_before_any_work(tmp_path):
+    with pytest.raises(ValueError, match=r"SPARSE_SHARE, RARE_SHARE, NEAR_SHARE = 0.6, 0.5, 0.25; expected shares"):
+        Workplace(tmp_path).main(STAGES[2], SPARSE_SHARE=0.6, RARE_SHARE=0.5)

@@ -1,4 +1,4 @@
-"""What single cells say of their types: moments by hand, genes that tell types apart, the baseline."""
+"""Reference profiles: moments by NumPy, signature genes, and the NNLS baseline."""
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,7 @@ from lib.bulk.reference import (
 )
 
 
-def test_moments_are_those_of_numpy_and_unlabelled_cells_do_not_count():
+def test_moments_equal_numpys_and_unlabelled_cells_are_ignored():
     counts = np.random.default_rng(0).poisson(3.0, (40, 5)).astype(np.float32)
     types = np.repeat([0, 1, -1], [20, 15, 5])
     found = reference_profiles(sp.csr_matrix(counts), types, list("ABCDE"), ["x", "y"])
@@ -23,7 +23,7 @@ def test_moments_are_those_of_numpy_and_unlabelled_cells_do_not_count():
     np.testing.assert_array_equal(found.n_cells, [20, 15])
 
 
-def test_a_gene_that_few_cells_do_not_show_is_not_known_to_be_absent():
+def test_a_gene_not_observed_in_few_cells_keeps_a_positive_variance():
     counts = sp.csr_matrix(np.array([[4.0, 1.0], [4.0, 1.0], [0.0, 1.0]], dtype=np.float32))
     found = reference_profiles(counts, np.array([0, 0, 1]), ["A", "B"], ["x", "y"])
     assert found.mean[1, 0] == 0 and found.variance[1, 0] == 0.5 * 2.0  # half the Poisson noise of the mean over types
@@ -42,13 +42,13 @@ def test_signature_genes_differ_between_types_and_are_not_technical():
     assert [names[g] for g in signature_genes(reference, np.array([False, True, True, True, True]))] == ["CD19"]
 
 
-def test_ribosomal_kinases_are_no_ribosomal_proteins():
+def test_ribosomal_kinases_are_not_taken_for_ribosomal_proteins():
     mean = np.array([[9.0, 9.0, 1.0], [1.0, 1.0, 9.0]])
     reference = Reference(["RPS6KA1", "Rps6", "X"], ["a", "b"], mean, np.ones((2, 3)), np.array([50, 50]))
     assert list(signature_genes(reference)) == [0, 2]
 
 
-def test_it_survives_a_checkpoint(tmp_path):
+def test_a_checkpoint_restores_the_reference(tmp_path):
     reference = Reference(
         ["A", "B"], ["x", "y"], np.array([[1.5, 0.0], [2.0, 3.25]]), np.ones((2, 2)), np.array([3, 4])
     )
@@ -59,7 +59,7 @@ def test_it_survives_a_checkpoint(tmp_path):
         np.testing.assert_allclose(getattr(back, name), getattr(reference, name))
 
 
-def test_per_length_divides_by_it_and_keeps_the_scale():
+def test_per_length_divides_by_gene_length_and_keeps_the_scale():
     reference = Reference(
         ["A", "B", "C"], ["x", "y"], np.array([[4.0, 2.0, 1.0], [2.0, 2.0, 1.0]]), np.ones((2, 3)), np.array([3, 4])
     )

@@ -1,4 +1,4 @@
-"""The adaptive stage: exact mixtures, another platform, one sample, what is warned of and refused."""
+"""The regression with platform factors: exact mixtures, another platform, one sample, warnings, and refused input."""
 
 import anndata as ad
 import numpy as np
@@ -28,7 +28,7 @@ N_TYPES, N_GENES = 4, 400
 
 @pytest.fixture(scope="module")
 def world():
-    """A reference of 60 simulated cells a type, its true means, and 30 compositions."""
+    """A reference of 60 simulated cells per type, its true means, and 30 vectors of proportions."""
     rng = np.random.default_rng(0)
     means = rng.lognormal(0, 1, N_GENES) * np.where(rng.random((N_TYPES, N_GENES)) < 0.15, 8, 1)
     types = np.repeat(np.arange(N_TYPES), 60)
@@ -46,7 +46,7 @@ def bulk_of(world, platform_sd: float = 0.0, seed: int = 1) -> pd.DataFrame:
     return pd.DataFrame(values * 1000, [f"s{i}" for i in range(len(true))], reference.gene_names)
 
 
-def test_least_squares_are_scipys_for_one_and_for_many_grams():
+def test_least_squares_equal_scipys_for_one_gram_matrix_and_for_many():
     rng = np.random.default_rng(0)
     designs = rng.random((6, 20, 5))
     y = rng.normal(0, 1, (6, 20))
@@ -64,7 +64,7 @@ def test_least_squares_are_scipys_for_one_and_for_many_grams():
     np.testing.assert_allclose(same, one_by_one, atol=1e-4)
 
 
-def test_decoder_step_is_the_minimum_of_its_objective():
+def test_platform_factors_minimise_their_objective():
     rng = np.random.default_rng(0)
     fitted = rng.lognormal(0, 1, (5, 8))
     y, noise = fitted * rng.lognormal(0, 0.8, 8), np.full((1, 8), 0.3)
@@ -90,7 +90,7 @@ def test_true_profiles_give_true_proportions(world):
         np.testing.assert_allclose(fit_regression(bulk, exact, **how).proportions, true, atol=2e-3)
 
 
-def test_another_platform_costs_little_with_adaptation_and_much_without(world):
+def test_adaptation_reduces_the_error_on_another_platform(world):
     _, _, true = world
     bulk = bulk_of(world, platform_sd=1.0)
     errors = {
@@ -102,7 +102,7 @@ def test_another_platform_costs_little_with_adaptation_and_much_without(world):
     assert errors["regression-per-sample"] < 1.2 * errors["regression-unadapted"]
 
 
-def test_factors_are_those_of_the_platform(world):
+def test_fitted_factors_are_the_simulated_platform_factors(world):
     reference, means, true = world
     rng = np.random.default_rng(5)
     log_f = rng.normal(0, 0.7, N_GENES)
@@ -121,13 +121,13 @@ def test_one_sample_works_and_units_and_order_of_genes_do_not_matter(world, mode
     np.testing.assert_allclose(
         deconvolve(world[0], shuffled, mode, n_members=0).proportions, one.proportions, atol=1e-6
     )
-    if mode != "regression":  # samples do not see each other
+    if mode != "regression":  # samples are estimated independently
         np.testing.assert_allclose(
             deconvolve(world[0], bulk, mode, n_members=0).proportions.iloc[[4]], one.proportions, atol=2e-3
         )
 
 
-def test_duplicate_samples_get_the_same_and_runs_repeat(world):
+def test_duplicate_samples_get_equal_estimates_and_runs_are_reproducible(world):
     bulk = bulk_of(world, 0.5)
     first, second = (deconvolve(world[0], bulk, n_members=3, seed=7) for _ in range(2))
     pd.testing.assert_frame_equal(first.proportions, second.proportions)
@@ -137,7 +137,7 @@ def test_duplicate_samples_get_the_same_and_runs_repeat(world):
     np.testing.assert_allclose(found[:30], found[30:], atol=1e-8)
 
 
-def test_spread_tells_how_far_off_estimates_are(world):
+def test_the_spread_is_about_as_large_as_the_errors(world):
     reference, _, true = world
     clean, far = (spread(bulk_of(world, sd).to_numpy(), reference, 8, 0) for sd in (0.0, 1.0))
     assert clean.shape == true.shape and clean.mean() < far.mean()
@@ -145,7 +145,7 @@ def test_spread_tells_how_far_off_estimates_are(world):
     assert np.mean(off < 3 * far + 0.005) > 0.8
 
 
-def test_missing_genes_are_tolerated_told_and_refused(world, capsys):
+def test_missing_genes_are_tolerated_with_a_message_or_refused(world, capsys):
     bulk = bulk_of(world)
     estimate = deconvolve(world[0], bulk.iloc[:, : int(0.7 * N_GENES)], n_members=0)
     assert "the bulk has 7" in capsys.readouterr().out
@@ -180,12 +180,12 @@ def test_rna_shares_by_hand():
     np.testing.assert_allclose(to_rna(np.array([[0.5, 0.5]]), np.array([1000, 3000])), [[0.25, 0.75]])
 
 
-def test_cell_type_expression_shares_the_deviation_among_those_who_express():
+def test_cell_type_expression_divides_the_deviation_among_types_that_express_the_gene():
     signature = np.array([[10.0, 0.0, 5.0], [0.0, 10.0, 5.0]])
     amounts = np.array([[0.5, 0.5]])
     bulk = amounts @ signature  # 5, 5, 5: no deviation
     np.testing.assert_allclose(cell_type_expression(bulk, amounts, signature)[0], signature)
-    more = np.array([[6.0, 4.5, 4.5]])  # gene 0 up, which only type 0 expresses
+    more = np.array([[6.0, 4.5, 4.5]])  # gene 0, which only type 0 expresses, is higher
     found = cell_type_expression(more, amounts, signature)[0]
     assert 10 < found[0, 0] < 12 and found[1, 0] == 0
     assert found[0, 2] == found[1, 2] < 5
@@ -203,7 +203,7 @@ def test_high_resolution_expression_follows_the_sample(world):
         assert np.corrcoef(np.log1p(estimate.expression[:, k].mean(axis=0)), np.log1p(means[k]))[0, 1] > 0.95
 
 
-def test_scaled_has_the_sum_of_the_mean_cell(world):
+def test_scaled_samples_have_the_total_of_the_mean_cell(world):
     reference = world[0]
     np.testing.assert_allclose(
         scaled(bulk_of(world).to_numpy(), reference).sum(axis=1), reference.mean.mean(axis=0).sum()
@@ -213,7 +213,7 @@ def test_scaled_has_the_sum_of_the_mean_cell(world):
 LUNG = ROOT.parent / "shared" / "data"
 
 
-@pytest.mark.skipif(not (LUNG / "lung_cell_lines.h5ad").exists(), reason="the real mixtures are not here")
+@pytest.mark.skipif(not (LUNG / "lung_cell_lines.h5ad").exists(), reason="needs lung_cell_lines.h5ad")
 def test_real_mixtures_of_rna():
     cells = ad.read_h5ad(LUNG / "lung_cell_lines.h5ad")
     bulk = pd.read_csv(LUNG / "lung_rnamix_bulk_counts.csv.gz", index_col=0).astype(float)

@@ -1,14 +1,15 @@
-"""scTAPE: what it sees, what it predicts, what it refuses."""
+"""The scTAPE network: its input, its predictions, and bulks that it refuses."""
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from lib.bulk.sctape import ScTAPE, complete, predict, scale
+from lib.bulk.sctape import ScTAPE, complete, predict, read_profiles, scale, select_genes
 
 
-def test_scale_by_hand_and_whatever_the_unit():
+def test_scale_by_hand_in_any_unit():
     profile = np.array([[1.0, 3.0, 0.0]])
     np.testing.assert_allclose(scale(profile), [[np.log1p(2500), np.log1p(7500), 0]], rtol=1e-6)
     np.testing.assert_allclose(scale(profile * 123), scale(profile), rtol=1e-6)
@@ -16,14 +17,14 @@ def test_scale_by_hand_and_whatever_the_unit():
         scale(np.zeros((1, 3)))
 
 
-def test_genes_that_a_bulk_lacks_take_their_mean_share():
+def test_genes_that_a_bulk_lacks_get_their_mean_share():
     bulk = pd.DataFrame([[6.0, 2.0, 9.0]], columns=["A", "B", "other"])
     values = complete(bulk, ["A", "C", "B"], np.array([0.5, 0.2, 0.3]))
     np.testing.assert_allclose(values, [[6.0, 8.0 * 0.2 / 0.8, 2.0]])
 
 
-def learned(n_genes: int = 30, n_types: int = 3):
-    """A network trained on linear mixtures of three profiles, as a checkpoint, and new mixtures with their truth."""
+def trained_network(n_genes: int = 30, n_types: int = 3):
+    """A network trained on linear mixtures of three profiles, as a checkpoint, and new mixtures with their true proportions."""
     rng = np.random.default_rng(0)
     signature = rng.lognormal(0, 2, (n_types, n_genes))
     signature /= signature.sum(axis=1, keepdims=True)
@@ -55,10 +56,10 @@ def learned(n_genes: int = 30, n_types: int = 3):
 
 @pytest.fixture(scope="module")
 def network():
-    return learned()
+    return trained_network()
 
 
-def test_it_reads_proportions(network):
+def test_it_predicts_proportions(network):
     checkpoint, _, _, bulk, truth = network
     predicted = predict(checkpoint, bulk)
     np.testing.assert_allclose(predicted.sum(axis=1), 1, rtol=1e-5)
@@ -67,13 +68,13 @@ def test_it_reads_proportions(network):
     np.testing.assert_allclose(one, predicted.iloc[[3]], rtol=1e-4)
 
 
-def test_order_and_number_of_other_genes_do_not_matter(network):
+def test_gene_order_and_other_genes_do_not_matter(network):
     checkpoint, _, _, bulk, _ = network
     shuffled = bulk.sample(frac=1, axis=1, random_state=0).assign(other=5e5)
     np.testing.assert_allclose(predict(checkpoint, shuffled), predict(checkpoint, bulk), rtol=1e-4)
 
 
-def test_missing_genes_are_told_and_too_many_refused(network, capsys):
+def test_missing_genes_give_a_message_and_too_many_are_refused(network, capsys):
     checkpoint, _, _, bulk, truth = network
     predicted = predict(checkpoint, bulk.iloc[:, :25])
     assert "83.3% of scTAPE's 30 genes" in capsys.readouterr().out
@@ -82,7 +83,7 @@ def test_missing_genes_are_told_and_too_many_refused(network, capsys):
         predict(checkpoint, bulk.iloc[:, :10])
 
 
-def test_the_signature_is_that_of_the_pure_types(network):
+def test_the_signature_matrix_holds_the_profiles_of_the_pure_types(network):
     _, model, signature, _, _ = network
     decoded = model.signature_matrix().numpy()
     assert decoded.shape == signature.shape
@@ -90,8 +91,36 @@ def test_the_signature_is_that_of_the_pure_types(network):
         assert np.corrcoef(decoded[k], scale(signature[[k]])[0])[0, 1] > 0.8
 
 
-def test_a_profile_without_a_positive_part_is_spread_evenly():
+def test_without_a_positive_output_all_proportions_are_equal():
     model = ScTAPE(4, 2, 0.0)
     torch.nn.init.zeros_(model.encoder[-1].weight)
     torch.nn.init.constant_(model.encoder[-1].bias, -1.0)
     torch.testing.assert_close(model.proportions(torch.ones(1, 4)), torch.full((1, 2), 0.5))
+
+
+@pytest.fixture
+def mixtures():
+    """20 mixtures of two types: genes 3 and 5 differ between the types, the other 28 do not; the last 5 are held out."""
+    rng = np.random.default_rng(0)
+    proportions = rng.dirichlet(np.ones(2), 20)
+    mean = np.full((2, 30), 500.0)
+    mean[:, [3, 5]] = [[2000, 100], [100, 2000]]
+    obs = pd.DataFrame({"role": ["fit"] * 15 + ["validation"] * 5}, index=[f"sample_{i}" for i in range(20)])
+    return ad.AnnData(rng.poisson(proportions @ mean).astype(np.float32), obs=obs, obsm={"proportions": proportions})
+
+
+def test_genes_that_the_proportions_explain_are_selected(mixtures):
+    usable = np.ones(30, dtype=bool)
+    np.testing.assert_array_equal(select_genes(mixtures, usable, 2), [3, 5])
+    usable[3] = False
+    assert 5 in select_genes(mixtures, usable, 2) and 3 not in select_genes(mixtures, usable, 29)
+    with pytest.raises(ValueError, match="1 genes are left to predict the proportions of 2 cell types.*raise N_GENES"):
+        select_genes(mixtures, usable, 1)
+
+
+def test_profiles_and_mean_shares_by_numpy(mixtures):
+    genes = np.array([3, 5, 9])
+    profiles, share = read_profiles(mixtures, genes)
+    rate = mixtures.X[:, genes] / mixtures.X[:, genes].sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(profiles, np.log1p(rate * 1e4), rtol=1e-5)
+    np.testing.assert_allclose(share, rate[:15].mean(axis=0), rtol=1e-5)  # of the mixtures to train on

@@ -1,4 +1,4 @@
-"""Bulk tables: both orientations, duplicates, units, and what is refused."""
+"""Reading of bulk tables: both orientations, duplicate genes, units, and tables that are refused."""
 
 import numpy as np
 import pandas as pd
@@ -34,7 +34,7 @@ def test_one_sample_is_enough(tmp_path, table):
 
 
 @pytest.mark.parametrize("genes_in_rows", [True, False])
-def test_duplicate_genes_are_summed_and_said(tmp_path, table, capsys, genes_in_rows):
+def test_duplicate_genes_are_summed_with_a_message(tmp_path, table, capsys, genes_in_rows):
     twice = pd.concat([table.T, table.T.iloc[:1]])
     (twice if genes_in_rows else twice.T).to_csv(tmp_path / "bulk.csv")
     assert to_tpm(read_bulk(tmp_path / "bulk.csv", GENES), "tpm", None).loc["s1", "ACTB"] == pytest.approx(
@@ -80,14 +80,14 @@ def test_units(table, capsys):
         (lambda t: np.log2(t * 1000.5 + 1), "log2"),
     ],
 )
-def test_units_are_recognised_said_and_one_bulk_is_one_bulk(table, change, units, capsys):
+def test_units_are_recognised_with_a_message_and_do_not_change_the_result(table, change, units, capsys):
     given = change(table)
     assert recognised_units(given) == units
     np.testing.assert_allclose(to_tpm(given, "auto", None), to_tpm(table, "counts", None), rtol=1e-4)
     assert f"recognised as {units}" in capsys.readouterr().out
 
 
-def test_values_that_no_unit_has_are_refused(table):
+def test_values_impossible_in_any_unit_are_refused(table):
     for units in ("tpm", "counts", "auto"):
         with pytest.raises(ValueError, match="negative values|standardised"):
             to_tpm(-table - 0.5, units, None)
@@ -99,12 +99,12 @@ def test_values_that_no_unit_has_are_refused(table):
         to_tpm(table.mul([0, 1], axis=0), "counts", None)
 
 
-def test_logs_are_undone_before_duplicates_are_summed(table):
+def test_logarithms_are_undone_before_duplicates_are_summed(table):
     twice = pd.concat([table, table[["ACTB"]]], axis=1)
     np.testing.assert_allclose(to_tpm(np.log2(twice * 1.5 + 1), "log2", None), to_tpm(twice, "counts", None), rtol=1e-6)
 
 
-def test_ensembl_ids_with_versions_are_mapped(tmp_path, table):
+def test_ensembl_ids_with_versions_are_mapped_to_gene_names(tmp_path, table):
     ids = ["ENSG00000075624.17", "ENSG00000111640", "ENSG00000198851.10", "ENSG00000177455.15"]
     pd.DataFrame({"Gene name": GENES, "Gene stable ID": [i.split(".")[0] for i in ids]}).to_csv(
         tmp_path / "ids.tsv", sep="\t", index=False
@@ -129,7 +129,7 @@ def test_cells_with_ensembl_ids_need_no_table():
     ]
 
 
-def test_a_column_of_descriptions_or_of_better_names(tmp_path, table, capsys):
+def test_a_text_column_is_dropped_or_gives_the_gene_names(tmp_path, table, capsys):
     genes = table.T
     genes.assign(description="a gene").to_csv(tmp_path / "bulk.csv")
     pd.testing.assert_frame_equal(read_bulk(tmp_path / "bulk.csv", GENES), table, check_names=False)
@@ -161,7 +161,7 @@ def test_replicates_are_pooled(tmp_path, table, capsys):
         pooled_replicates(three, tmp_path / "groups.csv")
 
 
-def test_a_table_of_r_without_a_name_for_its_names(tmp_path, table):
+def test_a_table_written_by_r_whose_header_is_one_column_short(tmp_path, table):
     lines = ["s1\ts2", *(f"{gene}\t{values.s1}\t{values.s2}" for gene, values in table.T.iterrows())]
     (tmp_path / "bulk.tsv").write_text("\n".join(lines))
     pd.testing.assert_frame_equal(read_bulk(tmp_path / "bulk.tsv", GENES), table, check_names=False)
