@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from lib import options, parallel
-from lib.baselines import registry as generators
+from lib.baselines import registry
 from lib.bulk import sctape
 from lib.bulk.bulk_encoder import BulkEncoder, weights_id
 from lib.bulk.bulk_states import explained, make_mixtures
@@ -183,7 +183,7 @@ def load_gmvae(train: ad.AnnData, path: Path, device: torch.device) -> GMVAE:
     cell_types = list(train.obs["cell_type"].cat.categories)
     source = folder(DATA_DIR) / "train.h5ad"
     check_checkpoint(checkpoint, path, stage, list(train.var_names), cell_types, train.uns["split_id"], source)
-    model = generators.load(checkpoint, device)
+    model = registry.load(checkpoint, device)
     assert isinstance(model, GMVAE)
     return model
 

@@ -26,6 +26,8 @@ STAGES = (
     "_3_train_gmvae.py", "_4_train_sctape.py", "_5_generate.py",
 )  # fmt: skip
 
+FEW = {"MAX_CELLS_EVALUATED": 60, "MAX_CELLS_PLOTTED": 100}  # of stage 5: an evaluation that runs, whatever it finds
+
 
 class Workplace:
     """The folders of one pipeline run, and the stages run in them."""

@@ -62,9 +62,9 @@ def test_an_error_keeps_the_old_file_and_leaves_nothing_behind(old, error, raise
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_disk_that_is_really_full(old):
-    with pytest.raises(OSError, match=r"counts.h5ad could not be written \(No space left on device\)"):
-        with replacing(old), open("/dev/full", "w") as disk:
-            disk.write("x")
+    message = r"counts.h5ad could not be written \(No space left on device\)"
+    with pytest.raises(OSError, match=message), replacing(old), open("/dev/full", "w") as disk:
+        disk.write("x")
     assert old.read_text() == "old" and os.listdir(old.parent) == [old.name]
 
 

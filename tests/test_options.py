@@ -187,15 +187,17 @@ def run_python(*arguments, cwd) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_help_of_every_stage_lists_every_constant(stage, tmp_path):
-    done = run_python(str(ROOT / stage), "--help", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    source = (ROOT / stage).read_text()
+def test_help_of_every_stage_lists_every_constant(stage, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [stage, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / stage), run_name="__main__")
+    assert ended.value.code == 0
+    source, text = (ROOT / stage).read_text(), capsys.readouterr().out
     declared = re.findall(r"^([A-Z][A-Z0-9_]*)(?:: [^=]+)? = ", source, flags=re.MULTILINE)
     assert "DATA_DIR" in declared
-    listed = re.findall(r"^  (--[a-z0-9-]+)", done.stdout, flags=re.MULTILINE)
+    listed = re.findall(r"^  (--[a-z0-9-]+)", text, flags=re.MULTILINE)
     assert listed == ["--" + name.lower().replace("_", "-") for name in declared]
-    assert source.split('"""')[1].splitlines()[0] in done.stdout
+    assert source.split('"""')[1].splitlines()[0] in text
 
 
 def test_importing_the_stages_does_nothing(tmp_path):

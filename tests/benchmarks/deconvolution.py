@@ -1,28 +1,27 @@
-"""Deconvolution of bulk with known truth: ours, NNLS on markers, a constant, and the released scTAPE.
+"""How well are proportions of bulk with known truth estimated? The regression, NNLS on markers, a constant, and the released scTAPE.
 
-run     python tests/benchmarks/deconvolution.py               (ours and the baselines; 10 minutes)
-        python tests/benchmarks/deconvolution.py --only sctape (needs tests/benchmarks/requirements.txt; half an hour and 8 GB)
+run     python tests/benchmarks/deconvolution.py --data data/counts.h5ad --cases a b       (pbmc3k: 5 minutes)
+        python tests/benchmarks/deconvolution.py                                           (all cases; 10 minutes)
+        python tests/benchmarks/deconvolution.py --only sctape                             (half an hour and 8 GB)
+needs   tests/benchmarks/requirements.txt for scTAPE; in --folder the files of case (c), whose source the error names
 
-(a) Mixtures of held-out pbmc3k cells, 1,200 each, at the compositions of stage 2. (b) The same as another platform might see
-them: every gene times a log-normal factor (standard deviation of the logarithm 0.5), depth a million reads, varied by a
-third, a twentieth of the genes never seen and a twentieth of all values lost. (c) Real mixtures of RNA of three lung
+(a) Mixtures of held-out cells, 1,200 each, with the compositions of stage 2. (b) The same on a simulated other platform: every
+gene times a log-normal factor (standard deviation of the logarithm 0.5), a depth of about a million reads that varies by a
+third, a twentieth of the genes never detected and a twentieth of all values lost. (c) Real mixtures of RNA of three lung
 adenocarcinoma lines in known proportions (Tian, L. et al., Nature Methods 16, 479-487 (2019); 8 mixes x 4 amounts of mRNA,
 CEL-seq2), single cells of the same lines as the reference.
 
-pbmc3k is parted once, 75/25 within the types, seed 123, without quality thresholds. The seed draws the mixtures and the
-distortion of (a) and (b), and trains the networks. Our regression has no randomness: in (c) its seeds are one. Truth is used
-for the scores alone. In (a) and (b) proportions are of cells, in (c) of RNA: there all estimates of cells are multiplied by
-the types' mean counts per cell. "replicates pooled" pools the four amounts of each mix in (c).
+The cells of (a) and (b) are split as in fidelity.py. The seed samples the mixtures and the distortion of (a) and (b), and trains
+the networks. The regression has no randomness: in (c) all seeds give the same. The truth is used for the scores alone. In (a) and
+(b) proportions are of cells, in (c) of RNA: there all estimates of cells are multiplied by the types' mean counts per cell.
+"replicates pooled" pools the four amounts of each mix in (c).
 
-The released scTAPE runs with its own defaults but for two: adaptive is off, for its adaptive stage cannot load its own checkpoint
-under torch >= 2.6 (weights_only), and it is given the 2,000 genes that vary most over the train cells, for at all genes it
-takes more than 20 GB.
+The released scTAPE runs with its own defaults except two: adaptive is off, because its adaptive stage cannot load its own
+checkpoint under torch >= 2.6 (weights_only); and it gets the 2,000 genes that vary most over the train cells, because with all
+genes it takes more than 20 GB.
 """
 
 import argparse
-import importlib
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -31,21 +30,27 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-import torch
+from shared import ROOT, SPLIT_SEED, add_data_option, load, mean_and_half_range, workplace
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+from lib.bulk import pseudobulk, sctape
+from lib.bulk.reference import Reference, nnls_on_markers, reference_profiles
+from lib.bulk.regression import deconvolve, to_rna
+from lib.data.counts import digest, log_normalize
+from lib.evaluation import metrics
+from lib.training import load_checkpoint
 
-from lib.bulk import pseudobulk, sctape  # noqa: E402
-from lib.bulk.reference import nnls_on_markers, reference_profiles  # noqa: E402
-from lib.bulk.regression import deconvolve, to_rna  # noqa: E402
-from lib.data.counts import digest, log_normalize, select_per_type, write_counts  # noqa: E402
-from lib.evaluation import metrics  # noqa: E402
-
-DATA = ROOT.parent / "shared" / "data"
-SPLIT_SEED = 123
 N_MIXTURES, CELLS_PER_MIXTURE = 200, 1200
-SHARES = {"sparse": 0.25, "rare": 0.25, "near": 0.0}  # as stage 2 draws the mixtures of test cells
+CELLS = "data/counts.h5ad"  # of cases (a) and (b); set by --data
+DATA = ROOT.parent / "shared" / "data"  # files of case (c); set by --folder
+SOURCES = {  # files that stage 0 cannot download
+    "lung_cell_lines.h5ad": "X and obs['cell_type'] of sc_celseq2.count.csv.gz and sc_celseq2.metadata.csv.gz "
+    "(cell_line_demuxlet; without doublets) of github.com/LuyiTian/sc_mixology, data/csv",
+    "lung_rnamix_bulk_counts.csv.gz": "RNAmix_celseq2.count.csv.gz of github.com/LuyiTian/sc_mixology, data/csv; "
+    "the wells of each mix and amount of mRNA summed, samples (<mix>_<pg>) x genes",
+    "lung_rnamix_proportions.csv": "RNAmix_celseq2.metadata.csv.gz of github.com/LuyiTian/sc_mixology, data/csv: "
+    "samples (<mix>_<pg>) x lines, with its columns of H2228 and HCC827, which are swapped there, set right",
+}
+SHARES = {"sparse": 0.25, "rare": 0.25, "near": 0.0}  # of the mixtures of test cells in stage 2
 PLATFORM_SD, DEPTH, DEPTH_SD, LOST = 0.5, 1e6, 0.3, 0.05
 N_TRAIN_SAMPLES = 5000  # of either network: the released default
 PEER_GENES = 2000
@@ -56,21 +61,22 @@ class Case(NamedTuple):
     bulk: pd.DataFrame  # samples x genes
     truth: pd.DataFrame  # samples x types
     of_rna: bool
-    floor: (
-        pd.DataFrame | None
-    )  # samples x types: what the true shares of RNA say of the cells, by the train cells' library sizes
+    by_library_size: pd.DataFrame | None  # samples x types: true RNA divided by the train cells' library sizes
 
 
-def split_pbmc3k() -> tuple[ad.AnnData, ad.AnnData]:
-    adata = ad.read_h5ad(DATA / "pbmc3k.h5ad")
-    counts = sp.csr_matrix(adata.X, dtype=np.float32)
-    cell_type = pd.Categorical(adata.obs["cell_type"].astype(str))
-    is_test = select_per_type(cell_type.codes.astype(np.int64), 0.25, np.random.default_rng(SPLIT_SEED))
-    genes = counts[~is_test].getnnz(axis=0) >= 3
-    return tuple(
-        as_cells(counts[rows][:, genes], cell_type[rows], adata.var_names[genes], "pbmc3k")
-        for rows in (~is_test, is_test)
-    )
+def case_file(name: str) -> Path:
+    """A file of case (c).
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is missing, with its public source.
+    """
+    if not (DATA / name).exists():
+        raise FileNotFoundError(
+            f"{DATA / name} is missing; its source is {SOURCES[name]}. Its folder is set by --folder"
+        )
+    return DATA / name
 
 
 def as_cells(counts: sp.csr_matrix, cell_type: pd.Categorical, gene_names: pd.Index, name: str) -> ad.AnnData:
@@ -85,7 +91,7 @@ def as_cells(counts: sp.csr_matrix, cell_type: pd.Categorical, gene_names: pd.In
 
 def mixtures(seed: int, distorted: bool) -> Case:
     """Cases (a) and (b)."""
-    train, test = split_pbmc3k()
+    train, test = load(CELLS)
     rng = np.random.default_rng([SPLIT_SEED, seed])
     codes = test.obs["cell_type"].cat.codes.to_numpy()
     types = list(test.obs["cell_type"].cat.categories)
@@ -105,21 +111,21 @@ def mixtures(seed: int, distorted: bool) -> Case:
         values[:, rng.random(values.shape[1]) < LOST] = 0
         values[rng.random(values.shape) < LOST] = 0
     truth = pd.DataFrame(cells / CELLS_PER_MIXTURE, columns=types)
-    floor = pd.DataFrame(by_train_libraries / by_train_libraries.sum(axis=1, keepdims=True), columns=types)
-    return Case(train, pd.DataFrame(values, columns=test.var_names), truth, False, floor)
+    by_library_size = pd.DataFrame(by_train_libraries / by_train_libraries.sum(axis=1, keepdims=True), columns=types)
+    return Case(train, pd.DataFrame(values, columns=test.var_names), truth, False, by_library_size)
 
 
 def lung(pooled: bool) -> Case:
     """Case (c)."""
-    adata = ad.read_h5ad(DATA / "lung_cell_lines.h5ad")
+    adata = ad.read_h5ad(case_file("lung_cell_lines.h5ad"))
     train = as_cells(
         sp.csr_matrix(adata.X, dtype=np.float32),
         pd.Categorical(adata.obs["cell_type"].astype(str)),
         adata.var_names,
         "lung",
     )
-    bulk = pd.read_csv(DATA / "lung_rnamix_bulk_counts.csv.gz", index_col=0).astype(np.float64)
-    truth = pd.read_csv(DATA / "lung_rnamix_proportions.csv", index_col=0).loc[
+    bulk = pd.read_csv(case_file("lung_rnamix_bulk_counts.csv.gz"), index_col=0).astype(np.float64)
+    truth = pd.read_csv(case_file("lung_rnamix_proportions.csv"), index_col=0).loc[
         bulk.index, list(train.obs["cell_type"].cat.categories)
     ]
     if pooled:
@@ -134,12 +140,12 @@ def mean_library(train: ad.AnnData) -> np.ndarray:
     return np.bincount(codes, weights=library) / np.bincount(codes)
 
 
-def reference_of(train: ad.AnnData):
+def reference_of(train: ad.AnnData) -> Reference:
     types = train.obs["cell_type"].cat
     return reference_profiles(train.X, types.codes.to_numpy(), list(train.var_names), list(types.categories))
 
 
-def ours(case: Case, seed: int, mode: str) -> pd.DataFrame:
+def regression(case: Case, seed: int, mode: str) -> pd.DataFrame:
     return deconvolve(reference_of(case.train), case.bulk, mode, seed=seed).proportions
 
 
@@ -147,19 +153,10 @@ def our_network(case: Case, seed: int) -> pd.DataFrame:
     """Stages 2 and 4 as they are, on as many mixtures as the released scTAPE makes."""
     genes = case.train.var_names.isin(case.bulk.columns)
     train = case.train[:, genes].copy()
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("train", "test"):  # stage 2 makes test mixtures besides, of which nothing is used
-            write_counts(train, Path(folder) / f"{name}.h5ad")
-        for name, constants in {
-            "_2_make_pseudobulk": {"N_TRAIN_SAMPLES": N_TRAIN_SAMPLES, "N_TEST_DIRICHLET": 1},
-            "_4_train_sctape": {},
-        }.items():
-            stage = importlib.reload(importlib.import_module(name))
-            folders = {k: folder for k in ("DATA_DIR", "MODELS_DIR", "FIG_DIR") if hasattr(stage, k)}
-            for key, value in (folders | constants | {"SEED": seed}).items():
-                setattr(stage, key, value)
-            stage.main()
-        checkpoint = torch.load(Path(folder) / "sctape.pt", weights_only=True)
+    with workplace(train, train) as place:  # stage 2 also mixes test cells; these mixtures are not used
+        place.main("_2_make_pseudobulk.py", SEED=seed, N_TRAIN_SAMPLES=N_TRAIN_SAMPLES, N_TEST_DIRICHLET=1)
+        place.main("_4_train_sctape.py", SEED=seed)
+        checkpoint = load_checkpoint(place.models / "sctape.pt", "_4_train_sctape.py")
     return sctape.predict(checkpoint, case.bulk)
 
 
@@ -181,7 +178,7 @@ def released_sctape(case: Case, seed: int) -> pd.DataFrame:
     genes = np.sort(shared[np.argsort(-variance)[:PEER_GENES]])
     names = case.train.var_names[genes]
     cells = pd.DataFrame(case.train.X[:, genes].toarray(), case.train.obs["cell_type"].astype(str).to_numpy(), names)
-    np.random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  (the global generator that scTAPE uses)
     _, predicted = Deconvolution(
         cells, case.bulk[names], sep="\t", datatype="counts", mode="overall", adaptive=False, seed=seed
     )
@@ -189,13 +186,13 @@ def released_sctape(case: Case, seed: int) -> pd.DataFrame:
 
 
 METHODS = {
-    "overall": ("ours (overall)", lambda case, seed: ours(case, seed, "overall")),
-    "high": ("ours, high-resolution", lambda case, seed: ours(case, seed, "high-resolution")),
-    "none": ("ours, not adaptive", lambda case, seed: ours(case, seed, "none")),
-    "network": ("ours, network alone", our_network),
+    "regression": ("regression", lambda case, seed: regression(case, seed, "regression")),
+    "per-sample": ("regression-per-sample", lambda case, seed: regression(case, seed, "regression-per-sample")),
+    "unadapted": ("regression-unadapted", lambda case, seed: regression(case, seed, "regression-unadapted")),
+    "network": ("scTAPE, stage 4", our_network),
     "nnls": ("NNLS on markers", nnls),
     "constant": ("constant", constant),
-    "floor": ("true RNA, train libraries", lambda case, seed: case.floor),
+    "true-rna": ("true RNA, train libraries", lambda case, seed: case.by_library_size),
     "sctape": ("released scTAPE 1.1.2", released_sctape),
 }
 CASES = {
@@ -221,46 +218,53 @@ def scored(case: Case, estimate: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def estimated(case: Case, key: str, method: str, seed: int) -> pd.DataFrame | None:
+    """Scores of one method on one case, printed; None where the case has no such estimate."""
+    started = time.perf_counter()
+    estimate = METHODS[method][1](case, seed)
+    seconds = time.perf_counter() - started
+    if estimate is None:
+        return None
+    if case.of_rna and method != "constant":
+        rna = to_rna(estimate.to_numpy(), mean_library(case.train))
+        estimate = pd.DataFrame(rna, estimate.index, estimate.columns)
+    names = {"case": CASES[key][0], "method": METHODS[method][0], "seed": seed}
+    table = scored(case, estimate).assign(seconds=seconds, **names)
+    mae, ccc, r = table.loc["all", ["MAE", "CCC", "r"]]
+    print(
+        f"{names['case']}, {names['method']}, seed {seed}: MAE {mae:.4f}, CCC {ccc:.4f}, r {r:.4f}, {seconds:.1f} s",
+        flush=True,
+    )
+    return table.rename_axis("cells").reset_index()
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--only", nargs="+", choices=METHODS, default=[name for name in METHODS if name != "sctape"])
-    parser.add_argument("--save", help="csv for all figures, by type and seed")
-    arguments = parser.parse_args()
+    global CELLS, DATA
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_option(options)
+    options.add_argument("--folder", type=Path, default=DATA, help="of the files of case (c); default: ../shared/data")
+    options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    options.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    options.add_argument("--only", nargs="+", choices=METHODS, default=[name for name in METHODS if name != "sctape"])
+    options.add_argument("--save", help="csv for all figures, by type and seed")
+    arguments = options.parse_args()
+    CELLS, DATA = arguments.data, arguments.folder
     rows = []
     for key in arguments.cases:
         for seed in arguments.seeds:
             case = CASES[key][1](seed)
-            for name in arguments.only:
-                started = time.perf_counter()
-                estimate = METHODS[name][1](case, seed)
-                seconds = time.perf_counter() - started
-                if estimate is None:
-                    continue
-                if case.of_rna and name != "constant":
-                    estimate = pd.DataFrame(
-                        to_rna(estimate.to_numpy(), mean_library(case.train)), estimate.index, estimate.columns
-                    )
-                table = scored(case, estimate).assign(
-                    seconds=seconds, case=CASES[key][0], method=METHODS[name][0], seed=seed
-                )
-                rows.append(table.rename_axis("cells").reset_index())
-                print(
-                    "{}, {}, seed {}: MAE {:.4f}, CCC {:.4f}, r {:.4f}, {:.1f} s".format(
-                        CASES[key][0], METHODS[name][0], seed, *table.loc["all", ["MAE", "CCC", "r", "seconds"]]
-                    ),
-                    flush=True,
-                )
+            for method in arguments.only:
+                table = estimated(case, key, method, seed)
+                if table is not None:
+                    rows.append(table)
                 if arguments.save:
                     pd.concat(rows).to_csv(arguments.save, index=False)
     everything = pd.concat(rows)
     figures = ["MAE", "CCC", "r", "seconds"]
     pooled = everything[everything["cells"] == "all"].groupby(["case", "method"], sort=False)[figures]
-    mean, half = pooled.mean(), (pooled.max() - pooled.min()) / 2
     print(
-        f"\nall types together; mean of {len(arguments.seeds)} seeds +- half their range\n"
-        + (mean.map("{:.4f}".format) + " +- " + half.map("{:.4f}".format)).to_string()
+        "\nall types together; mean of the seeds +- half their range\n"
+        + mean_and_half_range(pooled, "{:.4f}").to_string()
     )
     by_type = (
         everything[everything["cells"] != "all"].groupby(["case", "cells", "method"], sort=False)[figures[:3]].mean()

@@ -1,102 +1,75 @@
-"""The generators of stage 3 beside one another: one split, one judge, one table, our GMVAE first.
+"""How do the generators of stage 3 compare? One split, one evaluation, one table, the GMVAE first.
 
-run     python tests/benchmarks/generators.py                               (pbmc3k, hours on a CPU: the beta-VAE has 61 million parameters)
+run     python tests/benchmarks/generators.py --data data/counts.h5ad             (pbmc3k: hours on a CPU, most of them the beta-VAE's)
         python tests/benchmarks/generators.py --data pbmc68k_reduced --seeds 3      (half an hour)
 
-The split, the judge (`lib.evaluation.metrics.fidelity`) and the floor are those of fidelity.py. Each generator is trained by the real
-stage 3 on the train cells alone, with its own default settings, and makes as many cells of each type as there are test cells.
-Printed: mean and, after +-, half the range over the seeds; seconds of training and cells made per second, in processor time
-(with OMP_NUM_THREADS=1: of one core, however busy the machine is).
+The split, the evaluation and the real reference are those of fidelity.py. Each generator is trained by the real stage 3 on the
+train cells alone, with its own default settings, and generates as many cells of each type as there are test cells. Printed: the
+mean and, after +-, half the range over the seeds; seconds of training and generated cells per second, in processor time (with
+OMP_NUM_THREADS=1: of one core, however busy the machine is).
 """
 
-import argparse
-import importlib
-import sys
-import tempfile
 import time
-from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-import torch
+from shared import CPU, load, mean_and_half_range, parser, test_cells, with_counts, workplace
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from fidelity import PBMC3K, load, metrics
-
-from lib.baselines import registry as generators
-from lib.data.counts import write_counts
-from lib.evaluation.comparison import judged
+from lib.baselines import registry
+from lib.evaluation import metrics
+from lib.evaluation.report import fidelity_and_memorisation
 from lib.training import load_checkpoint
 
-NAMES = tuple(generators.CLASSES)  # our GMVAE first
+STAGE = "_3_train_gmvae.py"
+NAMES = tuple(registry.CLASSES)  # the GMVAE first
+REAL = "real train cells"
 
 
-def made_by(
+def generate(
     name: str, train: ad.AnnData, types: np.ndarray, seed: int, epochs: int | None
 ) -> tuple[sp.csr_matrix, dict[str, float]]:
-    """New cells of the given types, and what they cost."""
-    stage = importlib.reload(importlib.import_module("_3_train_gmvae"))
-    with tempfile.TemporaryDirectory() as folder:
-        write_counts(train, Path(folder) / "train.h5ad")
-        constants = {
-            "DATA_DIR": folder,
-            "MODELS_DIR": folder,
-            "FIG_DIR": folder,
-            "SEED": seed,
-            "GENERATOR": name,
-            "OTHER_EPOCHS": epochs,
-        }
-        for constant, value in constants.items():
-            setattr(stage, constant, value)
+    """Counts of new cells of the given types, and the cost of training and generation."""
+    with workplace(train) as place:
         started = time.process_time()
-        stage.main()
+        place.main(STAGE, SEED=seed, GENERATOR=name, OTHER_EPOCHS=epochs)
         seconds = time.process_time() - started
-        checkpoint = load_checkpoint(Path(folder) / f"{name}.pt", "")
-        n_epochs = len(pd.read_csv(Path(folder) / f"{name}_history.csv"))
-    model = generators.load(checkpoint, torch.device("cpu"))
+        checkpoint = load_checkpoint(place.models / f"{name}.pt", STAGE)
+        n_epochs = len(pd.read_csv(place.models / f"{name}_history.csv"))
+    model = registry.load(checkpoint, CPU)
     started = time.process_time()
-    counts = sp.vstack(list(model.sample(types, seed)), format="csr")
+    counts = registry.generate(model, types, seed)
     rate = len(types) / (time.process_time() - started)
     n_parameters = sum(p.numel() for p in model.parameters())
-    return counts, {
-        "train CPU seconds": seconds,
-        "epochs": n_epochs,
-        "cells per CPU second": rate,
-        "parameters": n_parameters,
-    }
+    costs = {"train CPU seconds": seconds, "epochs": n_epochs, "cells per CPU second": rate, "parameters": n_parameters}
+    return counts, costs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data", default=str(PBMC3K), help="h5ad with raw counts in X and obs['cell_type'], or pbmc68k_reduced"
+    options = parser(__doc__, seeds=1)
+    options.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="default: all")
+    options.add_argument(
+        "--epochs", type=int, help="at most, of the generators beside the GMVAE; default: as published"
     )
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
-    parser.add_argument("--epochs", type=int, help="at most, of the generators beside the GMVAE; default: as published")
-    arguments = parser.parse_args()
+    arguments = options.parse_args()
     train, test = load(arguments.data)
     types = test.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64)
-    genes = metrics.variable_genes(train, metrics.N_CORRELATED_GENES)
     rows = []
     for seed in range(arguments.seeds):
-        floor = train[metrics.select_like(train, test.obs["cell_type"], np.random.default_rng(seed))].copy()
-        rows.append(metrics.fidelity(test, floor, genes, seed).rename(("real train cells", seed)))
+        target = test_cells(train, test, seed)
+        rows.append(metrics.fidelity(test, target.real_reference, target.genes, seed).rename(REAL))
         for name in arguments.only:
-            counts, costs = made_by(name, train, types, seed, arguments.epochs)
-            cells = ad.AnnData(counts, obs=test.obs[["cell_type"]].copy(), var=test.var[[]].copy())
-            rows.append(pd.concat([judged(test, floor, cells, genes, seed), pd.Series(costs)]).rename((name, seed)))
-            print(", ".join(f"{key} {value:,.3f}" for key, value in rows[-1].items()), flush=True)
-    table = pd.DataFrame(rows)
-    table.index = pd.MultiIndex.from_tuples(table.index, names=["cells", "seed"])
-    by_name = table.groupby("cells", sort=False)
-    mean, half = by_name.mean(), (by_name.max() - by_name.min()) / 2
-    shown = mean.map("{:,.3f}".format) + (" +- " + half.map("{:,.3f}".format) if arguments.seeds > 1 else "")
-    names = [*arguments.only, "real train cells"]
-    print(f"\n{arguments.data}, {arguments.seeds} seed{'s' * (arguments.seeds > 1)}\n" + shown.loc[names].T.to_string())
+            counts, costs = generate(name, train, types, seed, arguments.epochs)
+            found = fidelity_and_memorisation(target, with_counts(test, counts))
+            rows.append(pd.concat([found, pd.Series(costs)]).rename(name))
+            figures = ", ".join(f"{figure} {value:,.3f}" for figure, value in rows[-1].items())
+            print(f"{name}, seed {seed}: {figures}", flush=True)
+    shown = mean_and_half_range(pd.DataFrame(rows).groupby(level=0, sort=False), "{:,.3f}")
+    print(
+        f"\n{arguments.data}, {arguments.seeds} seed{'s' * (arguments.seeds > 1)}\n"
+        + shown.loc[[*arguments.only, REAL]].T.to_string()
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Time and peak memory of the stages as the number of cells grows: 10,000, 50,000 and 200,000 simulated cells x 16,000 genes.
+"""How do time and peak memory of the stages grow with the number of cells? 10,000, 50,000 and 200,000 simulated cells x 16,000 genes.
 
-run     python tests/benchmarks/scale.py --folder /a/disk/with/10/GB          (an hour; --cells 10000 50000 for less)
+run     python tests/benchmarks/scale.py --folder /tmp/scale --cells 10000      (5 minutes; without --cells an hour and 10 GB of disk)
 
-Cells are drawn block by block from gamma-Poisson distributions of 12 types with programmes inside the types, about 900 genes
-a cell, and written as data/counts.h5ad; stages 1 to 5 then run as a user runs them, in processes of their own, stage 3 for
-`--epochs` epochs. Peak memory is that of the stage's process (VmHWM).
+Cells are sampled block by block from gamma-Poisson distributions of 12 types with expression programmes within the types, about
+900 genes detected in a cell, and written as data/counts.h5ad; stages 1 to 5 then run as a user runs them, in processes of their
+own, stages 3 and 4 for `--epochs` epochs. Peak memory is that of the stage's process (VmHWM).
 """
 
 import argparse
@@ -18,20 +18,11 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+from shared import ROOT, STAGES
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
-
-from lib.data.counts import digest, write_blocks  # noqa: E402
+from lib.data.counts import digest, write_blocks
 
 N_GENES, N_TYPES = 16_000, 12
-STAGES = (
-    "_1_split_train_test.py",
-    "_2_make_pseudobulk.py",
-    "_3_train_gmvae.py",
-    "_4_train_sctape.py",
-    "_5_generate.py",
-)
 
 
 def simulate(n_cells: int, path: Path) -> None:
@@ -64,14 +55,28 @@ def simulate(n_cells: int, path: Path) -> None:
 
 def run(command: list[str]) -> tuple[float, float, str]:
     """Seconds, peak memory in GB, and output of a process."""
-    report = "import atexit, re; atexit.register(lambda: print('VmHWM', re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]))"
-    program = f"{report}\nimport runpy, sys\nsys.argv = {command!r}\nsys.path.insert(0, {str(ROOT)!r})\nrunpy.run_path({command[0]!r}, run_name='__main__')"
+    program = f"""
+import atexit, re, runpy, sys
+atexit.register(lambda: print("VmHWM", re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]))
+sys.argv = {command!r}
+sys.path.insert(0, {str(ROOT)!r})
+runpy.run_path({command[0]!r}, run_name="__main__")
+"""
     started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     seconds = time.perf_counter() - started
     if done.returncode:
         sys.exit(f"{command} failed:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
     return seconds, float(done.stdout.rsplit("VmHWM", 1)[1]) / 1e6, done.stdout
+
+
+def options_of(stage: str, place: Path, epochs: int) -> list[str]:
+    options = ["--data-dir", str(place / "data")]
+    options += ["--models-dir", str(place / "models")] if stage[1] in "345" else []
+    options += ["--fig-dir", str(place / "fig")] if stage[1] != "2" else []
+    options += ["--epochs", str(epochs)] if stage[1] in "34" else []
+    options += ["--max-genes", "none", "--max-counts", "none"] if stage[1] == "1" else []
+    return options
 
 
 def main() -> None:
@@ -86,27 +91,12 @@ def main() -> None:
         (place / "data").mkdir(parents=True, exist_ok=True)
         if not (place / "data" / "counts.h5ad").exists():
             simulate(n_cells, place / "data" / "counts.h5ad")
-        for stage in STAGES:
-            options = ["--data-dir", str(place / "data")]
-            options += ["--models-dir", str(place / "models")] if stage[1] in "345" else []
-            options += ["--fig-dir", str(place / "fig")] if stage[1] != "2" else []
-            options += ["--epochs", str(arguments.epochs)] if stage[1] in "34" else []
-            options += ["--max-genes", "none", "--max-counts", "none"] if stage[1] == "1" else []
-            seconds, memory, output = run([str(ROOT / stage), *options])
-            per_cell = 1e3 * seconds / n_cells
-            rows.append(
-                {
-                    "cells": n_cells,
-                    "stage": stage[1],
-                    "seconds": seconds,
-                    "ms per cell": per_cell,
-                    "peak memory, GB": memory,
-                }
-            )
-            print(
-                pd.DataFrame(rows[-1:]).to_string(index=False, header=len(rows) == 1, float_format="{:10.2f}".format),
-                flush=True,
-            )
+        for stage in STAGES[1:]:
+            seconds, memory, output = run([str(ROOT / stage), *options_of(stage, place, arguments.epochs)])
+            row = {"cells": n_cells, "stage": stage[1], "seconds": seconds}
+            rows.append(row | {"ms per cell": 1e3 * seconds / n_cells, "peak memory, GB": memory})
+            line = pd.DataFrame(rows[-1:]).to_string(index=False, header=len(rows) == 1, float_format="{:10.2f}".format)
+            print(line, flush=True)
             if stage[1] == "3":
                 epochs = pd.read_csv(place / "models" / "gmvae_history.csv")
                 print(f"   stage 3: {0.9 * 0.75 * n_cells / epochs['seconds'].iloc[-1]:,.0f} cells/s in its last epoch")

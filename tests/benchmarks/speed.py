@@ -1,14 +1,16 @@
-"""Training speed: ours beside the original formulation, scVI, and what the matrix products alone would take.
+"""How fast does the GMVAE train? Beside the original formulation, scVI, and the matrix products alone.
 
-run     python tests/benchmarks/speed.py            (needs tests/benchmarks/requirements.txt for scVI; about 15 minutes)
-        python tests/benchmarks/speed.py --rounds 5 --no-likelihood
+run     python tests/benchmarks/speed.py --data data/counts.h5ad       (pbmc3k: 15 minutes)
+        python tests/benchmarks/speed.py --data simulated --rounds 5 --no-likelihood
+needs   tests/benchmarks/requirements.txt for scVI, which is left out without it
 
-All contenders see the same cells, hidden sizes, batch size and number of threads, in one process, one after the other in
-every round, so that a busy machine slows all of them. Peak memory is that of a process that trains one contender alone.
+All contenders get the same cells, hidden sizes, batch size and number of threads, in one process, one after the other in
+every round, so that a busy machine slows all of them down. Peak memory is that of a process that trains one contender alone.
 """
 
 import argparse
-import importlib
+import importlib.util
+import itertools
 import re
 import subprocess
 import sys
@@ -23,31 +25,33 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
+from shared import CPU, add_data_option, read
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
-
-from lib.data.batches import Batch, CellDataset  # noqa: E402
-from lib.data.counts import select_per_type  # noqa: E402
-from lib.models.layers import SparseLinear  # noqa: E402
-from lib.training import keep_freed_memory  # noqa: E402
+from lib.data.batches import Batch, CellDataset
+from lib.data.counts import select_per_type
+from lib.models.layers import SparseLinear
+from lib.training import keep_freed_memory
 
 stage = importlib.import_module("_3_train_gmvae")
-CPU = torch.device("cpu")
-PBMC3K = ROOT.parent / "shared" / "data" / "pbmc3k.h5ad"
+SIMULATED = "simulated"
+HAS_SCVI = importlib.util.find_spec("scvi") is not None
+MIN_CELLS = 3  # that must hold a gene
 
 
 class Original(nn.Module):
-    """The published formulation, from its description: every step decodes all K components, from dense input, with the plain
-    ZINB formula, three heads, Adam 6e-6; each term weighted by q(y|x) and summed over K."""
+    """The published formulation, from its description.
+
+    Every step decodes all K components from dense input, with the plain ZINB formula, three heads and Adam 6e-6; each term is
+    weighted by q(y|x) and summed over K.
+    """
 
     def __init__(self, n_genes: int, n_cell_types: int, n_latent: int = 32):
         super().__init__()
         self.n_cell_types = n_cell_types
 
         def mlp(*sizes):
-            layers = [part for a, b in zip(sizes, sizes[1:-1]) for part in (nn.Linear(a, b), nn.ReLU())]
+            layers = [part for a, b in itertools.pairwise(sizes[:-1]) for part in (nn.Linear(a, b), nn.ReLU())]
             return nn.Sequential(*layers, nn.Linear(*sizes[-2:]))
 
         self.q_y_x = mlp(n_genes, 128, n_cell_types)
@@ -87,7 +91,7 @@ class Original(nn.Module):
 
 
 class Products(nn.Module):
-    """What our model multiplies, and nothing else: the sparse input by the first layers, z by the heads."""
+    """The matrix products of our model and nothing else: the sparse input times the first layers, z times the heads."""
 
     def __init__(self, n_genes: int, n_latent: int, n_heads: int):
         super().__init__()
@@ -117,7 +121,7 @@ class ProductsEpoch:
         self.model = Products(dataset.n_genes, n_latent, n_heads)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.dataset, self.generator = dataset, torch.Generator().manual_seed(0)
-        batches = list(dataset.shuffled(stage.BATCH_SIZE, self.generator))  # cut beforehand: not part of the limit
+        batches = list(dataset.shuffled(stage.BATCH_SIZE, self.generator))  # made beforehand: not part of the limit
         self.batches = [(b.log_normalized(2000.0), torch.full((b.n_cells, dataset.n_genes), 1e-6)) for b in batches[:8]]
 
     def __call__(self) -> int:
@@ -168,7 +172,8 @@ class Scvi:
         from lightning.pytorch.callbacks import Callback
 
         class Clock(Callback):
-            seconds: list[float] = []
+            def __init__(self):
+                self.seconds: list[float] = []
 
             def on_train_epoch_start(self, *_):
                 self.started = time.perf_counter()
@@ -177,7 +182,6 @@ class Scvi:
                 self.seconds.append(time.perf_counter() - self.started)
 
         clock = Clock()
-        clock.seconds = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.model.train(
@@ -187,22 +191,21 @@ class Scvi:
         return clock.seconds
 
 
-def load(path: Path | None, n_cell_types: int) -> tuple[sp.csr_matrix, np.ndarray]:
-    """Counts, and K types: those of the data cut into K parts, since the number of types is all that matters for speed."""
-    if path is not None and path.exists():
-        adata = ad.read_h5ad(path)
-        print(
-            f"{path.name}: {adata.n_obs:,} cells x {adata.n_vars:,} genes, {adata.X.nnz / np.prod(adata.shape):.1%} of the counts above zero"
-        )
-        counts = sp.csr_matrix(adata.X, dtype=np.float32)
-    else:
+def load(data: str) -> tuple[sp.csr_matrix, np.ndarray | None]:
+    """Counts, and the cells' types; simulated cells, of the size of pbmc3k, have none."""
+    if data == SIMULATED:
         rng = np.random.default_rng(0)
         profile = rng.lognormal(0, 2, 13_714)
         mu = profile / profile.sum() * rng.lognormal(np.log(2300), 0.4, 2600)[:, None]
-        counts = sp.csr_matrix(rng.poisson(rng.gamma(2, mu / 2)).astype(np.float32))
-        print(f"simulated: {counts.shape[0]:,} cells x {counts.shape[1]:,} genes")
+        counts, types = sp.csr_matrix(rng.poisson(rng.gamma(2, mu / 2)).astype(np.float32)), None
+    else:
+        cells = read(data)
+        counts = cells.X[:, cells.X.getnnz(axis=0) >= MIN_CELLS]
+        types = cells.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64)
     counts.sort_indices()
-    return counts, np.arange(counts.shape[0]) % n_cell_types
+    density = counts.nnz / np.prod(counts.shape)
+    print(f"{data}: {counts.shape[0]:,} cells x {counts.shape[1]:,} genes, {density:.1%} of the counts above zero")
+    return counts, types
 
 
 def throughput(counts: sp.csr_matrix, types: np.ndarray, n_cell_types: int, rounds: int) -> None:
@@ -213,12 +216,8 @@ def throughput(counts: sp.csr_matrix, types: np.ndarray, n_cell_types: int, roun
         products = ProductsEpoch(dataset, ours.model.n_latent, 1 if likelihood == "nb" else 2)
         contenders[f"ours, {likelihood}"] = lambda ours=ours: (len(dataset), ours())[0]
         contenders[f"matrix products + Adam, {likelihood}"] = products
-    for likelihood in ("nb", "zinb"):
-        try:
-            scvi = Scvi(counts, likelihood)
-        except ImportError:
-            print("scvi-tools is not installed: left out")
-            break
+    for likelihood in ("nb", "zinb") if HAS_SCVI else ():
+        scvi = Scvi(counts, likelihood)
         contenders[f"scVI, {likelihood}"] = lambda scvi=scvi: counts.shape[0] / np.median(scvi.train(3, train_size=1.0))
     contenders["original formulation, zinb"] = OriginalSteps(dataset, n_cell_types)
     speeds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -250,11 +249,11 @@ def throughput(counts: sp.csr_matrix, types: np.ndarray, n_cell_types: int, roun
 def time_to_likelihood(
     counts: sp.csr_matrix, types: np.ndarray, n_cell_types: int, likelihood: str, max_epochs: int
 ) -> None:
-    """How long ours takes to the held-out bound that scVI ends at.
+    """Time until ours reaches the held-out bound that scVI ends with.
 
-    Both are bounds on log p(x | l) of the same held-out cells: scVI's ELBO, and our ELBO + log p(y), which is below it, since
-    p(x) >= p(x, y). Seconds are those of training alone. scVI stops by its own early stopping, on those cells; its clock stops
-    at its best epoch.
+    Both are bounds on log p(x|l) of the same held-out cells: scVI's ELBO, and our ELBO + log p(y), which is the lower one because
+    p(x) >= p(x, y). Seconds are those of training alone. scVI stops by its own early stopping on these cells; its seconds are
+    those until its best epoch.
     """
     held_out = select_per_type(types, 0.1, np.random.default_rng(0))
     order = np.r_[np.flatnonzero(~held_out), np.flatnonzero(held_out)]
@@ -264,44 +263,40 @@ def time_to_likelihood(
     )  # fmt: skip
     elbo = scvi.model.history["elbo_validation"].iloc[:, 0].astype(float)
     best = int(np.argmin(elbo.to_numpy()))
-    target, its_seconds = -float(elbo.iloc[best]), sum(seconds[: best + 1])
+    target, scvi_seconds = -float(elbo.iloc[best]), sum(seconds[: best + 1])
 
     dataset = CellDataset(counts, types, CPU, np.flatnonzero(~held_out))
-    judge = CellDataset(counts, types, CPU, np.flatnonzero(held_out))
+    validation = CellDataset(counts, types, CPU, np.flatnonzero(held_out))
     ours = OursEpoch(dataset, n_cell_types, likelihood)
-    log_p_y = float(ours.model.type_frequency.log()[judge.cell_type_idx].mean())
+    log_p_y = float(ours.model.type_frequency.log()[validation.cell_type_idx].mean())
     spent, best_bound, reached = 0.0, -np.inf, None
     for epoch in range(stage.EPOCHS):
         started = time.perf_counter()
         ours(epoch)
         spent += time.perf_counter() - started
         with torch.no_grad():
-            means = stage.validate(ours.model, judge)
+            means = stage.validate(ours.model, validation)
         bound = -(means["reconstruction_loss"] + means["kl_z"]) + log_p_y
         best_bound = max(best_bound, bound)
         if bound >= target and reached is None:
             reached = spent
         if reached is not None and epoch > 30:
             break
-    print(
-        f"\nheld-out bound on log p(x | l), nats per cell, {likelihood}: scVI {target:.1f} after {its_seconds:.1f} s ({best + 1} epochs, its best)"
-    )
+    print(f"\nheld-out bound on log p(x|l), nats per cell, {likelihood}")
+    print(f"scVI: {target:.1f} after {scvi_seconds:.1f} s ({best + 1} epochs, its best)")
     if reached is None:
         print(f"ours: not reached; {best_bound:.1f} after {spent:.1f} s")
     else:
-        print(f"ours: there after {reached:.1f} s, {its_seconds / reached:.1f} times sooner; best {best_bound:.1f}")
+        print(f"ours: the same after {reached:.1f} s, {scvi_seconds / reached:.1f} times sooner; best {best_bound:.1f}")
 
 
 def peak_memory(arguments: list[str]) -> None:
     print("\npeak memory of a process that trains one contender alone, GB")
-    for name in ("ours, nb", "ours, zinb", "scVI, zinb", "original formulation, zinb"):
+    for name in ("ours, nb", "ours, zinb", *["scVI, zinb"] * HAS_SCVI, "original formulation, zinb"):
         done = subprocess.run([sys.executable, __file__, "--only", name, *arguments], capture_output=True, text=True)
-        last = done.stdout.strip().splitlines()
-        print(
-            f"{name:30s} {float(last[-1]) / 1e6:.2f}"
-            if done.returncode == 0
-            else f"{name:30s} failed: {done.stderr.strip().splitlines()[-1]}"
-        )
+        if done.returncode:
+            sys.exit(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
+        print(f"{name:30s} {float(done.stdout.split()[-1]) / 1e6:.2f}")
 
 
 def train_one(name: str, counts: sp.csr_matrix, types: np.ndarray, n_cell_types: int) -> None:
@@ -317,41 +312,31 @@ def train_one(name: str, counts: sp.csr_matrix, types: np.ndarray, n_cell_types:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data", type=Path, default=PBMC3K, help="h5ad with raw counts in X; simulated where it does not exist"
-    )
-    parser.add_argument("--n-cell-types", type=int, default=17)
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--max-epochs", type=int, default=200, help="of scVI, for the time to a likelihood")
-    parser.add_argument(
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_option(options, f"{SIMULATED}: 2,600 simulated cells")
+    options.add_argument("--n-cell-types", type=int, default=17, help="K of the throughput, whatever the data have")
+    options.add_argument("--batch-size", type=int, default=256)
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--max-epochs", type=int, default=200, help="of scVI, for the time to a likelihood")
+    options.add_argument(
         "--likelihood", action=argparse.BooleanOptionalAction, default=True, help="time to scVI's held-out likelihood"
     )
-    parser.add_argument("--only", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    options.add_argument("--only", help=argparse.SUPPRESS)
+    arguments = options.parse_args()
     stage.BATCH_SIZE = arguments.batch_size
     keep_freed_memory()
-    counts, types = load(arguments.data, arguments.n_cell_types)
+    counts, own_types = load(arguments.data)
+    types = np.arange(counts.shape[0]) % arguments.n_cell_types  # of equal size: for speed only their number matters
     if arguments.only:
-        return train_one(arguments.only, counts, types, arguments.n_cell_types)
+        train_one(arguments.only, counts, types, arguments.n_cell_types)
+        return
     throughput(counts, types, arguments.n_cell_types, arguments.rounds)
-    if arguments.likelihood:
-        labels = types
-        if arguments.data.exists() and "cell_type" in (obs := ad.read_h5ad(arguments.data, backed="r").obs):
-            labels = obs["cell_type"].astype("category").cat.codes.to_numpy(dtype=np.int64)
+    if arguments.likelihood and HAS_SCVI:
+        labels = types if own_types is None else own_types
         for likelihood in ("nb", "zinb"):
             time_to_likelihood(counts, labels, labels.max() + 1, likelihood, arguments.max_epochs)
-    peak_memory(
-        [
-            "--data",
-            str(arguments.data),
-            "--batch-size",
-            str(arguments.batch_size),
-            "--n-cell-types",
-            str(arguments.n_cell_types),
-        ]
-    )
+    sizes = {"--batch-size": arguments.batch_size, "--n-cell-types": arguments.n_cell_types}
+    peak_memory(["--data", arguments.data, *(str(word) for item in sizes.items() for word in item)])
 
 
 if __name__ == "__main__":
