@@ -1,14 +1,16 @@
-"""Stage 0: get a single-cell data set and write it in the one form that the later stages read.
+"""Stage 0: download or read a single-cell data set and write it in the form that the later stages read.
 
-reads   a data set from the network, from inside scanpy, or from a path of yours
-writes  data/counts.h5ad: cells x genes, raw counts, obs["cell_type"] where the source has labels; data/bulk.csv where a bulk comes with it
+reads   a data set from the network, from inside scanpy, or from your files
+writes  data/counts.h5ad: cells x genes, raw counts, obs["cell_type"] if the source has labels; data/bulk.csv if it has a bulk
 run     python _0_download_data.py
+note    the labels of pbmc3k are those of scanpy's tutorial: eight clusters, named by marker genes
 time    GSE130148: 1 minute after its download of 30 MB; pbmc68k_reduced: seconds
 """
 
 from pathlib import Path
 from typing import Literal
 
+import anndata as ad
 import pandas as pd
 
 from lib import options
@@ -17,24 +19,18 @@ from lib.data.counts import fingerprint, write_counts
 from lib.files import folder, print_written, replacing, user_path
 
 # Data set
-DATASET = "GSE130148"  # GSE130148 (the paper's), pbmc68k_reduced (needs no network), pbmc1k, pbmc3k, pbmc68k, dentate_gyrus, E-ANND-5, or a path of yours
-CELL_TYPE_KEY: str | None = None  # column with the cell types, in obs or in LABELS_FILE; none: the one called like it
-LABELS_FILE: str | None = None  # csv or tsv with barcodes and cell types, for counts that come without
-ORIENTATION: Literal["auto", "genes_in_rows", "cells_in_rows"] = (
-    "auto"  # of a csv or tsv of counts; auto: by its gene names
-)
+DATASET = "GSE130148"  # GSE130148 (the paper's), pbmc68k_reduced (no network), pbmc1k, pbmc3k, pbmc68k, dentate_gyrus, E-ANND-5, or a path
+CELL_TYPE_KEY: str | None = None  # column with the cell types, in obs or LABELS_FILE; none: one named like it
+LABELS_FILE: str | None = None  # csv or tsv of barcodes and cell types, for counts without them
+ORIENTATION: Literal["auto", "genes_in_rows", "cells_in_rows"] = "auto"  # of a csv or tsv; auto: by its gene names
 
-# Gene lengths, for TPM that divides by them (stage 2)
-GENE_LENGTHS: str | None = (
-    "auto"  # auto: those that come with the data set; none; or a table (GeneLength.txt, or gene and length in bp)
-)
+# Gene lengths, for TPM with USE_GENE_LENGTHS in stage 2
+GENE_LENGTHS: str | None = "auto"  # auto: those of the data set; none; or a table (GeneLength.txt, or gene and bp)
 
 # Where things are
 GEO_URL = "https://ftp.ncbi.nlm.nih.gov/geo/series/GSE130nnn/GSE130148/suppl"  # of the two files of GSE130148
-GENE_LENGTH_URL = (
-    "https://github.com/poseidonchan/TAPE/raw/main/data/GeneLength.txt"  # the table that the original uses
-)
-DATA_DIR = "data"  # folder; data/raw holds the files as they were downloaded
+GENE_LENGTH_URL = "https://github.com/poseidonchan/TAPE/raw/main/data/GeneLength.txt"  # the original's table
+DATA_DIR = "data"  # folder; data/raw keeps the downloaded files
 
 
 def main() -> None:
@@ -50,13 +46,12 @@ def main() -> None:
     adata.uns["source"] = source.description
     adata.uns["counts_id"] = fingerprint(adata)
 
-    print(
-        f"{adata.n_obs:,} cells x {adata.n_vars:,} genes, {adata.X.nnz / adata.X.shape[0] / adata.X.shape[1]:.1%} of the counts above zero"
-    )
+    above_zero = adata.X.nnz / adata.n_obs / adata.n_vars
+    print(f"{adata.n_obs:,} cells x {adata.n_vars:,} genes, {above_zero:.1%} of the counts above zero")
     if "cell_type" in adata.obs:
         print(adata.obs["cell_type"].value_counts(dropna=False).to_string())
     else:
-        print("no cell types came with the data: stage 1 will cluster the cells")
+        print("the data have no cell types: stage 1 will cluster the cells")
     write_counts(adata, data / "counts.h5ad")
     written = [data / "counts.h5ad"]
     if source.bulk is not None:
@@ -67,7 +62,15 @@ def main() -> None:
 
 
 def load() -> datasets.Source:
-    """The data set by its name, or from the user's path."""
+    """Read the data set by its name, or from the user's path.
+
+    Raises
+    ------
+    ValueError
+        If CELL_TYPE_KEY is set for a data set with its own labels.
+    FileNotFoundError
+        If DATASET is neither a name nor a path.
+    """
     lengths = None if GENE_LENGTHS in ("auto", None) else user_path(GENE_LENGTHS)
     if DATASET in datasets.NAMES:
         if CELL_TYPE_KEY is not None and LABELS_FILE is None:
@@ -81,13 +84,14 @@ def load() -> datasets.Source:
         path = user_path(DATASET)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"DATASET = {DATASET!r} is neither one of {', '.join(datasets.NAMES)} nor a path: {error}"
+            f"DATASET is {DATASET!r}; expected one of {', '.join(datasets.NAMES)} or a path: {error}"
         ) from error
     adata = readers.read_dataset(path, ORIENTATION, CELL_TYPE_KEY if LABELS_FILE is None else None)
     return datasets.Source(adata, str(path), lengths)
 
 
-def add_gene_lengths(adata, path: Path) -> None:
+def add_gene_lengths(adata: ad.AnnData, path: Path) -> None:
+    """Set var["gene_length_bp"], missing for genes that the table does not have."""
     lengths = readers.read_gene_lengths(path).reindex(adata.var_names)
     adata.var["gene_length_bp"] = pd.to_numeric(lengths)
     print(f"{path.name}: lengths for {lengths.notna().sum():,} of {adata.n_vars:,} genes")

@@ -112,11 +112,14 @@ def check_same_names(
     only_expected = [name for name in expected if name not in set(got)]
     difference = "the same names in another order"
     if only_got or only_expected:
-        difference = f"only there: {_some(only_got)}; missing there: {_some(only_expected)}"
+        difference = f"unexpected: {_some(only_got)}; missing: {_some(only_expected)}"
     raise ValueError(
         f"{got_by} has {len(got):,} {kind}, {expected_by} has {len(expected):,}, and they differ ({difference}); run {remedy}"
     )
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "") if names else "none"
+    """The first three names, and the number of the others."""
+    if len(names) > 3:
+        return f"{', '.join(names[:3])} and {len(names) - 3:,} more"
+    return ", ".join(names) or "none"

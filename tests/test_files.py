@@ -118,7 +118,7 @@ def test_a_relative_folder_starts_at_the_project_and_is_made(tmp_path, monkeypat
 def test_both_files_are_named():
     with pytest.raises(
         ValueError,
-        match=r"model.pt has 2 genes, data.h5ad has 2, and they differ \(only there: C; missing there: B\); run it",
+        match=r"model.pt has 2 genes, data.h5ad has 2, and they differ \(unexpected: C; missing: B\); run it",
     ):
         check_same_names(["A", "C"], "model.pt", ["A", "B"], "data.h5ad", "genes", "it")
     with pytest.raises(ValueError, match="another order"):

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -66,11 +67,15 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        tensors = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return replace(self, **tensors)
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
 
 
-def _csr(indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+def _csr(indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         return torch.sparse_csr_tensor(indptr, indices, values, shape, check_invariants=False)
@@ -81,11 +86,8 @@ def transposed(x: torch.Tensor) -> torch.Tensor:
     indptr, indices, values = x.crow_indices(), x.col_indices(), x.values()
     if x.device.type == "cpu":
         columns = sp.csr_matrix((values.numpy(), indices.numpy(), indptr.numpy()), shape=x.shape).tocsc()
-        parts = (
-            torch.from_numpy(a)
-            for a in (columns.indptr.astype(np.int64), columns.indices.astype(np.int64), columns.data)
-        )
-        return _csr(*parts, x.shape[::-1])
+        starts, rows = (torch.from_numpy(a.astype(np.int64)) for a in (columns.indptr, columns.indices))
+        return _csr(starts, rows, torch.from_numpy(columns.data), x.shape[::-1])
     by_column = indices.argsort(stable=True)
     rows = torch.repeat_interleave(indptr.diff(), output_size=len(indices))[by_column]
     n_entries = torch.zeros(x.shape[1], dtype=torch.int64, device=x.device).index_add_(

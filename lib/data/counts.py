@@ -121,7 +121,7 @@ def digest(names: list[str], *arrays: np.ndarray) -> str:
     """Twelve hexadecimal digits that change with any of these."""
     sha = hashlib.sha256("\n".join(names).encode())
     for array in arrays:
-        sha.update(np.ascontiguousarray(array))
+        sha.update(np.ascontiguousarray(array).data)
     return sha.hexdigest()[:12]
 
 

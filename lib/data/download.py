@@ -43,8 +43,10 @@ def fetch(url: str, path: Path) -> Path:
             partial.replace(path)
             return path
         except requests.HTTPError as error:
-            reason = f"the server answered {error.response.status_code} {error.response.reason}"
-            if error.response.status_code < 500 and error.response.status_code != 429:
+            response = error.response
+            assert response is not None
+            reason = f"the server answered {response.status_code} {response.reason}"
+            if response.status_code < 500 and response.status_code != 429:
                 break
         except (requests.RequestException, urllib3.exceptions.HTTPError, ConnectionError, TimeoutError) as error:
             reason = f"{type(error).__name__}: {error}"
@@ -69,8 +71,8 @@ def _download(url: str, partial: Path) -> None:
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
         if response.status_code == 416:  # the server has no more: the part is complete, or belongs to another file
-            total = response.headers.get("Content-Range", "").rpartition("/")[2]
-            if total == str(have):
+            whole = response.headers.get("Content-Range", "").rpartition("/")[2]
+            if whole == str(have):
                 return
             partial.unlink()
             raise requests.ConnectionError("the partial file does not fit the server's; starting again")
@@ -83,9 +85,8 @@ def _download(url: str, partial: Path) -> None:
             open(partial, "ab" if resumed else "wb") as file,
             tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=url.rpartition("/")[2]) as progress,
         ):
-            while chunk := response.raw.read(
-                CHUNK_BYTES, decode_content=False
-            ):  # iter_content drops an incomplete chunk
+            # not iter_content, which drops an incomplete chunk
+            while chunk := response.raw.read(CHUNK_BYTES, decode_content=False):
                 file.write(chunk)
                 progress.update(len(chunk))
     if total is not None and partial.stat().st_size < total:

@@ -105,8 +105,8 @@ def align_labels(
         )
     labels = clean_labels(table[key].reindex(barcodes))
     print(f"{labels.notna().sum():,} of {len(barcodes):,} cells have a label in {path.name}")
-    others = table.reindex(barcodes).drop(columns=[c for c in table if c in (key, "cell_type", "")])
-    return others.assign(cell_type=labels).rename_axis(None)
+    rest = table.reindex(barcodes).drop(columns=[c for c in table if c in (key, "cell_type", "")])
+    return rest.assign(cell_type=labels).rename_axis(None)
 
 
 def clean_labels(labels: pd.Series) -> pd.Series:

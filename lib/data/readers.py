@@ -159,8 +159,8 @@ def _name_and_label_cells(
     if barcode_files:
         barcodes = pd.Index(_read_list(barcode_files, (adata.n_obs,), f"barcodes of {matrix_file}")[0].to_numpy())
     elif labels is not None and len(labels) == adata.n_obs:
-        named = [c for c in labels if c and c.lower() in BARCODE_COLUMNS and labels[c].is_unique]
-        barcodes = pd.Index(labels[named[0]].to_numpy()) if named else numbered
+        columns = [c for c in labels if c and c.lower() in BARCODE_COLUMNS and labels[c].is_unique]
+        barcodes = pd.Index(labels[columns[0]].to_numpy()) if columns else numbered
     adata.obs_names = barcodes
     if labels is not None:
         adata.obs = align_labels(labels, label_files[0], barcodes, key, by_order=barcodes is numbered)
