@@ -83,7 +83,7 @@ def predict_types(classifier, counts: sp.csr_matrix) -> np.ndarray:
 
 def precision_recall_f1(true: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
     """Precision, recall and F1, macro and weighted, over the types that occur in either."""
-    found = {}
+    found: dict[str, float] = {}
     for average in ("macro", "weighted"):
         values = precision_recall_fscore_support(true, predicted, average=average, zero_division=0)
         found |= {f"{name} ({average})": value for name, value in zip(("precision", "recall", "F1"), values)}

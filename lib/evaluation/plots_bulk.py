@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure, SubFigure
 
-from lib.evaluation.plots_style import open_frame, palette, save, stacked_bars, type_legend
+from lib.evaluation.plots_style import dots, open_frame, palette, save, stacked_bars, type_legend
 from lib.models.profiles import log_fold_changes, top_genes
 
 MAX_BARS = 40  # bulk samples plotted
@@ -44,7 +44,7 @@ def proportions(
         bars = pd.concat(labelled)
     widths = (2.1 * n_columns, 3.2 + 0.25 * len(bars))
     figure = Figure(figsize=(sum(widths), max(2.2 * n_rows + 0.6, 4.5)), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=widths)
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=widths)[0]
     _predicted_against_true(left, true, estimate, agreement, baseline_mae, (n_rows, n_columns))
 
     axes = right.subplots()
@@ -73,7 +73,7 @@ def _predicted_against_true(
         x, y = true[name], estimate[name]
         top = 1.05 * max(x.max(), y.max(), 0.05)
         axes.plot([0, top], [0, top], c="k", lw=0.8, ls="--")
-        axes.scatter(x, y, s=14, c=colour, lw=0)
+        dots(axes, np.column_stack([x, y]), colour, 14)
         axes.set(xlim=(-0.03 * top, top), ylim=(-0.03 * top, top), aspect="equal")
         axes.set_title(
             "{}\nr {r:.2f}, CCC {CCC:.2f}".format(textwrap.fill(name, 28), **agreement.loc[name]), fontsize=8

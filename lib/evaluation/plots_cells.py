@@ -15,6 +15,7 @@ from lib.evaluation.plots_style import (
     NEUTRAL,
     REAL,
     dot_size,
+    dots,
     embedding_axes,
     legend_dot,
     open_frame,
@@ -30,7 +31,6 @@ from lib.evaluation.plots_style import (
 SETS = {"test": NEUTRAL, "train": REAL, "generated": GENERATED}
 EXPRESSION = "log(1 + counts per 10,000)"
 SMALLEST = 1e-3  # mean or variance that is plotted on a logarithmic axis: smaller ones and 0 are plotted here
-GENE_DOTS = {"s": 2, "lw": 0, "alpha": 0.5, "rasterized": True}
 
 # Of the comparison of several generators
 COMPARED = (
@@ -47,7 +47,7 @@ def umap_reference(umap: np.ndarray, cell_type: pd.Series, is_test: np.ndarray, 
     by_type.set_title(f"cell types ({len(umap):,} cells)")
     type_legend(figure, by_type)
     for mask, colour, name in ((~is_test, "#C8C8C8", "train"), (is_test, REAL, "test")):
-        by_split.scatter(*umap[mask].T, s=dot_size(len(umap)), c=colour, lw=0, rasterized=True)
+        dots(by_split, umap[mask], colour, dot_size(len(umap)))
         legend_dot(by_split, colour, f"{name} cells ({mask.sum():,})")
     by_split.set_title("split")
     by_split.legend(frameon=False, fontsize=8, loc="best")
@@ -63,13 +63,12 @@ def original_vs_generated(embedding: np.ndarray, is_generated: np.ndarray, path:
     for axes, mask, colour, name in zip(
         panels, (~is_generated, is_generated), (REAL, GENERATED), ("test", "generated")
     ):
-        axes.scatter(*embedding.T, s=size, c="#E6E6E6", lw=0, rasterized=True)
-        axes.scatter(*embedding[mask].T, s=size, c=colour, lw=0, rasterized=True)
+        dots(axes, embedding, BACKGROUND, size)
+        dots(axes, embedding[mask], colour, size)
         axes.set_title(f"{name} cells ({mask.sum():,})")
         legend_dot(panels[2], colour, f"{name} cells")
     order = np.random.default_rng(0).permutation(len(embedding))
-    colours = np.where(is_generated, GENERATED, REAL)[order]
-    panels[2].scatter(*embedding[order].T, s=size, c=colours, lw=0, rasterized=True)
+    dots(panels[2], embedding[order], np.where(is_generated, GENERATED, REAL)[order].tolist(), size)
     panels[2].set_title("both")
     panels[2].legend(frameon=False, fontsize=8)
     for axes in panels:
@@ -84,7 +83,7 @@ def original_vs_generated_by_type(
     figure = Figure(figsize=(11.5, 4.8), layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, mask, name in zip(panels, (~is_generated, is_generated), ("test", "generated")):
-        axes.scatter(*embedding.T, s=dot_size(len(embedding)), c=BACKGROUND, lw=0, rasterized=True)
+        dots(axes, embedding, BACKGROUND, dot_size(len(embedding)))
         scatter_by_type(axes, embedding[mask], cell_type[mask], method)
         axes.set_title(f"{name} cells ({mask.sum():,})")
     type_legend(figure, panels[0])
@@ -202,12 +201,12 @@ def fidelity(
     _against_mean(zeros, test.genes, generated.genes, "zeros", least=0)
     zeros.set(ylabel="share of cells without a count", title="mean and zeros of each gene")
     zeros.legend(frameon=False, fontsize=8)
-    means.scatter(*(of.genes["mean"].clip(SMALLEST) for of in (test, generated)), c=GENERATED, **GENE_DOTS)
+    _gene_dots(means, test.genes["mean"].clip(SMALLEST), generated.genes["mean"].clip(SMALLEST), GENERATED)
     means.set(xscale="log", yscale="log", xlabel=f"test cells, {EXPRESSION}", ylabel=f"generated cells, {EXPRESSION}")
     means.set_title(f"mean of each gene, r = {mean_r:.3f}")
     for name, colour in palette(cell_types).items():
         if name in test.fold_changes and name in generated.fold_changes:
-            fold_changes.scatter(test.fold_changes[name], generated.fold_changes[name], c=colour, **GENE_DOTS)
+            _gene_dots(fold_changes, test.fold_changes[name], generated.fold_changes[name], colour)
     fold_changes.set(xlabel="test cells, log2 fold change", ylabel="generated cells, log2 fold change")
     fold_changes.set_title("fold change of each gene in each type\n(in the colour of the type)")
     for axes in (means, fold_changes):
@@ -236,17 +235,21 @@ def _histograms(axes: Axes, values: dict[str, np.ndarray], label: str) -> None:
     """Distributions of log10(value + 1), one line per set of cells."""
     bins = np.histogram_bin_edges(np.log10(np.concatenate(list(values.values())) + 1), 40)
     for name, colour in SETS.items():
-        style = {"histtype": "step", "color": colour, "lw": 1.5, "density": True, "label": f"{name} cells"}
-        axes.hist(np.log10(values[name] + 1), bins, **style)
+        logs = np.log10(values[name] + 1)
+        axes.hist(logs, list(bins), histtype="step", color=colour, lw=1.5, density=True, label=f"{name} cells")
     axes.set(xlabel=f"log10(1 + {label.split(' (')[0]})", ylabel="density of cells", title=label)
 
 
 def _against_mean(axes: Axes, test: pd.DataFrame, generated: pd.DataFrame, statistic: str, least: float) -> None:
     """One statistic of each gene against its mean, in test and in generated cells."""
     for name, genes in (("test", test), ("generated", generated)):
-        axes.scatter(genes["mean"].clip(SMALLEST), genes[statistic].clip(least), c=SETS[name], **GENE_DOTS)
+        _gene_dots(axes, genes["mean"].clip(SMALLEST), genes[statistic].clip(least), SETS[name])
         legend_dot(axes, SETS[name], f"{name} cells")
     axes.set(xscale="log", xlabel=f"mean {EXPRESSION}")
+
+
+def _gene_dots(axes: Axes, x: pd.Series, y: pd.Series, colour: str) -> None:
+    dots(axes, np.column_stack([x, y]), colour, 2, alpha=0.5)
 
 
 def comparison(table: pd.DataFrame, reference: pd.Series, path: Path) -> None:

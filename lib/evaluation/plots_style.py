@@ -1,5 +1,6 @@
 """What all figures share: one colour per cell type, resolution, scatter plots of cells by type, stacked bars of proportions."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.patheffects
@@ -16,7 +17,7 @@ COLOURS = (
     "#117733 #EE6677 #BBBBBB #66CCEE #7F3C00 #4B0092 #F0E442 #1AFF1A #555555 #FFB6DB #004949 #B66DFF"
 ).split()
 REAL, GENERATED, NEUTRAL = "#0072B2", "#D55E00", "#8C8C8C"
-UNLABELLED, BACKGROUND = "#DDDDDD", "#F0F0F0"
+UNLABELLED, BACKGROUND = "#DDDDDD", "#E6E6E6"
 DPI = 160
 
 
@@ -54,12 +55,12 @@ def scatter_by_type(axes: Axes, embedding: np.ndarray, cell_type: pd.Series, met
     names = cell_type.to_numpy(dtype=object)
     labels = label_places(embedding, names, list(colours))
     order = np.random.default_rng(0).permutation(len(embedding))  # so that no type is plotted on top of all others
-    dot_colours = [colours.get(names[i], UNLABELLED) for i in order]
-    axes.scatter(*embedding[order].T, s=dot_size(len(embedding)), c=dot_colours, lw=0, rasterized=True)
+    dots(axes, embedding[order], [colours.get(names[i], UNLABELLED) for i in order], dot_size(len(embedding)))
     for number, (name, colour) in enumerate(colours.items(), start=1):
         legend_dot(axes, colour, f"{number}  {name}")
         if name in labels:
-            outlined_text(axes, *labels[name], str(number), fontsize=9, weight="bold", ha="center")
+            x, y = labels[name]
+            outlined_text(axes, x, y, str(number), fontsize=9, weight="bold", ha="center")
     embedding_axes(axes, method)
 
 
@@ -77,6 +78,11 @@ def label_places(embedding: np.ndarray, names: np.ndarray, cell_types: list[str]
             free = [all(np.linalg.norm(cell - place) >= height for place in places.values()) for cell in cells]
             places[name] = cells[int(np.argmax(free))]  # the first one if none is free
     return places
+
+
+def dots(axes: Axes, places: np.ndarray, colour: str | Sequence[str], size: float, alpha: float | None = None) -> None:
+    """Dots at `places` (n x 2), in one colour or one each; pixels also in a vector format."""
+    axes.scatter(places[:, 0], places[:, 1], s=size, c=colour, lw=0, alpha=alpha, rasterized=True)
 
 
 def legend_dot(axes: Axes, colour: str, label: str) -> None:
@@ -107,5 +113,6 @@ def type_legend(figure: Figure | SubFigure, axes: Axes, top_down: bool = True) -
     """The cell types of one panel, to the right of all panels; top_down = False: from the bottom up, as bars are stacked."""
     handles, names = axes.get_legend_handles_labels()
     step = 1 if top_down else -1
-    place = {"loc": "outside right center", "frameon": False, "fontsize": 8, "title": "cell type"}
-    figure.legend(handles[::step], names[::step], **place)
+    figure.legend(
+        handles[::step], names[::step], loc="outside right center", frameon=False, fontsize=8, title="cell type"
+    )
