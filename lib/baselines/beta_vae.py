@@ -45,7 +45,7 @@ class BetaVAE(nn.Module):
         Number of marker genes of each type that the encoder uses; None for all genes. The decoder always returns all genes.
     """
 
-    is_seen: torch.Tensor
+    is_used: torch.Tensor
 
     def __init__(
         self, n_genes: int, n_cell_types: int, n_latent: int = 256, hidden: tuple[int, ...] = HIDDEN, top_markers: int | None = None
@@ -58,7 +58,7 @@ class BetaVAE(nn.Module):
         self.from_genes, self.from_genes_bias = SparseLinear(n_genes, hidden[0]), nn.Parameter(torch.zeros(hidden[0]))
         self.encoder = nn.Sequential(*_layers(hidden), nn.Linear(hidden[-1], 2 * n_latent))
         self.decoder = nn.Sequential(*_layers((n_latent, *reversed(hidden))), nn.Linear(hidden[0], n_genes))
-        self.register_buffer("is_seen", torch.ones(n_genes))  # 1 for the genes that the encoder uses
+        self.register_buffer("is_used", torch.ones(n_genes))  # 1 for the genes that the encoder uses
         self.prior: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
@@ -72,11 +72,11 @@ class BetaVAE(nn.Module):
         to_z.weight[: self.n_latent] *= START_MEAN_SCALE
         to_z.bias[self.n_latent :] = START_LOG_VARIANCE
         if self.top_markers is not None:
-            self.is_seen.zero_()[torch.from_numpy(marker_genes(dataset, self.n_cell_types, self.top_markers))] = 1.0
+            self.is_used.zero_()[torch.from_numpy(marker_genes(dataset, self.n_cell_types, self.top_markers))] = 1.0
 
     def q_z(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """q(z|x): mean and log-variance, each (n_cells, n_latent). x: sparse, n_cells x n_genes."""
-        hidden = self.from_genes(x if self.top_markers is None else _masked(x, self.is_seen))
+        hidden = self.from_genes(x if self.top_markers is None else _masked(x, self.is_used))
         mean, log_var = self.encoder(F.relu(hidden + self.from_genes_bias)).float().chunk(2, dim=1)
         return mean, log_var.clamp(-10, 6)
 

@@ -1,6 +1,6 @@
-"""The generators by name, and the training of the baselines with their published settings.
+"""The generators by name: loading and sampling of any generator, and the training of the baselines with their published settings.
 
-Each generator has a file of its own and the same few methods:
+Each baseline has a file of its own and the same few methods:
 
     initialise(train)                              before training: what is estimated without gradients
     forward(batch, epsilon, kl_weight)             the loss to minimise, and its parts
@@ -50,6 +50,20 @@ def load(checkpoint: dict[str, Any], device: torch.device) -> Any:
     model.load_state_dict(checkpoint["weights"])
     model.prior = prior
     return model.to(device).eval()
+
+
+def sample(
+    model: nn.Module, cell_type_idx: np.ndarray, seed: int, *arguments: Any, **options: Any
+) -> Iterator[sp.csr_matrix]:
+    """New cells of any generator, block by block. Arguments as in `lib.models.sampling.sample`; only the GMVAE takes a shift."""
+    if isinstance(model, GMVAE):
+        return sampling.sample(model, cell_type_idx, seed, *arguments, **options)
+    return model.sample(cell_type_idx, seed, *arguments, **options)
+
+
+def generate(model: nn.Module, cell_type_idx: np.ndarray, seed: int) -> sp.csr_matrix:
+    """New cells of any generator in one matrix: n_cells x n_genes, raw counts."""
+    return sp.vstack(list(sample(model, cell_type_idx, seed)), format="csr")
 
 
 def fit(
@@ -166,17 +180,3 @@ def select_labelled(batch: Batch, epsilon: torch.Tensor) -> tuple[Batch, torch.T
         return batch, epsilon
     known = batch.cell_type_idx >= 0
     return batch.select(known), epsilon[known]
-
-
-def sample(
-    model: nn.Module, cell_type_idx: np.ndarray, seed: int, *arguments: Any, **options: Any
-) -> Iterator[sp.csr_matrix]:
-    """New cells of any generator, block by block. Arguments as in `lib.models.sampling.sample`; only the GMVAE takes a shift."""
-    if isinstance(model, GMVAE):
-        return sampling.sample(model, cell_type_idx, seed, *arguments, **options)
-    return model.sample(cell_type_idx, seed, *arguments, **options)
-
-
-def generate(model: nn.Module, cell_type_idx: np.ndarray, seed: int) -> sp.csr_matrix:
-    """New cells of any generator in one matrix: n_cells x n_genes, raw counts."""
-    return sp.vstack(list(sample(model, cell_type_idx, seed)), format="csr")

@@ -1,4 +1,4 @@
-"""The generators beside the GMVAE: that they learn, and that each is what its source describes."""
+"""The baselines: they learn the types, sample counts, and match the descriptions of their sources."""
 
 import anndata as ad
 import numpy as np
@@ -7,8 +7,7 @@ import scipy.sparse as sp
 import torch
 from helpers import STAGES, simulated_cells
 
-from lib.baselines import beta_vae
-from lib.baselines import expression_sampling as drawing
+from lib.baselines import beta_vae, expression_sampling
 from lib.baselines import registry as generators
 from lib.baselines.beta_vae import BetaVAE
 from lib.baselines.conv_cvae import ConvCVAE, extra_zeros
@@ -70,13 +69,13 @@ def mean_log(counts, types) -> np.ndarray:
     return np.stack([values[types == k].mean(axis=0) for k in range(3)])
 
 
-def test_it_learns_what_the_types_are_like(trained, data):
-    """New cells of a type resemble held-out cells of that type, of no other, and far more than the mean of all types does."""
+def test_generated_cells_resemble_their_type(trained, data):
+    """Generated cells are closest to held-out cells of their own type, and far closer than the mean of all types is."""
     _, model, trainer = trained
     test_counts, test_types = data[1]
     types = np.repeat(np.arange(3), 200)
-    real, made = mean_log(test_counts, test_types), mean_log(cells_of(model, types), types)
-    distance = np.abs(made[:, None] - real[None]).mean(axis=2)  # made types x real types
+    real, generated = mean_log(test_counts, test_types), mean_log(cells_of(model, types), types)
+    distance = np.abs(generated[:, None] - real[None]).mean(axis=2)  # generated types x real types
     assert (distance.argmin(axis=1) == np.arange(3)).all()
     assert np.diag(distance).mean() < 0.5 * np.abs(real - real.mean(axis=0)).mean()
     losses = [row["held_out_reconstruction_loss"] for row in trainer.history]
@@ -94,11 +93,11 @@ def test_cells_are_counts_with_library_sizes_of_their_type(trained, data):
         and (cells.data == np.rint(cells.data)).all()
     )
     for k in range(3):
-        made, real = np.asarray(cells[types == k].sum(axis=1)), train.library_size[train.cell_type_idx == k]
-        assert np.median(made) == pytest.approx(np.median(real), rel=0.12)
+        generated, real = np.asarray(cells[types == k].sum(axis=1)), train.library_size[train.cell_type_idx == k]
+        assert np.median(generated) == pytest.approx(np.median(real), rel=0.12)
 
 
-def test_sampling_is_seeded_and_its_blocks_can_be_shared_out(trained):
+def test_sampling_is_seeded_and_its_blocks_are_independent(trained):
     _, model, _ = trained
     types = np.random.default_rng(0).integers(0, 3, 600)
     a, b, c = cells_of(model, types), cells_of(model, types), cells_of(model, types, seed=1)
@@ -107,12 +106,19 @@ def test_sampling_is_seeded_and_its_blocks_can_be_shared_out(trained):
     assert (second != a[256:]).nnz == 0
 
 
-def test_a_checkpoint_brings_back_the_same_cells(trained):
+def test_a_loaded_checkpoint_samples_the_same_cells(trained):
     name, model, trainer = trained
     checkpoint = load_checkpoint(trainer.best_path, STAGES[3])  # weights_only
     again = generators.load(checkpoint, CPU)
     types = np.arange(3).repeat(50)
     assert checkpoint["generator"] == name and (cells_of(again, types) != cells_of(model.eval(), types)).nnz == 0
+
+
+def test_a_baseline_whose_training_was_interrupted_is_refused(trained):
+    name, _, trainer = trained
+    checkpoint = load_checkpoint(trainer.best_path, STAGES[3])
+    with pytest.raises(ValueError, match=f"the training of {name} was interrupted; finish it .* --resume"):
+        generators.load(checkpoint | {"prior": None}, CPU)
 
 
 def test_resumed_training_equals_uninterrupted(data, tmp_path):
@@ -129,7 +135,7 @@ def test_resumed_training_equals_uninterrupted(data, tmp_path):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-# --- what each source says
+# --- the published descriptions
 
 
 def test_deepconvcvae_has_the_published_number_of_parameters():
@@ -141,7 +147,7 @@ def test_deepconvcvae_has_the_published_number_of_parameters():
 
 
 @pytest.mark.parametrize("n_genes, side", [(1, 4), (16, 4), (17, 8), (765, 28), (13_714, 120), (20_736, 144)])
-def test_any_number_of_genes_becomes_a_square(n_genes, side):
+def test_any_number_of_genes_fits_a_square_image(n_genes, side):
     model = ConvCVAE(n_genes, 2, filters=2)
     counts = np.zeros((2, n_genes), np.float32)
     counts[0, 0], counts[1, -1] = 3, 1
@@ -153,7 +159,7 @@ def test_any_number_of_genes_becomes_a_square(n_genes, side):
     assert model.decode(torch.zeros(2, 2), torch.tensor([0, 1])).shape == (2, 1, side, side)
 
 
-def test_an_image_too_small_is_refused():
+def test_a_too_small_image_is_refused():
     with pytest.raises(ValueError, match="an image of 8 x 8 pixels cannot hold 65 genes"):
         ConvCVAE(65, 2, side=8)
 
@@ -162,34 +168,30 @@ def test_the_beta_vae_has_bulk2singles_sizes_and_loss():
     model = BetaVAE(100, 3)
     widths = [layer.weight.shape[0] for layer in model.encoder if isinstance(layer, torch.nn.Linear)]
     assert (model.from_genes.weight.shape[1], *widths, model.n_latent) == (2048, 1024, 512, 2 * 256, 256)
-    assert [layer.weight.shape[0] for layer in model.decoder if isinstance(layer, torch.nn.Linear)] == [
-        512,
-        1024,
-        2048,
-        100,
-    ]
+    widths = [layer.weight.shape[0] for layer in model.decoder if isinstance(layer, torch.nn.Linear)]
+    assert widths == [512, 1024, 2048, 100]
     counts, types = simulated_cells(n_cells=20)
     small = BetaVAE(60, 3, n_latent=2, hidden=(8,))
-    batch, noise = CellDataset(counts, types, CPU).in_memory_cells.batch(np.arange(20)), torch.randn(20, 2)
+    batch, epsilon = CellDataset(counts, types, CPU).in_memory_cells.batch(np.arange(20)), torch.randn(20, 2)
     x = torch.from_numpy(log_normalize(counts, 1e4).toarray())
     hidden = torch.relu(x @ small.from_genes.weight + small.from_genes_bias)
     mean, log_var = small.encoder(hidden).chunk(2, dim=1)
     kl = 0.5 * (mean**2 + log_var.exp() - log_var - 1).sum(dim=1)
-    error = ((small.decoder(mean + (log_var / 2).exp() * noise) - x) ** 2).sum(dim=1)
-    assert small(batch, noise)["loss"].item() == pytest.approx((error + 4 * kl).mean().item(), rel=1e-4)
+    error = ((small.decoder(mean + (log_var / 2).exp() * epsilon) - x) ** 2).sum(dim=1)
+    assert small(batch, epsilon)["loss"].item() == pytest.approx((error + 4 * kl).mean().item(), rel=1e-4)
 
 
-def test_top_markers_are_all_that_the_encoder_sees(data):
+def test_the_encoder_uses_the_top_markers_only(data):
     train = data[0]
     model = BetaVAE(60, 3, n_latent=4, hidden=(16,), top_markers=5)
     model.initialise(train)
-    seen = model.is_seen.numpy().astype(bool)
-    assert 5 <= seen.sum() <= 15
+    is_used = model.is_used.numpy().astype(bool)
+    assert 5 <= is_used.sum() <= 15
     means = np.stack([np.asarray(train.counts[train.cell_type_idx == k].mean(axis=0)).ravel() for k in range(3)])
     strongest = (means / means.sum(axis=1, keepdims=True) / (means.sum(axis=0) / means.sum())).argmax(axis=1)
-    assert seen[strongest].all()  # each type's strongest marker
+    assert is_used[strongest].all()  # each type's strongest marker
     counts = train.counts[:30].toarray()
-    counts[:, ~seen] = np.random.default_rng(0).permutation(counts[:, ~seen].T).T  # same library sizes
+    counts[:, ~is_used] = np.random.default_rng(0).permutation(counts[:, ~is_used].T).T  # same library sizes
     a, b = (
         CellDataset(c, np.zeros(30, int), CPU).in_memory_cells.batch(np.arange(30)).log_normalized(1e4)
         for c in (train.counts[:30], sp.csr_matrix(counts))
@@ -199,17 +201,16 @@ def test_top_markers_are_all_that_the_encoder_sees(data):
     assert beta_vae.marker_genes(train, 3, 60).tolist() == list(range(60))
 
 
-def test_components_in_bands_are_those_of_all_cells_at_once(data, monkeypatch):
-    """Incremental PCA over blocks spans what an exact PCA of all cells spans, and full rank inverts to the genes themselves."""
+def test_components_fitted_block_by_block_are_those_of_all_cells(data, monkeypatch):
+    """Incremental PCA spans the same space as an exact PCA of all cells; with full rank it inverts to the genes exactly."""
     train = data[0]
     monkeypatch.setattr("lib.baselines.pca_cvae.PCA_CELLS", 100)
     model = PCACVAE(60, 3, n_pcs=60)
     model.initialise(train)
     batch = train.in_memory_cells.batch(np.arange(40))
     x = batch.log_normalized(1e4).to_dense()
-    torch.testing.assert_close(
-        model.gene_mean + (model.pcs(batch) * model.pc_scale) @ model.components.T, x, atol=2e-3, rtol=1e-3
-    )
+    inverted = model.gene_mean + (model.pcs(batch) * model.pc_scale) @ model.components.T
+    torch.testing.assert_close(inverted, x, atol=2e-3, rtol=1e-3)
     few = PCACVAE(60, 3, n_pcs=5)
     few.initialise(train)
     values = log_normalize(train.counts, 1e4).toarray()
@@ -218,13 +219,13 @@ def test_components_in_bands_are_those_of_all_cells_at_once(data, monkeypatch):
     assert overlap.min() > 0.98
 
 
-def test_class_balanced_batches_show_every_type_equally_often():
+def test_class_balanced_batches_sample_every_type_equally_often():
     counts, _ = simulated_cells(n_cells=1000)
     types = np.where(np.arange(1000) < 20, 0, np.where(np.arange(1000) < 900, 1, -1))
     dataset, generator = CellDataset(counts, types, CPU), torch.Generator().manual_seed(0)
-    seen = torch.cat([b.cell_type_idx for b in dataset.shuffled(100, generator, balanced=True)])
-    assert len(seen) == 1000 and (seen >= 0).all()  # as many as an epoch holds, none of unknown type
-    assert (seen == 0).float().mean().item() == pytest.approx(0.5, abs=0.06)
+    sampled = torch.cat([b.cell_type_idx for b in dataset.shuffled(100, generator, balanced=True)])
+    assert len(sampled) == 1000 and (sampled >= 0).all()  # as many as in an epoch, none of unknown type
+    assert (sampled == 0).float().mean().item() == pytest.approx(0.5, abs=0.06)
 
 
 def test_one_cycle_rises_then_falls():
@@ -237,28 +238,28 @@ def test_one_cycle_rises_then_falls():
     assert weights == pytest.approx([0.1, 1.0, 1.0])
 
 
-def test_extra_zeros_are_found_where_they_are():
+def test_extra_zeros_are_estimated_where_they_were_added():
     rng = np.random.default_rng(0)
     profile = np.full(40, 1 / 40)
     counts = rng.poisson(rng.gamma(2.0, 400 * profile / 2.0, (4000, 40))).astype(np.float32)
     counts[:, :20][rng.random((4000, 20)) < 0.4] = 0
     library = counts.sum(axis=1)
     dataset = CellDataset(sp.csr_matrix(counts), np.zeros(4000, int), CPU)
-    expected_mu = 400 * profile / (library.mean() * profile)  # of the genes' own mean, were nothing left out
-    found = extra_zeros(dataset, GeneMarginals((profile * expected_mu)[None], np.full(40, np.log(2.0))))
-    assert found[:20].mean() == pytest.approx(0.4, abs=0.04) and found[20:].mean() < 0.04
+    expected_mu = 400 * profile / (library.mean() * profile)  # so that mu is the mean without extra zeros
+    estimate = extra_zeros(dataset, GeneMarginals((profile * expected_mu)[None], np.full(40, np.log(2.0))))
+    assert estimate[:20].mean() == pytest.approx(0.4, abs=0.04) and estimate[20:].mean() < 0.04
 
 
-def test_what_a_decoder_puts_below_zero_is_never_counted():
+def test_negative_expression_has_no_counts():
     log_expression = torch.tensor([[-1.0, 0.0, np.log(1 + 2500), np.log(1 + 7500)]])
-    np.testing.assert_allclose(drawing.shares(log_expression), [[0, 0, 0.25, 0.75]], rtol=1e-5)
+    np.testing.assert_allclose(expression_sampling.gene_fractions(log_expression), [[0, 0, 0.25, 0.75]], rtol=1e-5)
 
 
-# --- behind the scripts
+# --- through the scripts
 
 
 @pytest.mark.parametrize("name, options", [("beta_vae", {"TOP_MARKERS": 20}), ("pca_cvae", {}), ("conv_cvae", {})])
-def test_stages_3_and_5_take_it_by_a_constant(pipeline, tmp_path, name, options):
+def test_stages_3_and_5_run_the_baseline_that_a_constant_names(pipeline, tmp_path, name, options):
     models, fig = tmp_path / "models", tmp_path / "fig"
     pipeline.main(
         STAGES[3], GENERATOR=name, OTHER_EPOCHS=2, MODELS_DIR=str(models), FIG_DIR=str(fig), DEVICE="cpu", **options
@@ -283,7 +284,7 @@ def test_stages_3_and_5_take_it_by_a_constant(pipeline, tmp_path, name, options)
     )
 
 
-def test_a_generator_not_yet_trained_is_named(pipeline, tmp_path):
+def test_a_missing_generator_is_named(pipeline, tmp_path):
     with pytest.raises(
         FileNotFoundError, match="beta_vae.pt is missing: run _3_train_gmvae.py --generator beta_vae first"
     ):
