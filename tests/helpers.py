@@ -36,17 +36,20 @@ class Workplace:
         self.path = path
         self.data, self.models, self.fig = path / "data", path / "models", path / "fig"
 
+    def folders(self, stage: str) -> list[str]:
+        """Options that name these folders, as far as the stage has them."""
+        folders = {
+            "--data-dir": (self.data, "012345"),
+            "--models-dir": (self.models, "345"),
+            "--fig-dir": (self.fig, "1345"),
+        }
+        return [word for name, (path, stages) in folders.items() if stage[1] in stages for word in (name, str(path))]
+
     def run(self, stage: str, *options: str, check: bool = True) -> subprocess.CompletedProcess:
         """A stage as a user runs it, from another folder."""
-        folders = ["--data-dir", str(self.data)]
-        if stage[1] in "345":
-            folders += ["--models-dir", str(self.models)]
-        if stage[1] in "1345":
-            folders += ["--fig-dir", str(self.fig)]
         self.path.mkdir(exist_ok=True)
-        done = subprocess.run(
-            [sys.executable, str(ROOT / stage), *folders, *options], cwd=self.path, capture_output=True, text=True
-        )
+        command = [sys.executable, str(ROOT / stage), *self.folders(stage), *options]
+        done = subprocess.run(command, cwd=self.path, capture_output=True, text=True)
         if check and done.returncode:
             raise AssertionError(f"{stage} failed:\n{done.stdout}\n{done.stderr}")
         return done

@@ -15,19 +15,9 @@ SMALL = "--hidden 16 8 --n-latent 4 --batch-size 64 --epochs 4 --learning-rate 0
 
 
 def torchrun(place: Workplace, stage: str, *options: str) -> subprocess.CompletedProcess:
-    folders = ["--data-dir", place.data, "--models-dir", place.models, "--fig-dir", place.fig]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        ROOT / stage,
-        *folders,
-        *options,
-    ]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*program, str(ROOT / stage), *place.folders(stage), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
