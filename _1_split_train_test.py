@@ -95,7 +95,9 @@ def main() -> None:
 
     umap = obs[["umap_1", "umap_2"]].to_numpy()
     embedded = ~np.isnan(umap[:, 0])
-    plots_cells.umap_reference(umap[embedded], obs["cell_type"][embedded], is_test[embedded], fig / "umap_reference.png")
+    plots_cells.umap_reference(
+        umap[embedded], obs["cell_type"][embedded], is_test[embedded], fig / "umap_reference.png"
+    )
     written = write_split(adata, obs, is_test, genes, data)
     print_written("stage 1", [*written, fig / "umap_reference.png"], "python _2_make_pseudobulk.py")
 

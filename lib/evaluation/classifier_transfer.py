@@ -21,8 +21,8 @@ import scipy.sparse as sp
 from sklearn.metrics import precision_recall_fscore_support
 
 from lib.data.counts import hold_out, log_normalize
-from lib.data.tables import separator
 from lib.data.embedding import variable_genes
+from lib.data.tables import separator
 
 N_GENES = 1000  # the most variable genes of the train cells
 ROUNDS, PATIENCE = 300, 10  # of boosting: at most; without a lower error
