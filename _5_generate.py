@@ -222,10 +222,10 @@ def cells_to_generate(prediction: Prediction | None, test: ad.AnnData) -> pd.Dat
         return pd.DataFrame(int(CELL_COUNTS), index=["cells"], columns=types)
     if CELL_COUNTS is not None:
         return read_cell_numbers(user_path(CELL_COUNTS), types)
-    shares = (
-        read_proportions(user_path(PROPORTIONS_FILE), types) if prediction is None else prediction.estimate.proportions
-    )
-    total = test.n_obs if prediction is not None and BULK_FILE is None else N_CELLS
+    if prediction is None:
+        shares, total = read_proportions(user_path(str(PROPORTIONS_FILE)), types), N_CELLS
+    else:
+        shares, total = prediction.estimate.proportions, test.n_obs if BULK_FILE is None else N_CELLS
     return pd.DataFrame(largest_remainder(shares.to_numpy(), total), shares.index, types)
 
 

@@ -100,8 +100,9 @@ def _declared(module: dict[str, Any]) -> list[Constant]:
 
 
 def read_constants(source: str, module: dict[str, Any]) -> list[Constant]:
-    """The UPPER_CASE assignments at the top level of a script, in order, with their types, headings and comments."""
-    inline, alone = {}, {}
+    """UPPER_CASE assignments at the top level of a script, in order, with their types, headings and comments."""
+    inline: dict[int, str] = {}
+    alone: dict[int, str] = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             text = token.string.lstrip("# ").rstrip()
@@ -115,15 +116,17 @@ def read_constants(source: str, module: dict[str, Any]) -> list[Constant]:
             group = " ".join(headings) or group
             annotation = module.get("__annotations__", {}).get(target.id)
             found.append(
-                Constant(target.id, annotation or _type_of(module[target.id]), group, inline.get(node.end_lineno, ""))
+                Constant(
+                    target.id, annotation or _type_of(module[target.id]), group, inline.get(node.end_lineno or 0, "")
+                )
             )
-        last_line = node.end_lineno
+        last_line = node.end_lineno or 0
     return found
 
 
 def _type_of(value: Any) -> Any:
     if isinstance(value, tuple) and value:
-        return tuple[type(value[0]), ...]
+        return tuple[type(value[0]), ...]  # type: ignore[misc]  # a type made at run time
     return type(value)
 
 

@@ -64,5 +64,5 @@ def mean_over(parts: list[tuple[int, dict[str, torch.Tensor]]]) -> dict[str, flo
     sums = torch.cat([(sizes.to(values.device)[:, None] * values).sum(dim=0), sizes.sum().to(values.device)[None]])
     if N_RANKS > 1:
         dist.all_reduce(sums)
-    *sums, total = sums.tolist()
-    return {name: value / total for name, value in zip(names, sums)}
+    *totals, n_rows = sums.tolist()
+    return {name: total / n_rows for name, total in zip(names, totals)}

@@ -57,7 +57,7 @@ def clip_gradients(model: torch.nn.Module, max_norm: float) -> None:
     On a CPU the norm is checked first, which saves a pass; on a GPU the check would wait for the device.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if norm.device.type == "cuda" or not norm <= max_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
@@ -147,7 +147,8 @@ class Trainer:
             optimizer, factor=0.3, patience=max(1, patience // 3)
         )
         self.history: list[dict[str, float]] = []
-        self.best_epoch, self.best_criterion, self.best_weights = 0, float("inf"), None
+        self.best_epoch, self.best_criterion = 0, float("inf")
+        self.best_weights: dict[str, Any] = model.state_dict()
         self.best_path, self.last_path = models_dir / f"{name}.pt", models_dir / f"{name}_last.pt"
         self.history_path = models_dir / f"{name}_history.csv"
 
@@ -182,7 +183,8 @@ class Trainer:
         ]
         if changed:
             raise ValueError(
-                f"{self.last_path} cannot be resumed with other constants: {'; '.join(changed)}; set them back, or start a new training without RESUME"
+                f"{self.last_path} cannot be resumed with other constants: {'; '.join(changed)}; "
+                "set them back, or start a new training without RESUME"
             )
         self.model.load_state_dict(last["weights"])
         self.optimizer.load_state_dict(last["optimizer"])
@@ -271,8 +273,9 @@ class Trainer:
         if criterion < self.best_criterion:
             self.best_epoch, self.best_criterion = epoch, criterion
             self.best_weights = copy.deepcopy(self.model.state_dict())
-        for key, value in row.items() if writer is not None else ():
-            writer.add_scalar(key.replace("train_", "train/").replace("held_out_", "held_out/"), value, epoch)
+        for key, value in row.items():
+            if writer is not None:
+                writer.add_scalar(key.replace("train_", "train/").replace("held_out_", "held_out/"), value, epoch)
 
     def save(self) -> None:
         """Write both checkpoints and the history. The best one first: if the run is killed in between, resuming repeats it."""

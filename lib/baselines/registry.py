@@ -58,7 +58,8 @@ def sample(
     """New cells of any generator, block by block. Arguments as in `lib.models.sampling.sample`; only the GMVAE takes a shift."""
     if isinstance(model, GMVAE):
         return sampling.sample(model, cell_type_idx, seed, *arguments, **options)
-    return model.sample(cell_type_idx, seed, *arguments, **options)
+    baseline: Any = model
+    return baseline.sample(cell_type_idx, seed, *arguments, **options)
 
 
 def generate(model: nn.Module, cell_type_idx: np.ndarray, seed: int) -> sp.csr_matrix:

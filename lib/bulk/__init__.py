@@ -1,0 +1,1 @@
+"""How a bulk sample is read: tables, pseudo-bulk, reference profiles, regression, scTAPE, bulk encoder."""

@@ -78,9 +78,9 @@ def make_mixtures(
     lengths = None if gene_length_bp is None else gene_length_bp[genes]
     rng = np.random.default_rng([seed, 4])
     is_held_out = hold_out(codes, validation_fraction, rng)
-    dataset = CellDataset(cells.X, codes, gmvae.log_theta.device)
-    mean, log_var, _ = gmvae.get_latent_representation(dataset)
-    mean, variance = mean.numpy(), np.exp(log_var.numpy())
+    dataset = CellDataset(cells.X, codes, gmvae.device)
+    q_mean, q_log_var, _ = gmvae.get_latent_representation(dataset)
+    mean, variance = q_mean.numpy(), np.exp(q_log_var.numpy())
     axes = find_axes(mean[~is_held_out], variance[~is_held_out], codes[~is_held_out], n_types)
     coordinates = state_coordinates(axes, mean, codes)
     posterior_variance = (axes["posterior_variance"] / axes["spread"] ** 2).numpy()

@@ -71,9 +71,8 @@ def reference_profiles(
     total, squares = np.zeros((2, n_types, counts.shape[1]))
     for rows, block in row_blocks(counts):
         idx = cell_type_idx[rows]
-        member = sp.csr_matrix(
-            (np.ones(np.sum(idx >= 0)), (idx[idx >= 0], np.flatnonzero(idx >= 0))), shape=(n_types, len(idx))
-        )
+        cells = np.flatnonzero(idx >= 0)
+        member = sp.csr_matrix((np.ones(len(cells)), (idx[cells], cells)), shape=(n_types, len(idx)))
         total += (member @ block).toarray()
         squares += (member @ block.power(2)).toarray()
     n_cells = np.bincount(cell_type_idx[cell_type_idx >= 0], minlength=n_types)

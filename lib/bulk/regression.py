@@ -89,7 +89,8 @@ def deconvolve(
     if coverage < min_coverage:
         raise ValueError(
             f"the bulk has {coverage:.0%} of the {len(wanted):,} signature genes, expected at least {min_coverage:.0%} (its genes: "
-            f"{', '.join(map(str, bulk.columns[:3]))}; the signature's: {', '.join(wanted[:3])}); are species and gene names the same? (GENE_IDS)"
+            f"{', '.join(map(str, bulk.columns[:3]))}; the signature's: {', '.join(wanted[:3])}); "
+            "are species and gene names the same? (GENE_IDS)"
         )
     shared = reference.of_genes(np.flatnonzero(pd.Index(reference.gene_names).isin(bulk.columns)))
     values = bulk[shared.gene_names].to_numpy(dtype=np.float64)
@@ -109,9 +110,13 @@ def deconvolve(
         cell_type_expression(values, fit.amounts, shared.mean * factors[:, None]) if how["per_sample"] else None
     )
     deviation = spread(used, chosen, n_members, seed, **how) if n_members else np.full(fit.proportions.shape, np.nan)
-    tables = (pd.DataFrame(table, bulk.index, shared.cell_types) for table in (fit.proportions, deviation))
-    samples = sample_quality(values, shared, fit.amounts, genes).set_index(bulk.index)
-    return Estimate(*tables, samples, pd.DataFrame(signature, shared.cell_types, shared.gene_names), expression)
+    return Estimate(
+        pd.DataFrame(fit.proportions, bulk.index, shared.cell_types),
+        pd.DataFrame(deviation, bulk.index, shared.cell_types),
+        sample_quality(values, shared, fit.amounts, genes).set_index(bulk.index),
+        pd.DataFrame(signature, shared.cell_types, shared.gene_names),
+        expression,
+    )
 
 
 def sample_quality(values: np.ndarray, shared: Reference, amounts: np.ndarray, genes: np.ndarray) -> pd.DataFrame:
@@ -209,7 +214,10 @@ def fit_amounts(y: np.ndarray, mean: np.ndarray, factors: np.ndarray, residual_v
 def fit_platform_factors(
     y: np.ndarray, fitted: np.ndarray, factors: np.ndarray, residual_variance: np.ndarray
 ) -> np.ndarray:
-    """Platform factors given the amounts: three Newton steps on log f, for squared residuals over their variance plus log(f)^2 / PLATFORM_SD^2."""
+    """Platform factors given the amounts: three Newton steps on log f.
+
+    They minimise squared residuals over their variance plus log(f)^2 / PLATFORM_SD^2.
+    """
     cross, square = (
         grouped(y * fitted, len(factors)) / residual_variance,
         grouped(fitted**2, len(factors)) / residual_variance,
@@ -239,13 +247,10 @@ def spread(bulk: np.ndarray, reference: Reference, n_members: int, seed: int, **
     error = np.sqrt(reference.variance / np.maximum(reference.n_cells, 1)[:, None])
     for member in range(n_members):
         rng = np.random.default_rng([seed, member])
-        genes = rng.integers(0, bulk.shape[1], bulk.shape[1])
+        genes = rng.integers(0, bulk.shape[1], size=bulk.shape[1])
         mean = np.maximum(reference.mean + error * rng.standard_normal(error.shape), 0)
-        members.append(
-            fit_regression(
-                bulk[:, genes], reference._replace(mean=mean).of_genes(genes), rounds=MEMBER_ROUNDS, **how
-            ).proportions
-        )
+        resampled = reference._replace(mean=mean).of_genes(np.asarray(genes))
+        members.append(fit_regression(bulk[:, genes], resampled, rounds=MEMBER_ROUNDS, **how).proportions)
     return np.std(members, axis=0)
 
 
@@ -267,7 +272,9 @@ def cell_type_expression(bulk: np.ndarray, amounts: np.ndarray, signature: np.nd
     """Expression of each type in each sample: samples x types x genes, counts per cell on the scale of the reference.
 
     The residual of a sample is distributed among the types as the posterior mean of normal deviations (Rahmani et al., Nature
-    Communications 10, 3417 (2019), eq. 5), with a standard deviation of each type proportional to its expression: z_k = S_k + x_k S_k^2 (y - sum_j x_j S_j) / (sum_j x_j^2 S_j^2 + s^2), at least 0.
+    Communications 10, 3417 (2019), eq. 5), with a standard deviation of each type proportional to its expression:
+
+    z_k = S_k + x_k S_k^2 (y - sum_j x_j S_j) / (sum_j x_j^2 S_j^2 + s^2), at least 0.
 
     Parameters
     ----------

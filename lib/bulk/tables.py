@@ -59,7 +59,8 @@ def read_bulk(path: Path, known_genes: list[str], gene_ids: dict[str, str] | Non
         )
     shared = len(known.intersection(table.columns))
     print(
-        f"{path.name}: {len(table):,} bulk samples, {table.columns.nunique():,} genes, {shared:,} of them in the single cells ({len(known):,})"
+        f"{path.name}: {len(table):,} bulk samples, {table.columns.nunique():,} genes, "
+        f"{shared:,} of them in the single cells ({len(known):,})"
     )
     return table
 
@@ -180,7 +181,8 @@ def to_tpm(
     if units == "log2":
         if values.min() < -1 or values.max() > 40:
             raise ValueError(
-                f"the bulk's values go from {values.min():.3g} to {values.max():.3g}; expected log2(value + 1) between 0 and 25, not standardised"
+                f"the bulk's values go from {values.min():.3g} to {values.max():.3g}; "
+                "expected log2(value + 1) between 0 and 25, not standardised"
             )
         bulk = pd.DataFrame(np.maximum(2**values - 1, 0), bulk.index, bulk.columns)
         units = recognised_units(bulk.round(6))
@@ -191,7 +193,8 @@ def to_tpm(
         )
     elif values.max() < LARGEST_LOG2 and (values % 1 != 0).any():
         raise ValueError(
-            f"the largest value of the bulk is {values.max():.3g}: it looks log-transformed; expected {units}: set BULK_UNITS to log2 or auto"
+            f"the largest value of the bulk is {values.max():.3g}: it looks log-transformed; "
+            f"expected {units}: set BULK_UNITS to log2 or auto"
         )
     bulk = summed_duplicates(bulk)
     if replicates is not None:
@@ -260,6 +263,7 @@ def sample_totals(values: np.ndarray) -> np.ndarray:
     total = values.sum(axis=1, keepdims=True)
     if (total <= 0).any():
         raise ValueError(
-            f"{np.sum(total <= 0)} of {len(values)} bulk samples have no expression in the {values.shape[1]:,} genes of the model; expected some"
+            f"{np.sum(total <= 0)} of {len(values)} bulk samples have no expression in the {values.shape[1]:,} genes of the model; "
+            "expected some"
         )
     return total

@@ -1,0 +1,1 @@
+"""What goes in: download, file formats, labels, count files, mini-batches, embeddings."""

@@ -83,7 +83,8 @@ def evaluate_proportions(
         truth = test.obs["cell_type"].value_counts(normalize=True)[true.columns].to_frame("test_cells").T
         error, constant = metrics.mae(truth, estimate.proportions), metrics.mae(truth, frequencies)
         print(
-            f"all test cells as one bulk: MAE {error:.4f}; a constant (the train frequencies) has {constant:.4f}, so this one mixture says little"
+            f"all test cells as one bulk: MAE {error:.4f}; a constant (the train frequencies) has {constant:.4f}, "
+            "so this one mixture says little"
         )
     random = ~true.index.str.startswith("own")
     plots_bulk.proportions(
@@ -191,7 +192,10 @@ def _plot_four_stages(
 def select_evaluation_cells(
     train: ad.AnnData, test: ad.AnnData, max_cells: int, max_gene_cells: int, seed: int
 ) -> EvaluationCells:
-    """Test cells, at most `max_cells`, and the train cells that they are compared with. Genes are selected by at most `max_gene_cells` train cells."""
+    """At most `max_cells` test cells, and the train cells that they are compared with.
+
+    max_gene_cells: train cells, at most, that select the genes whose correlations are compared.
+    """
     rng = np.random.default_rng([seed, 5])
     cells = select_cells(test, np.sort(rng.permutation(test.n_obs)[:max_cells]))
     reference_rows = metrics.select_like(train, cells.obs["cell_type"], rng)
@@ -246,7 +250,10 @@ def fidelity_and_memorisation(evaluation: EvaluationCells, generated: ad.AnnData
 def compare_generators(
     chosen: str, pooled: pd.DataFrame, others: dict[str, nn.Module], evaluation: EvaluationCells, fig: Path
 ) -> list[Path]:
-    """The same metrics for other generators of models/: comparison.csv and comparison.png. pooled: of the chosen one, from `evaluate_generator`."""
+    """The same metrics for other generators of models/: comparison.csv and comparison.png.
+
+    pooled: metrics of the chosen generator, from `evaluate_generator`.
+    """
     table = {chosen: pooled["generated"]}
     table |= {
         name: fidelity_and_memorisation(evaluation, generate_like(model, evaluation.test, evaluation.seed + 1))

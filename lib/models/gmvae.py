@@ -132,7 +132,7 @@ class GMVAE(nn.Module):
             encoded[:, 3 * width :],
         )
         mean = self.q_z_xy_mean(for_mean, extra).float()
-        if self.q_z_xy_axes is not None:
+        if self.q_z_xy_axes_offset is not None:
             mean = mean + on_axes + self.q_z_xy_axes_offset[batch.cell_type_idx]
         return mean, self.q_z_xy_log_var(for_log_var, extra).float().clamp(-10, 6)
 
@@ -153,7 +153,7 @@ class GMVAE(nn.Module):
         if self.log_loading_ratio is not None:
             logits = logits * (y @ self.log_loading_ratio.exp())
         logits = logits + self.log_profiles[cell_type_idx]
-        log_theta = self.log_theta
+        log_theta: torch.Tensor = self.log_theta
         if self.log_theta_ratio is not None:
             log_theta = log_theta + y @ self.log_theta_ratio
         if self.p_x_zyl_log_theta is not None:

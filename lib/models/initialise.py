@@ -50,12 +50,10 @@ def _start_on_axes(model: GMVAE, axes: Axes) -> None:
     model.p_x_zyl_log_mean.weight.copy_(torch.from_numpy(axes.loadings))
     model.q_z_xy_axes.weight.copy_(torch.from_numpy(axes.projection))
     model.q_z_xy_axes_offset.copy_(torch.from_numpy(axes.offset))
-    for last in (
-        model.q_z_xy_mean.rest[-1],
-        model.q_z_xy_log_var.rest[-1],
-        model.p_z_y_mean[-1],
-        model.p_z_y_log_var[-1],
-    ):
+    for network in (model.q_z_xy_mean.rest, model.q_z_xy_log_var.rest, model.p_z_y_mean, model.p_z_y_log_var):
+        last = network[-1]
+        assert isinstance(last, nn.Linear)
         last.weight.mul_(0.1)
         nn.init.zeros_(last.bias)
-    model.q_z_xy_log_var.rest[-1].bias.copy_(torch.from_numpy(np.log(axes.variance)))
+        if network is model.q_z_xy_log_var.rest:
+            last.bias.copy_(torch.from_numpy(np.log(axes.variance)))

@@ -104,7 +104,7 @@ def _spread_factor(model: GMVAE, held_out: CellDataset, seed: int) -> np.ndarray
 def sample_z(
     model: GMVAE, cell_type_idx: torch.Tensor, latent_spread: float, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """z (n_cells, n_latent) and log library size relative to the median (n_cells,) of new cells: from the fitted prior, else p(z|y) p(l|z,y)."""
+    """z, (n_cells, n_latent), and log(l / median l), (n_cells,), of new cells: from the fitted prior, else from p(z|y) p(l|z,y)."""
     mean, log_var = model.p_z(cell_type_idx)
     if model.prior is not None:
         *z, log_library = copula.sample_prior(model.prior, cell_type_idx, generator).unbind(dim=1)
