@@ -311,7 +311,10 @@ def drop_small_clusters(output: Path, min_cells: int) -> None:
     """Small-cluster filter: remove the generated cells in clusters of fewer cells than `min_cells` from the file."""
     cells = ad.read_h5ad(output)
     kept = in_large_clusters(cells, min_cells, N_TOP_GENES, N_PCS, N_NEIGHBORS, LEIDEN_RESOLUTION, SEED)
-    write_counts(cells[kept].copy(), output)
+    types = cells.obs["cell_type"].cat.categories
+    cells = cells[kept].copy()
+    cells.obs["cell_type"] = cells.obs["cell_type"].cat.set_categories(types)  # anndata drops types without cells
+    write_counts(cells, output)
 
 
 def evaluate(

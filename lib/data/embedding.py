@@ -146,7 +146,7 @@ def in_large_clusters(
     if not kept.any():
         raise ValueError(
             f"all {len(sizes)} clusters of the generated cells have fewer than {min_cells} cells (the largest: {sizes.max()}); "
-            "lower NOISE_CLUSTER_CELLS"
+            "lower MIN_CLUSTER_CELLS"
         )
     n_small = np.sum(sizes < min_cells)
     print(

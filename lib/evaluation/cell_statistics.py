@@ -81,7 +81,7 @@ def type_proportions(sets: dict[str, pd.DataFrame], max_samples: int = 20) -> pd
     for name, obs in sets.items():
         sample = obs["sample"].astype(str) if "sample" in obs else pd.Series("", index=obs.index)
         for one in pd.unique(sample)[:max_samples]:
-            row = obs["cell_type"][sample == one].value_counts(normalize=True)[types]
+            row = obs["cell_type"][sample == one].value_counts(normalize=True).reindex(types, fill_value=0.0)
             rows[name if sample.nunique() == 1 else f"{name}, {one}"] = row.to_numpy()
     return pd.DataFrame(rows, index=types).T
 
