@@ -75,8 +75,8 @@ def label_places(embedding: np.ndarray, names: np.ndarray, cell_types: list[str]
         cells = embedding[names == name] + [0, height / 2]
         if len(cells):
             cells = cells[np.linalg.norm(cells - np.median(cells, axis=0), axis=1).argsort(kind="stable")]
-            free = [all(np.linalg.norm(cell - place) >= height for place in places.values()) for cell in cells]
-            places[name] = cells[int(np.argmax(free))]  # the first one if none is free
+            free = (cell for cell in cells if all(np.linalg.norm(cell - place) >= height for place in places.values()))
+            places[name] = next(free, cells[0])
     return places
 
 
