@@ -132,7 +132,7 @@ class ConvCVAE(nn.Module):
 
 
 def extra_zeros(dataset: CellDataset, marginals: GeneMarginals) -> np.ndarray:
-    """Probability of an extra zero of each gene, (n_genes,), within [0, 0.95]: the moment estimate
+    """Estimate the probability of an extra zero of each gene by moments: (n_genes,), within [0, 0.95].
 
     (observed zeros - expected zeros) / (n_cells - expected zeros), expected under NB(mu = library size x profile of the type, theta).
     """

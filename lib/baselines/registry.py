@@ -53,7 +53,7 @@ def load(checkpoint: dict[str, Any], device: torch.device) -> Any:
 
 
 def sample(
-    model: nn.Module, cell_type_idx: np.ndarray, seed: int, *arguments: Any, **options: Any
+    model: Any, cell_type_idx: np.ndarray, seed: int, *arguments: Any, **options: Any
 ) -> Iterator[sp.csr_matrix]:
     """New cells of any generator, block by block. Arguments as in `lib.models.sampling.sample`; only the GMVAE takes a shift."""
     if isinstance(model, GMVAE):
@@ -62,7 +62,7 @@ def sample(
     return baseline.sample(cell_type_idx, seed, *arguments, **options)
 
 
-def generate(model: nn.Module, cell_type_idx: np.ndarray, seed: int) -> sp.csr_matrix:
+def generate(model: Any, cell_type_idx: np.ndarray, seed: int) -> sp.csr_matrix:
     """New cells of any generator in one matrix: n_cells x n_genes, raw counts."""
     return sp.vstack(list(sample(model, cell_type_idx, seed)), format="csr")
 
