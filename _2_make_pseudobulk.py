@@ -10,6 +10,7 @@ Stage 4 trains scTAPE on the mixtures of train cells. The default deconvolution,
 does not use them. Stage 5 evaluates the deconvolution on the mixtures of test cells.
 """
 
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -126,11 +127,8 @@ def test_mixing_matrix(cell_type: pd.Series) -> sp.csr_matrix:
         n_cells = rng.integers(len(codes) // 3, int(0.4 * len(codes)) + 1)
         row[rng.choice(len(codes), n_cells, replace=False)] = 1
     composition = np.bincount(codes, minlength=n_types) / len(codes)
-    present = composition > 0
     shares = {"sparse": SPARSE_SHARE, "rare": RARE_SHARE, "near": 0.0}
-    proportions = np.zeros((N_TEST_DIRICHLET, n_types))
-    proportions[:, present] = pseudobulk.sample_proportions(N_TEST_DIRICHLET, composition[present], shares, rng)
-    cells_per_type = pseudobulk.largest_remainder(proportions, CELLS_PER_SAMPLE)
+    cells_per_type = pseudobulk.sample_cells_per_type(N_TEST_DIRICHLET, CELLS_PER_SAMPLE, composition, shares, rng)
     return sp.vstack([sp.csr_matrix(own), pseudobulk.sample_cells(cells_per_type, codes, rng)], format="csr")
 
 
@@ -143,8 +141,7 @@ def write_train_mixtures(train: ad.AnnData, gene_length_bp: pd.Series | None, pa
     fit_codes, validation_codes = split_cells(codes, rng)
     composition = np.bincount(codes[codes >= 0], minlength=len(cell_types)) / np.sum(codes >= 0)
     shares = {"sparse": SPARSE_SHARE, "rare": RARE_SHARE, "near": NEAR_SHARE}
-    proportions = pseudobulk.sample_proportions(N_TRAIN_SAMPLES, composition, shares, rng)
-    cells_per_type = pseudobulk.largest_remainder(proportions, CELLS_PER_SAMPLE)
+    cells_per_type = pseudobulk.sample_cells_per_type(N_TRAIN_SAMPLES, CELLS_PER_SAMPLE, composition, shares, rng)
     n_fit = N_TRAIN_SAMPLES - round(VALIDATION_FRACTION * N_TRAIN_SAMPLES)
     role = np.where(np.arange(N_TRAIN_SAMPLES) < n_fit, "fit", "validation")
     mixtures = ad.AnnData(
@@ -163,7 +160,7 @@ def write_train_mixtures(train: ad.AnnData, gene_length_bp: pd.Series | None, pa
     return path
 
 
-def with_progress(blocks):
+def with_progress(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """The same blocks of mixtures, with a progress bar."""
     with tqdm(total=N_TRAIN_SAMPLES, desc="mixtures of train cells", unit="") as progress:
         for block in blocks:

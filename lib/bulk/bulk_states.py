@@ -18,7 +18,7 @@ import scipy.sparse as sp
 import torch
 
 from lib.bulk.bulk_encoder import BulkEncoder
-from lib.bulk.pseudobulk import largest_remainder, sample_proportions
+from lib.bulk.pseudobulk import sample_cells_per_type
 from lib.bulk.sctape import scale
 from lib.data.batches import CellDataset
 from lib.data.counts import hold_out
@@ -27,7 +27,7 @@ from lib.models.gmvae import GMVAE
 from lib.models.profiles import type_means
 
 MIN_SHARE = 0.01  # of the variance within types that a state axis must explain
-MAX_STRENGTH = 2.5  # of the sampling weights, per standard deviation: the mean of a type moves by up to this many
+MAX_STRENGTH = 2.5  # of the sampling weights, per standard deviation: a type's mean moves by up to so many
 SHARED_SHARE = 0.5  # of the mixtures, in which all types favour the same state; in the others, each type its own
 UNSHIFTED_SHARE = 0.1  # of the mixtures, which favour no state
 MAX_POOL = 500  # cells of each type to mix from
@@ -87,8 +87,10 @@ def make_mixtures(
     sampled = []
     for chosen, share in ((~is_held_out, 1 - validation_fraction), (is_held_out, validation_fraction)):
         rows = select_pool(chosen, codes, n_types, rng)
-        n_mixtures = max(1, round(share * n_samples))
-        cells_per_type = sample_cells_per_type(n_mixtures, cells_per_sample, composition, codes[rows], rng)
+        of_pool = np.where(np.bincount(codes[rows], minlength=n_types) > 0, composition, 0)
+        cells_per_type = sample_cells_per_type(
+            max(1, round(share * n_samples)), cells_per_sample, of_pool / of_pool[of_pool > 0].sum(), SHARES, rng
+        )
         mixing, *states = mix_states(cells_per_type, codes[rows], coordinates[rows], posterior_variance, rng)
         sampled.append((rows, mixing, ((cells_per_type / cells_per_sample).astype(np.float32), *states)))
     rows, mixing, targets = sampled[0]
@@ -105,17 +107,6 @@ def select_pool(
     """Rows of at most `MAX_POOL` random cells of each type among the chosen ones (a mask), ascending."""
     of_types = (np.flatnonzero(chosen & (cell_type_idx == k)) for k in range(n_cell_types))
     return np.sort(np.concatenate([rng.permutation(rows)[:MAX_POOL] for rows in of_types]))
-
-
-def sample_cells_per_type(
-    n_mixtures: int, cells_per_mixture: int, composition: np.ndarray, pool_types: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
-    """Numbers of cells, mixtures x cell types, in random proportions; 0 of a type that has no cell in the pool."""
-    present = np.bincount(pool_types, minlength=len(composition)) > 0
-    proportions = np.zeros((n_mixtures, len(composition)))
-    composition = composition[present] / composition[present].sum()
-    proportions[:, present] = sample_proportions(n_mixtures, composition, SHARES, rng)
-    return largest_remainder(proportions, cells_per_mixture)
 
 
 def to_data(profiles: np.ndarray, gene_length_bp: np.ndarray | None, targets: tuple[np.ndarray, ...]) -> Data:

@@ -73,6 +73,16 @@ def sample_proportions(
     return rng.permutation(proportions / proportions.sum(axis=1, keepdims=True))
 
 
+def sample_cells_per_type(
+    n_samples: int, cells_per_sample: int, composition: np.ndarray, shares: dict[str, float], rng: np.random.Generator
+) -> np.ndarray:
+    """Numbers of cells, samples x cell types, in proportions of `sample_proportions`; 0 where `composition` is 0."""
+    present = composition > 0
+    proportions = np.zeros((n_samples, len(composition)))
+    proportions[:, present] = sample_proportions(n_samples, composition[present], shares, rng)
+    return largest_remainder(proportions, cells_per_sample)
+
+
 def sample_cells(
     cells_per_type: np.ndarray, cell_type_idx: np.ndarray, rng: np.random.Generator, min_distinct: int | None = None
 ) -> sp.csr_matrix:
