@@ -9,12 +9,12 @@ import lib.data.download
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory) -> Workplace:
-    """All six stages, run once with their defaults on the real cells that scanpy carries."""
+    """All six stages, run once with their defaults, each in a process of its own, on the real cells that come with scanpy."""
     place = Workplace(tmp_path_factory.mktemp("pipeline"))
     place.output = {}
     for stage in STAGES:
         options = ["--dataset", "pbmc68k_reduced"] if stage == STAGES[0] else []
-        place.output[stage] = place.run(stage, *options).stdout
+        place.output[stage] = place.process(stage, *options)
     return place
 
 

@@ -1,9 +1,13 @@
-"""What several test files share: a folder to run the stages in, simulated cells, a small trained model."""
+"""Shared by tests and benchmarks: a folder to run the stages in, simulated cells, a small trained model."""
 
+import contextlib
 import importlib
+import io
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import anndata as ad
 import numpy as np
@@ -11,6 +15,7 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
+import lib.options
 from lib.data.batches import CellDataset
 from lib.models.axes import within_type_axes
 from lib.models.gmvae import GMVAE
@@ -45,17 +50,30 @@ class Workplace:
         }
         return [word for name, (path, stages) in folders.items() if stage[1] in stages for word in (name, str(path))]
 
-    def run(self, stage: str, *options: str, check: bool = True) -> subprocess.CompletedProcess:
-        """A stage as a user runs it, from another folder."""
+    def process(self, stage: str, *options: str, program: tuple[str, ...] = (sys.executable,)) -> str:
+        """What a stage prints in a process of its own, started from another folder, as a user starts it."""
         self.path.mkdir(exist_ok=True)
-        command = [sys.executable, str(ROOT / stage), *self.folders(stage), *options]
-        done = subprocess.run(command, cwd=self.path, capture_output=True, text=True)
-        if check and done.returncode:
-            raise AssertionError(f"{stage} failed:\n{done.stdout}\n{done.stderr}")
-        return done
+        command = [*program, str(ROOT / stage), *self.folders(stage), *options]
+        done = subprocess.run(command, cwd=self.path, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, f"{stage} failed:\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def run(self, stage: str, *options: str, check: bool = True) -> subprocess.CompletedProcess:
+        """A stage with options of the command line, run inside this process, which is faster."""
+        self.path.mkdir(exist_ok=True)
+        words, out, err = [stage, *self.folders(stage), *options], io.StringIO(), io.StringIO()
+        argv, given = mock.patch.object(sys, "argv", words), mock.patch.object(lib.options, "GIVEN", set())
+        code = 0
+        with contextlib.chdir(self.path), argv, given, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                runpy.run_path(str(ROOT / stage), run_name="__main__")
+            except SystemExit as ended:
+                code = int(ended.code or 0)
+        assert code == 0 or not check, f"{stage} failed:\n{out.getvalue()}\n{err.getvalue()}"
+        return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
     def main(self, stage: str, **constants) -> None:
-        """A stage run inside this process with some constants set, which is faster."""
+        """A stage with some constants set, run inside this process, which is faster."""
         script = importlib.reload(importlib.import_module(stage.removesuffix(".py")))
         folders = {"DATA_DIR": str(self.data), "MODELS_DIR": str(self.models), "FIG_DIR": str(self.fig)}
         for name, value in ({k: v for k, v in folders.items() if hasattr(script, k)} | constants).items():
@@ -99,7 +117,7 @@ def split_only(tmp_path, adata: ad.AnnData, **constants) -> Workplace:
 
 
 def trained_gmvae(counts, cell_type_idx, epochs: int = 150, seed: int = 0, on_axes: bool = False, **arguments) -> GMVAE:
-    """on_axes: start, as stage 3 does, on the axes of the cells, as many as there are; otherwise four dimensions, at random."""
+    """A GMVAE of three types. on_axes: z starts on the within-type axes, as in stage 3; otherwise four dimensions, at random."""
     torch.manual_seed(seed)
     dataset, generator = CellDataset(counts, cell_type_idx, CPU), torch.Generator().manual_seed(seed)
     marginals = gene_marginals(dataset, 3)

@@ -25,7 +25,7 @@ def test_the_file_is_replaced_when_the_block_ends(old):
     try:
         with replacing(old) as temporary:
             temporary.write_text("new")
-            assert old.read_text() == "old", "the old file must stand until the new one is whole"
+            assert old.read_text() == "old", "the old file must stay until the new one is complete"
             assert temporary.parent == old.parent, "a rename is atomic inside one folder only"
             assert temporary.suffix == ".h5ad", "writers choose their format by the suffix"
         assert os.umask(0o027) == 0o027, "the umask is left as it was"
@@ -80,7 +80,7 @@ with replacing(pathlib.Path(sys.argv[1])) as temporary:
     done = subprocess.run([sys.executable, "-c", code, str(old)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert old.read_text() == "old"
-    with replacing(old) as temporary:  # what the kill left does not stand in the way
+    with replacing(old) as temporary:  # a file that the kill left is no obstacle
         temporary.write_text("new")
     assert old.read_text() == "new"
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, STAGES
+from helpers import ROOT, STAGES, Workplace
 
 from lib.options import constants, from_command_line
 
@@ -95,7 +95,7 @@ def test_an_option_sets_its_constant_and_no_other(script, words, name, value):
     assert type(module[name]) is type(value)
 
 
-def test_what_main_sees_is_what_the_option_set(script):
+def test_main_uses_the_value_of_the_option(script):
     module = script()
     module["main"].__globals__.update(__file__=module["__file__"])  # runpy hands out a copy of the globals
     from_command_line(module["main"].__globals__, ["--epochs", "7"])
@@ -167,7 +167,7 @@ def help_of(module, capsys) -> str:
     return re.sub(r"\s+", " ", capsys.readouterr().out)  # argparse breaks lines as wide as the terminal
 
 
-def test_help_tells_what_the_source_tells(script, capsys):
+def test_help_shows_the_comments_of_the_source(script, capsys):
     text = help_of(script(), capsys)
     assert "Stage 9: a script of every kind of constant." in text
     first, second = text.index("Training (ours):"), text.index("Where things are:")
@@ -182,34 +182,29 @@ def test_help_tells_what_the_source_tells(script, capsys):
 # The six stages
 
 
-def run_python(*arguments, cwd) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True)
-
-
 @pytest.mark.parametrize("stage", STAGES)
-def test_help_of_every_stage_lists_every_constant(stage, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [stage, "--help"])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / stage), run_name="__main__")
-    assert ended.value.code == 0
-    source, text = (ROOT / stage).read_text(), capsys.readouterr().out
-    declared = re.findall(r"^([A-Z][A-Z0-9_]*)(?:: [^=]+)? = ", source, flags=re.MULTILINE)
+def test_help_of_every_stage_lists_every_constant(stage, tmp_path):
+    done = Workplace(tmp_path).run(stage, "--help")
+    source = (ROOT / stage).read_text()
+    code = source.split('"""', 2)[2]  # without the docstring
+    declared = re.findall(r"^([A-Z][A-Z0-9_]*)(?:: [^=]+)? = ", code, flags=re.MULTILINE)
     assert "DATA_DIR" in declared
-    listed = re.findall(r"^  (--[a-z0-9-]+)", text, flags=re.MULTILINE)
+    listed = re.findall(r"^  (--[a-z0-9-]+)", done.stdout, flags=re.MULTILINE)
     assert listed == ["--" + name.lower().replace("_", "-") for name in declared]
-    assert source.split('"""')[1].splitlines()[0] in text
+    assert source.split('"""')[1].splitlines()[0] in done.stdout
 
 
 def test_importing_the_stages_does_nothing(tmp_path):
     code = "import importlib, sys; sys.path.insert(0, sys.argv[1]); stages = sys.argv[2:]; sys.argv[1:] = ['--no-such-option']; "
     code += "[importlib.import_module(stage) for stage in stages]"
-    done = run_python("-c", code, str(ROOT), *(stage.removesuffix(".py") for stage in STAGES), cwd=tmp_path)
+    command = [sys.executable, "-c", code, str(ROOT), *(stage.removesuffix(".py") for stage in STAGES)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_error_is_told_in_one_line_with_its_place(tmp_path):
-    done = run_python(str(ROOT / STAGES[1]), "--data-dir", str(tmp_path), "--fig-dir", str(tmp_path), cwd=tmp_path)
+def test_an_error_is_printed_in_one_line_with_its_place(tmp_path):
+    done = Workplace(tmp_path).run(STAGES[1], check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert f"error: {tmp_path / 'counts.h5ad'} is missing: run _0_download_data.py first" in done.stderr
+    assert f"error: {tmp_path / 'data' / 'counts.h5ad'} is missing: run _0_download_data.py first" in done.stderr
     assert re.search(r"\(from .*files.py, line \d+\)", done.stderr)

@@ -1,7 +1,6 @@
 """Every command that a README shows is run: this file says for each how, and fails for a command that it does not know."""
 
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -12,8 +11,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers import ROOT, STAGES, Workplace, simulated_dataset
-
-from lib import options
 
 READMES = sorted([ROOT / "README.md", *ROOT.glob("lib/*/README.md"), ROOT / "tests/benchmarks/README.md"])
 
@@ -151,28 +148,24 @@ def place(pipeline, tmp_path_factory) -> Workplace:
     return place
 
 
-def run(words: list[str], place: Workplace, monkeypatch) -> None:
-    """A command in the folder of the place: a stage in this process, anything else in one of its own."""
+def run(words: list[str], place: Workplace) -> None:
+    """A command in the folder of the place; a stage in this process, anything else in one of its own."""
     if words[0] == "torchrun":
-        program = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         stage = next(i for i, word in enumerate(words) if word in STAGES)
-        words = [*program, *words[1:stage], str(ROOT / words[stage]), *place.folders(words[stage]), *words[stage + 1 :]]
+        torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:stage])
+        place.process(words[stage], *words[stage + 1 :], program=torchrun)
     elif words[1] in STAGES:
-        monkeypatch.setattr(sys, "argv", [*words[1:], *place.folders(words[1])])
-        monkeypatch.setattr(options, "GIVEN", set())
-        runpy.run_path(str(ROOT / words[1]), run_name="__main__")
-        return
+        place.run(*words[1:])
     else:
-        words = [sys.executable, str(ROOT / words[1]), *words[2:]]
-    done = subprocess.run(words, cwd=place.path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+        command = [sys.executable, str(ROOT / words[1]), *words[2:]]
+        done = subprocess.run(command, cwd=place.path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [name for name, how in COMMANDS.items() if isinstance(how, Run)])
-def test_a_command_runs_as_shown(command, place, tmp_path, monkeypatch):
+def test_a_command_runs_as_shown(command, place, tmp_path):
     own = Workplace(tmp_path / "place")
     shutil.copytree(place.path, own.path)
-    monkeypatch.chdir(own.path)
     for name in (*COMMANDS[command].after, command):
-        run(shlex.split(f"{name} {COMMANDS[name].more}"), own, monkeypatch)
+        run(shlex.split(f"{name} {COMMANDS[name].more}"), own)

@@ -43,7 +43,7 @@ def same_weights(a: dict, b: dict) -> bool:
 def test_resuming_equals_not_having_stopped(uninterrupted, tmp_path):
     place = workplace(tmp_path)
     place.main(STAGE, **SMALL | {"EPOCHS": 3})
-    torch.manual_seed(99)  # what went on in between must not matter
+    torch.manual_seed(99)  # other random numbers in between must not matter
     place.main(STAGE, **SMALL | {"RESUME": True})
     for name in ("gmvae.pt", "gmvae_last.pt"):
         whole, resumed = (load_checkpoint(p.models / name, STAGE) for p in (uninterrupted, place))
@@ -68,7 +68,7 @@ def test_the_best_epoch_is_kept_not_the_last(tmp_path):
     place = workplace(tmp_path)
     place.main(
         STAGE, **SMALL | {"EPOCHS": 200, "LEARNING_RATE": 0.1, "PATIENCE": 6, "WEIGHT_DECAY": 0.0}
-    )  # learns the cells by heart
+    )  # memorises the cells
     history = pd.read_csv(place.models / "gmvae_history.csv")
     best = load_checkpoint(place.models / "gmvae.pt", STAGE)
     assert best["epoch"] == history.loc[history["held_out_stopping_criterion"].idxmin(), "epoch"] < len(history) < 200
@@ -133,7 +133,7 @@ def test_gradients_are_clipped_to_their_common_norm():
 
 
 def test_an_epoch_keeps_nothing_of_its_batches(tmp_path, monkeypatch):
-    """A loss that is kept for the means must not keep its batch, or memory grows with the number of cells."""
+    """The losses kept for the epoch's means must not keep their batches in memory."""
     alive = weakref.WeakSet()
 
     class Watched(Batch):

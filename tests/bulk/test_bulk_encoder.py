@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
-from helpers import STAGES, trained_gmvae
+from helpers import FEW, STAGES, trained_gmvae
 
 from lib.bulk import bulk_encoder, bulk_states, sctape
 from lib.bulk.bulk_encoder import BulkEncoder
@@ -196,8 +196,8 @@ def test_stages_4_and_5_use_it_by_a_constant(pipeline, tmp_path):
     options = {"DEVICE": "cpu", "FIG_DIR": str(tmp_path)}
     few = {"N_STATE_SAMPLES": 300, "CELLS_PER_STATE_SAMPLE": 100, "EPOCHS": 2}
     pipeline.main(STAGES[4], NETWORK="bulk_encoder", **options, **few)
-    few = {"MAX_CELLS_JUDGED": 60, "MAX_CELLS_DRAWN": 100, "OUTPUT": str(tmp_path / "cells.h5ad")}
-    options["DECONVOLVER"] = "bulk_encoder"
+    few = FEW | {"OUTPUT": str(tmp_path / "cells.h5ad")}
+    options["DECONVOLUTION"] = "bulk_encoder"
     try:
         predicted = (pipeline.data / "predicted_proportions.csv").read_bytes()
         pipeline.main(STAGES[5], **options, **few)

@@ -112,7 +112,7 @@ def test_the_small_cluster_filter_drops_the_odd_cells_and_no_other(odd_cells, ca
 
 
 def test_a_small_cluster_filter_that_leaves_nothing_is_refused(odd_cells):
-    with pytest.raises(ValueError, match=r"fewer than 500 cells \(the largest: \d+\); lower NOISE_CLUSTER_CELLS"):
+    with pytest.raises(ValueError, match=r"fewer than 500 cells \(the largest: \d+\); lower MIN_CLUSTER_CELLS"):
         in_large_clusters(odd_cells[0], 500, 2000, 20, 6, 0.3, seed=0)
     with pytest.raises(ValueError, match="5 cells are too few for the small-cluster filter"):
         in_large_clusters(odd_cells[0][:5].copy(), 2, 2000, 20, 6, 0.3, seed=0)

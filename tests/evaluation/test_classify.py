@@ -4,7 +4,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import STAGES, simulated_dataset
+from helpers import FEW, STAGES, simulated_dataset
 
 pytest.importorskip("xgboost")
 
@@ -82,8 +82,7 @@ def test_stage_5_prints_the_tables(pipeline, tmp_path, capsys):
         tmp_path / "classes.csv", index=False
     )
     constants = {
-        "MAX_CELLS_JUDGED": 60,
-        "MAX_CELLS_DRAWN": 100,
+        **FEW,
         "OUTPUT": str(tmp_path / "cells.h5ad"),
         "FIG_DIR": str(tmp_path),
         "CELL_COUNTS": "test",

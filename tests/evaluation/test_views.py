@@ -5,30 +5,28 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import STAGES, simulated_cells, simulated_dataset, trained_gmvae
+from helpers import CPU, FEW, STAGES, simulated_cells, trained_gmvae
 
 from lib.bulk.pseudobulk import largest_remainder
+from lib.data.batches import CellDataset
 from lib.data.counts import log_normalize
-from lib.evaluation import views
-
-FEW = {"MAX_CELLS_JUDGED": 60, "MAX_CELLS_DRAWN": 120, "DEVICE": "cpu"}
+from lib.models.sampling import reconstruct
 
 
 def test_reconstructed_cells_follow_their_own_input():
     """Not only the type: within a type, a cell's reconstruction correlates with the programme of its own input."""
     counts, types = simulated_cells(n_cells=600)
     model = trained_gmvae(counts, types, epochs=80)
-    cells = simulated_dataset(n_cells=600)
-    z, made = views.latent_and_reconstructed(model, cells, seed=0)
-    assert z.shape == (600, 4) and made.shape == cells.shape and list(made.obs_names) == list(cells.obs_names)
-    values, ours = (log_normalize(a.X, 1e4).toarray() for a in (cells, made))
+    z, reconstructed = reconstruct(model, CellDataset(counts, types, CPU), seed=0)
+    assert z.shape == (600, 4) and reconstructed.shape == counts.shape
+    values, ours = (log_normalize(cells, 1e4).toarray() for cells in (counts, reconstructed))
     own = []
     for k in range(3):
         x, y = values[types == k], ours[types == k]
         programme = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)[2][0]
         own.append(np.corrcoef((x - x.mean(axis=0)) @ programme, (y - y.mean(axis=0)) @ programme)[0, 1])
     assert min(own) > 0.4
-    np.testing.assert_allclose(np.asarray(made.X.sum(axis=1)).ravel().mean(), cells.X.sum() / 600, rtol=0.05)
+    np.testing.assert_allclose(reconstructed.sum() / 600, counts.sum() / 600, rtol=0.05)
 
 
 def test_proportions_kept_from_before_are_used_again_and_all_stages_are_drawn(pipeline, tmp_path):
@@ -59,7 +57,7 @@ def test_proportions_kept_from_before_are_used_again_and_all_stages_are_drawn(pi
 
 def test_so_many_cells_of_each_type_without_noise(pipeline, tmp_path, capsys):
     options = FEW | {"OUTPUT": str(tmp_path / "cells.h5ad"), "FIG_DIR": str(tmp_path)}
-    pipeline.main(STAGES[5], CELL_COUNTS="12", NOISE_CLUSTER_CELLS=2, **options)
+    pipeline.main(STAGES[5], CELL_COUNTS="12", MIN_CLUSTER_CELLS=2, EVALUATE=False, **options)
     generated = ad.read_h5ad(tmp_path / "cells.h5ad")
     out = capsys.readouterr().out
     dropped = int(out.split("small-cluster filter: ")[1].split(" of ")[0])
@@ -78,7 +76,7 @@ def test_replicates_are_one_sample(pipeline, tmp_path):
         str(tmp_path / "groups.csv"),
     )
     test = ad.read_h5ad(pipeline.data / "test.h5ad")
-    bulk = stage.bulk_samples(test, {"gene_length_bp": None})
+    bulk = stage.read_bulk_samples(test, None)
     stage.BULK_FILE = stage.REPLICATES = None
     np.testing.assert_allclose(bulk.loc["together"], tpm.iloc[[0, 2]].mean(), rtol=1e-3, atol=0.01)
     with pytest.raises(ValueError, match=r"XGBOOST_CELLS is \(5, 5\); expected three numbers"):
@@ -100,7 +98,7 @@ def test_several_generators_are_compared(pipeline, tmp_path):
         MODELS_DIR=str(models),
         FIG_DIR=str(tmp_path),
         DEVICE="cpu",
-        MAX_CELLS_DRAWN=120,
+        MAX_CELLS_PLOTTED=120,
     )
     table = pd.read_csv(tmp_path / "comparison.csv", index_col=0)
     assert list(table.columns) == ["gmvae", "conv_cvae", "real train cells"] and not table.isna().any(axis=None)
