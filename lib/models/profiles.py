@@ -106,9 +106,8 @@ def log_fold_changes(expression: np.ndarray, weights: np.ndarray | None = None) 
     Types x genes. Where the other types have no weight, their mean is 0.
     """
     weights = np.ones(len(expression)) if weights is None else np.asarray(weights, dtype=np.float64)
-    weighted = weights[:, None] * expression
-    weight_of_others = (weights.sum() - weights)[:, None]
-    others = (weighted.sum(axis=0) - weighted) / np.where(weight_of_others > 0, weight_of_others, 1)
+    of_others = (1 - np.eye(len(expression))) * weights  # a product keeps zeros exact, and ties in order
+    others = of_others @ expression / np.maximum(of_others.sum(axis=1, keepdims=True), 1e-12)
     return np.log2((expression + PSEUDO_EXPRESSION) / (others + PSEUDO_EXPRESSION))
 
 
