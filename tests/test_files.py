@@ -80,7 +80,7 @@ with replacing(pathlib.Path(sys.argv[1])) as temporary:
     done = subprocess.run([sys.executable, "-c", code, str(old)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert old.read_text() == "old"
-    with replacing(old) as temporary:  # a file that the kill left is no obstacle
+    with replacing(old) as temporary:  # what the killed process left behind does no harm
         temporary.write_text("new")
     assert old.read_text() == "new"
 

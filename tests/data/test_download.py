@@ -88,10 +88,10 @@ def test_a_range_other_than_the_one_asked_for_is_not_appended(site, tmp_path):
 
 
 def test_a_missing_file_is_refused_at_once_with_the_remedy(site, tmp_path):
-    with pytest.raises(ConnectionError) as told:
+    with pytest.raises(ConnectionError) as raised:
         fetch(site.url("none.bin"), tmp_path / "none.bin")
     for part in (site.url("none.bin"), "404", f"save it as {tmp_path / 'none.bin'}"):
-        assert part in str(told.value)
+        assert part in str(raised.value)
     assert len(site.ranges) == 1 and files_in(tmp_path) == []
 
 

@@ -210,7 +210,7 @@ def test_a_square_cell_ranger_table_is_not_transposed(tmp_path, write):
 
 @pytest.mark.parametrize("n_cells", [len(GENES), len(GENES) + 1, len(BARCODES)])
 def test_the_table_that_stage_5_writes(tmp_path, n_cells):
-    # The header of genes.csv makes its lines as many as 9 cells, which must not turn it into a gene
+    # genes.csv has 9 lines with its header; with 9 cells, the header must not be read as a gene
     write_mtx(tmp_path / "counts.mtx", COUNTS[:n_cells])
     write_lines(tmp_path / "genes.csv", ["gene", *GENES])
     write_lines(
