@@ -131,7 +131,7 @@ def _layers(sizes: tuple[int, ...], dropout: float) -> list[nn.Module]:
 
 
 def _dense_blocks(dataset: CellDataset, n_pcs: int) -> Iterator[np.ndarray]:
-    """All cells as log(1 + counts per 10,000), in blocks of similar size; each has at least as many cells as components, if the data set does."""
+    """All cells as log(1 + counts per 10,000), in blocks with at least as many cells as components (if the data set has them)."""
     rest = sp.csr_matrix((0, dataset.n_genes), dtype=np.float32)
     for counts, _ in dataset.blocks():
         rest = sp.vstack([rest, log_normalize(counts, sampling.TARGET)], format="csr")
