@@ -28,9 +28,7 @@ from lib.models.gmvae import GMVAE
 from lib.models.layers import mlp
 from lib.models.sampling import Shift, generate
 
-INPUT_NOISE = (
-    2.0  # standard deviations of Gaussian noise added to each gene in training, so that it relies on many genes
-)
+INPUT_NOISE = 2.0  # standard deviations of Gaussian noise on each gene in training, so that no gene decides alone
 THRESHOLD = 2.0  # a gene changes by the part of its log ratio, bulk over cells, beyond so many standard deviations
 GENES_ALIKE = 500  # genes of similar expression, over which this standard deviation is taken
 PSEUDO_TPM = 20.0  # added to both sides of the ratio, which shrinks the ratios of lowly expressed genes

@@ -26,7 +26,8 @@ def test_moments_equal_numpys_and_unlabelled_cells_are_ignored():
 def test_a_gene_not_observed_in_few_cells_keeps_a_positive_variance():
     counts = sp.csr_matrix(np.array([[4.0, 1.0], [4.0, 1.0], [0.0, 1.0]], dtype=np.float32))
     found = reference_profiles(counts, np.array([0, 0, 1]), ["A", "B"], ["x", "y"])
-    assert found.mean[1, 0] == 0 and found.variance[1, 0] == 0.5 * 2.0  # half the Poisson noise of the mean over types
+    # half the Poisson variance of the mean over types
+    assert found.mean[1, 0] == 0 and found.variance[1, 0] == 0.5 * 2.0
 
 
 def test_signature_genes_differ_between_types_and_are_not_technical():
@@ -35,10 +36,9 @@ def test_signature_genes_differ_between_types_and_are_not_technical():
     reference = Reference(names, ["T", "B"], mean, np.full((2, 5), 1.0), np.array([100, 100]))
     # z of CD3E: 9 / sqrt(.01 + .01) = 64; of ACTB: 0
     assert [names[g] for g in signature_genes(reference)] == ["CD3E", "CD19"]
-    noisy = reference._replace(
-        variance=np.full((2, 5), 400.0)
-    )  # CD3E: 9 / sqrt(8) = 3.2, too little, but the best there is
-    assert [names[g] for g in signature_genes(noisy)] == ["CD3E", "CD19"]
+    # z of CD3E: 9 / sqrt(8) = 3.2, below MIN_Z, but the largest
+    uncertain = reference._replace(variance=np.full((2, 5), 400.0))
+    assert [names[g] for g in signature_genes(uncertain)] == ["CD3E", "CD19"]
     assert [names[g] for g in signature_genes(reference, np.array([False, True, True, True, True]))] == ["CD19"]
 
 

@@ -67,14 +67,14 @@ def test_least_squares_equal_scipys_for_one_gram_matrix_and_for_many():
 def test_platform_factors_minimise_their_objective():
     rng = np.random.default_rng(0)
     fitted = rng.lognormal(0, 1, (5, 8))
-    y, noise = fitted * rng.lognormal(0, 0.8, 8), np.full((1, 8), 0.3)
+    y, variance = fitted * rng.lognormal(0, 0.8, 8), np.full((1, 8), 0.3)
     factors = np.ones((1, 8))
     for _ in range(20):
-        factors = fit_platform_factors(y, fitted, factors, noise)
+        factors = fit_platform_factors(y, fitted, factors, variance)
     for g in range(8):
 
         def objective(log_f, g=g):
-            return ((y[:, g] - np.exp(log_f) * fitted[:, g]) ** 2).sum() / (2 * noise[0, g]) + log_f**2 / (
+            return ((y[:, g] - np.exp(log_f) * fitted[:, g]) ** 2).sum() / (2 * variance[0, g]) + log_f**2 / (
                 2 * PLATFORM_SD**2
             )
 
