@@ -8,10 +8,8 @@ import pandas as pd
 from matplotlib.figure import Figure, SubFigure
 
 from lib.evaluation.plots_style import dots, open_frame, palette, save, stacked_bars, type_legend
-from lib.models.profiles import log_fold_changes, top_genes
 
 MAX_BARS = 40  # bulk samples plotted
-N_MARKERS = 6  # of each type, in the signature matrix
 
 
 def proportions(
@@ -86,7 +84,7 @@ def _predicted_against_true(
     figure.supylabel("predicted proportion", fontsize=9)
 
 
-def signature(reference: pd.DataFrame, adapted: pd.DataFrame, path: Path) -> None:
+def signature(reference: pd.DataFrame, adapted: pd.DataFrame, markers: list[str], path: Path) -> None:
     """Heat maps of each type's marker genes, before and after the adaptation of the signature matrix to the bulk.
 
     Plotted is log(1 + counts per 10,000), divided by the gene's largest value in the single cells.
@@ -95,11 +93,11 @@ def signature(reference: pd.DataFrame, adapted: pd.DataFrame, path: Path) -> Non
     ----------
     reference, adapted
         Types x genes, counts per cell: mean of the train cells; the same adapted to the bulk.
+    markers
+        Genes of both tables.
     """
     shared = reference.columns.intersection(adapted.columns)
-    per_10k = [table[shared].div(table[shared].sum(axis=1), axis=0) * 1e4 for table in (reference, adapted)]
-    fold_changes = log_fold_changes(per_10k[0].dropna().to_numpy())  # a type without train cells has no profile
-    markers = shared[list(dict.fromkeys(top_genes(fold_changes, N_MARKERS).ravel()))]
+    per_10k = (table[shared].div(table[shared].sum(axis=1), axis=0) * 1e4 for table in (reference, adapted))
     single_cells, bulk = (np.log1p(table[markers]) for table in per_10k)
     figure = Figure(figsize=(3.5 + 0.17 * len(markers), 2.2 + 0.42 * len(reference)), layout="constrained")
     panels = figure.subplots(2, 1, sharex=True)

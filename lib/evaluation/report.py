@@ -24,8 +24,10 @@ from lib.data.embedding import embed, mde, principal_components, variable_genes
 from lib.evaluation import cell_statistics, classifier_transfer, metrics, plots_bulk, plots_cells
 from lib.files import replacing
 from lib.models.gmvae import GMVAE
-from lib.models.profiles import nb_per_type_log_likelihood
+from lib.models.profiles import log_fold_changes, nb_per_type_log_likelihood, top_genes
 from lib.models.sampling import reconstruct
+
+N_SIGNATURE_MARKERS = 6  # genes of each type in signature.png
 
 
 class PlotSettings(NamedTuple):
@@ -97,8 +99,17 @@ def evaluate_proportions(
     reference = Reference.from_checkpoint(checkpoint["reference"])
     reference = reference.of_genes(signature_genes(reference))
     profiles = pd.DataFrame(reference.mean, reference.cell_types, reference.gene_names)
-    plots_bulk.signature(profiles, estimate.signature, fig / "signature.png")
+    markers = signature_markers(profiles, estimate.signature)
+    plots_bulk.signature(profiles, estimate.signature, markers, fig / "signature.png")
     return [fig / "proportions.png", fig / "signature.png"]
+
+
+def signature_markers(reference: pd.DataFrame, adapted: pd.DataFrame) -> list[str]:
+    """Genes of both tables (types x genes) with the largest fold changes between types in the reference, type by type."""
+    shared = reference.columns.intersection(adapted.columns)
+    per_10k = reference[shared].div(reference[shared].sum(axis=1), axis=0) * 1e4
+    fold_changes = log_fold_changes(per_10k.dropna().to_numpy())  # a type without train cells has no profile
+    return list(shared[list(dict.fromkeys(top_genes(fold_changes, N_SIGNATURE_MARKERS).ravel()))])
 
 
 def print_likelihood(model: GMVAE, train: ad.AnnData, test: ad.AnnData, seed: int) -> None:

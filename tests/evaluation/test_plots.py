@@ -7,7 +7,7 @@ from helpers import simulated_dataset
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from lib.evaluation import cell_statistics, metrics, plots_bulk, plots_cells, plots_style, plots_training
+from lib.evaluation import cell_statistics, metrics, plots_bulk, plots_cells, plots_style, plots_training, report
 
 TYPES = ["B", "NK", "T"]
 
@@ -99,7 +99,7 @@ def test_signature_shows_the_markers_of_each_type(saved, tmp_path):
     for k in range(3):
         profiles.iloc[k, 10 * k : 10 * k + 6] = 50
     adapted = profiles.mul(np.linspace(0.5, 2, 40)).drop(columns="GENE30")
-    plots_bulk.signature(profiles, adapted, tmp_path / "signature.png")
+    plots_bulk.signature(profiles, adapted, report.signature_markers(profiles, adapted), tmp_path / "signature.png")
     shown = [label.get_text() for label in saved[0].axes[1].get_xticklabels()]
     assert shown == [f"GENE{10 * k + i}" for k in range(3) for i in range(6)]
     single_cells = saved[0].axes[0].images[0].get_array()
