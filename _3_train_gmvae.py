@@ -31,15 +31,9 @@ from lib.training import Trainer, clip_gradients, keep_freed_memory
 # Model (fig. 1 of the paper)
 N_LATENT = 32  # dimensions of z (paper); for a linear decoder the upper limit: as many as held-out cells confirm (ours)
 HIDDEN = (128, 64)  # layers of q(z|x,y), and of an mlp decoder in reverse (paper)
-LIKELIHOOD: Literal["nb", "zinb"] = (
-    "nb"  # of counts: without zero inflation (ours, better on held-out cells) or with (paper)
-)
-DECODER: Literal["linear", "mlp"] = (
-    "linear"  # from z to log means: a matrix about the mean profile of the type (ours), or layers (paper)
-)
-DISPERSION: Literal["gene", "gene-type", "gene-cell"] = (
-    "gene-type"  # one theta per gene and type (ours), or a decoder head (paper)
-)
+LIKELIHOOD: Literal["nb", "zinb"] = "nb"  # of counts: without (ours) or with zero inflation (paper)
+DECODER: Literal["linear", "mlp"] = "linear"  # z to log means: a matrix (ours) or layers (paper)
+DISPERSION: Literal["gene", "gene-type", "gene-cell"] = "gene-type"  # theta of (ours); gene-cell: a head (paper)
 PRIOR: Literal["copula", "gaussian"] = "copula"  # of z of new cells: fitted after training (ours), or p(z|y) (paper)
 DROPOUT = 0.0  # in encoders and decoder; with dropout z stays unused (ours)
 
@@ -49,9 +43,7 @@ BATCH_SIZE = 128  # cells (paper: 37)
 LEARNING_RATE = 5e-4  # AdamW (paper: Adam, 6e-6); reduced when the held-out loss does not improve
 DISPERSION_LEARNING_RATE = 2e-2  # of theta and of the loading ratios, which start far from their final values (ours)
 WEIGHT_DECAY = 5.0  # AdamW, times the learning rate per step; without it the decoder memorises the train cells (ours)
-KL_WARMUP_EPOCHS = (
-    1  # over which the weight of the KL terms rises to 1; an mlp decoder needs 50, or z stays unused (ours)
-)
+KL_WARMUP_EPOCHS = 1  # over which the KL weight rises to 1; with an mlp decoder 50, or z stays unused (ours)
 MAX_GRADIENT_NORM = 100.0  # larger gradients are clipped; they measure 20-90 on pbmc3k (ours)
 VALIDATION_FRACTION = 0.1  # of the train cells of each type, held out for early stopping (ours)
 MAX_VALIDATION_CELLS = 10_000  # held-out cells at most (ours)
@@ -61,16 +53,12 @@ PATIENCE = 30  # epochs without a better held-out bound before training stops (o
 PAPER = False  # True: model, prior and training as in the paper, except for constants that you set yourself
 
 # Another generator instead of the GMVAE (lib/baselines); the constants above are the GMVAE's alone
-GENERATOR: Literal["gmvae", "beta_vae", "pca_cvae", "conv_cvae"] = (
-    "gmvae"  # ours, Bulk2Single, Generative genomics, DeepConvCVAE
-)
+GENERATOR: Literal["gmvae", "beta_vae", "pca_cvae", "conv_cvae"] = "gmvae"  # gmvae: ours; others: lib/baselines
 OTHER_EPOCHS: int | None = None  # of another generator; none: as published (5000, 150 (ours), 50)
 OTHER_BATCH_SIZE: int | None = None  # the same; none: 512, 256 (ours), 32
 OTHER_LEARNING_RATE: float | None = None  # the same; none: 1e-4, 1e-3 (ours), 1e-3
 OTHER_PATIENCE: int | None = None  # the same, epochs without a better held-out loss; none: 50
-TOP_MARKERS: int | None = (
-    None  # beta_vae: its encoder reads so many marker genes of each type; none: all genes (omicverse's tutorial: 200)
-)
+TOP_MARKERS: int | None = None  # beta_vae: marker genes per type that its encoder reads (omicverse: 200); none: all
 
 # Running
 RESUME = False  # continue from models/gmvae_last.pt

@@ -43,30 +43,20 @@ from lib.training import check_checkpoint, keep_freed_memory, load_checkpoint
 # What to generate
 BULK_FILE: str | None = None  # bulk table, csv, tsv or xlsx, genes in rows or columns; none: the sum of the test cells
 N_CELLS = 1000  # cells for each sample of BULK_FILE or PROPORTIONS_FILE; the sum of the test cells gets as many as there are test cells
-DECONVOLUTION: Literal["regression", "regression-per-sample", "regression-unadapted", "sctape", "bulk_encoder"] = (
-    "regression"  # README
-)
+DECONVOLUTION: proportions.Method = "regression"  # or regression-per-sample, regression-unadapted, sctape, bulk_encoder
 BULK_UNITS: Literal["auto", "tpm", "fpkm", "counts", "log2"] = "auto"  # of BULK_FILE; auto: recognised and printed
 GENE_IDS: str | None = None  # table of Ensembl IDs and gene names, for a bulk with IDs
 REPLICATES: str | None = None  # table of samples and groups: the samples of a group are pooled
 PROPORTIONS_OF: Literal["cells", "rna"] = "cells"  # what predicted_proportions.csv contains shares of
-PROPORTIONS_FILE: str | None = (
-    None  # instead of a bulk: table of proportions, samples x types, such as an edited predicted_proportions.csv
-)
-CELL_COUNTS: str | None = (
-    None  # instead of a bulk: "test" (as many of each type as test cells), a number (of each type), or a table
-)
+PROPORTIONS_FILE: str | None = None  # instead of a bulk: table of proportions, samples x types
+CELL_COUNTS: str | None = None  # instead of a bulk: "test" (as the test cells), a number (of each type), or a table
 OUTPUT = "generated.h5ad"  # file name in DATA_DIR, or a path
 WRITE_MTX = False  # also write MTX, genes and clusters csv, in a folder with the name of OUTPUT
 
 # How to generate
 GENERATOR: Literal["gmvae", "beta_vae", "pca_cvae", "conv_cvae"] = "gmvae"  # one that stage 3 has trained
-LATENT_SPREAD = (
-    1.0  # spread of the cells of a type in z: 1 as learned, less for more typical cells (original code: factor)
-)
-MIN_CLUSTER_CELLS: int | None = (
-    None  # small-cluster filter: generated cells in smaller Leiden clusters are dropped (Bulk2Single: 25)
-)
+LATENT_SPREAD = 1.0  # of the cells of a type in z: 1 as learned, less for more typical cells (original code: factor)
+MIN_CLUSTER_CELLS: int | None = None  # small-cluster filter: smaller Leiden clusters are dropped (Bulk2Single: 25)
 LEIDEN_RESOLUTION = 1.0  # of these clusters (scanpy's default)
 MOVE_GENES = True  # bulk_encoder: also shift single genes that the bulk expresses more than the generated cells, relative to other genes
 N_MEMBERS = 10  # members of the ensemble that gives the spread of the proportions
@@ -79,12 +69,8 @@ MODELS_DIR = "models"  # folder
 FIG_DIR = "fig"  # folder
 
 # Evaluation
-EVALUATE = (
-    True  # compare proportions and cells with the test cells: figures and metrics.csv; False: generate cells only
-)
-MAX_CELLS_EVALUATED = (
-    2500  # test cells at most, compared with as many generated and as many train cells: a random selection
-)
+EVALUATE = True  # compare proportions and cells with the test cells; False: no figures and metrics, much faster
+MAX_CELLS_EVALUATED = 2500  # test cells, at most, compared with as many generated and train cells: a random selection
 MAX_CELLS_PLOTTED = 5000  # generated, test and train cells in the plots, of each at most: a random selection
 N_CORRELATION_GENES = 145  # most variable genes of the train cells, in gene_correlation.png (paper)
 N_TYPE_MARKERS = 200  # marker genes of each type in type_correlation.png (Bulk2Single)
@@ -92,9 +78,7 @@ N_TOP_GENES = 2000  # highly variable genes for the UMAP and the small-cluster f
 N_PCS = 50  # principal components for both
 N_NEIGHBORS = 15  # neighbours for both
 MDE = False  # the plots of the UMAP also by minimum-distortion embedding (Bulk2Single); needs pip install pymde
-FOUR_STAGES = (
-    False  # four_stages.png: input, latent, reconstructed and generated cells (bulk2sc, scGMVAE); a minute more
-)
+FOUR_STAGES = False  # four_stages.png: input, latent, reconstructed, generated cells (bulk2sc, scGMVAE); a minute more
 XGBOOST = False  # classifiers of types trained on real and on generated cells (Generative genomics): xgboost.csv
 XGBOOST_CELLS = (1000, 2000, 100)  # synthetic cells per type to test on, to train on, and for early stopping (theirs)
 CLASS_FILE: str | None = None  # csv or tsv of cell types and their coarse classes, which XGBOOST evaluates as well
@@ -123,11 +107,9 @@ def main() -> None:
     if not parallel.IS_FIRST:
         return
 
-    written = (
-        [output]
-        if prediction is None
-        else [*proportions.write(prediction.estimate, prediction.checkpoint, PROPORTIONS_OF, data), output]
-    )
+    written = [output]
+    if prediction is not None:
+        written = proportions.write(prediction.estimate, prediction.checkpoint, PROPORTIONS_OF, data) + written
     if MIN_CLUSTER_CELLS is not None:
         drop_small_clusters(output, MIN_CLUSTER_CELLS)
     if WRITE_MTX:

@@ -8,7 +8,7 @@ import sys
 import pytest
 from helpers import ROOT, STAGES, Workplace
 
-from lib.options import constants, from_command_line
+from lib.options import constants, from_command_line, read_constants
 
 SCRIPT = '''
 """Stage 9: a script of every kind of constant."""
@@ -192,6 +192,8 @@ def test_help_of_every_stage_lists_every_constant(stage, tmp_path):
     listed = re.findall(r"^  (--[a-z0-9-]+)", done.stdout, flags=re.MULTILINE)
     assert listed == ["--" + name.lower().replace("_", "-") for name in declared]
     assert source.split('"""')[1].splitlines()[0] in done.stdout
+    module = runpy.run_path(str(ROOT / stage))
+    assert [constant.name for constant in read_constants(source, module) if not constant.comment] == []  # each has a help text
 
 
 def test_importing_the_stages_does_nothing(tmp_path):

@@ -1,7 +1,7 @@
 """Proportions of cell types in bulk samples, estimated with a checkpoint of stage 4 and written to tables."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import anndata as ad
 import numpy as np
@@ -11,6 +11,8 @@ from lib.bulk import bulk_encoder, sctape
 from lib.bulk.reference import Reference
 from lib.bulk.regression import MODES, Estimate, deconvolve, to_rna
 from lib.files import replacing
+
+Method = Literal["regression", "regression-per-sample", "regression-unadapted", "sctape", "bulk_encoder"]
 
 
 def methods_of(checkpoint: dict[str, Any]) -> tuple[str, ...]:

@@ -61,7 +61,7 @@ def test_the_bound_rises_with_importance_samples_to_the_likelihood(data, model):
         terms = [model.elbo_terms(model.encode_genes(b), b, sample_epsilon(b)) for b in test.in_order(64)]
     elbo = -torch.cat([t["reconstruction_loss"] + t["kl_z"] for t in terms]).mean().item()
     one, few, many = (model.log_likelihood(test, n).mean() for n in (1, 10, 100))
-    assert abs(one - elbo) < 1.0  # one sample is the ELBO, up to the draw
+    assert abs(one - elbo) < 1.0  # one sample is the ELBO, up to sampling error
     assert one < few < many
 
 
@@ -90,14 +90,14 @@ def test_cells_without_labels_sum_over_all_types(data):
     """An unlabelled cell's loss is the labelled bounds weighted by q(y|x), plus KL(q(y|x) || p(y)): here term by term."""
     (counts, types), _ = data
     model = trained_gmvae(counts, types, epochs=2)
-    unknown, noise = all_cells(counts[:5], np.full(5, -1)), torch.randn(5, 4)
+    unknown, epsilon = all_cells(counts[:5], np.full(5, -1)), torch.randn(5, 4)
     q = torch.softmax(model.q_y(model.encode_genes(unknown), unknown), dim=1).detach()
     expected = (q * (q.log() - model.type_frequency.log())).sum(dim=1).double()
     for k in range(3):
         of_type_k = all_cells(counts[:5], np.full(5, k))
-        terms = model.elbo_terms(model.encode_genes(of_type_k), of_type_k, noise)
+        terms = model.elbo_terms(model.encode_genes(of_type_k), of_type_k, epsilon)
         expected = expected + q[:, k] * (terms["reconstruction_loss"] + terms["library_loss"] + terms["kl_z"]).detach()
-    assert model(unknown, noise)["loss"].item() == pytest.approx(
+    assert model(unknown, epsilon)["loss"].item() == pytest.approx(
         (expected.mean() + model.shrinkage_penalty()).item(), rel=1e-5
     )
 
@@ -107,10 +107,10 @@ def test_mixed_batches_equal_their_parts(data):
     model = trained_gmvae(counts, types, epochs=1)
     decoded = []
     model.p_x_zyl_features.register_forward_hook(lambda _, z, __: decoded.append(len(z[0])))
-    labels, noise = np.where(np.arange(8) < 4, types[:8], -1), torch.randn(8, 4)
-    whole = model(all_cells(counts[:8], labels), noise)["loss"].item()
+    labels, epsilon = np.where(np.arange(8) < 4, types[:8], -1), torch.randn(8, 4)
+    whole = model(all_cells(counts[:8], labels), epsilon)["loss"].item()
     parts = [
-        model(all_cells(counts[part], labels[part]), noise[part])["loss"].item() for part in (slice(4), slice(4, 8))
+        model(all_cells(counts[part], labels[part]), epsilon[part])["loss"].item() for part in (slice(4), slice(4, 8))
     ]
     assert whole == pytest.approx(np.mean(parts), rel=1e-5)
     assert sum(decoded) == 2 * (4 + 4 * 3)  # a labelled cell is decoded once, whoever shares its batch
@@ -159,7 +159,7 @@ def test_after_the_fit_cells_have_the_means_of_their_type_even_if_training_stopp
         shares = [
             [x.sum(axis=0) / x.sum() for x in (counts[types == k], made[1000 * k : 1000 * (k + 1)])] for k in range(3)
         ]
-        return np.mean([np.abs(np.asarray(real) - np.asarray(drawn)).sum() for real, drawn in shares])
+        return np.mean([np.abs(np.asarray(real) - np.asarray(new)).sum() for real, new in shares])
 
     before = error()
     fit_prior(model, CellDataset(counts, types, CPU), None, seed=0)
@@ -168,7 +168,7 @@ def test_after_the_fit_cells_have_the_means_of_their_type_even_if_training_stopp
     assert log_library.std().item() == pytest.approx(np.log(np.asarray(counts.sum(axis=1))).std(), rel=0.1)
 
 
-def test_noise_factor_narrows_the_cells(model):
+def test_latent_spread_narrows_the_cells(model):
     def spread(factor):
         z_driven = generate(model, np.zeros(600, dtype=int), 0, factor).toarray()
         shares = np.log1p(z_driven / np.maximum(z_driven.sum(axis=1, keepdims=True), 1) * 400)
@@ -178,16 +178,16 @@ def test_noise_factor_narrows_the_cells(model):
 
 
 @pytest.mark.parametrize("zi_logits", [None, 0.0])
-def test_the_sampler_draws_from_the_likelihood(zi_logits):
+def test_counts_are_sampled_from_the_likelihood(zi_logits):
     n, mu, theta = 40_000, 3.0, 2.0
     one_gene = torch.zeros((n, 1))  # all of the library is its mean
-    draws = Likelihood(
+    likelihood = Likelihood(
         one_gene,
         torch.full((n,), math.log(mu)),
         torch.tensor([math.log(theta)]),
         None if zi_logits is None else torch.full((n, 1), zi_logits),
     )
-    x = draws.sample(torch.Generator().manual_seed(0)).toarray()
+    x = likelihood.sample(torch.Generator().manual_seed(0)).toarray()
     keep = 1.0 if zi_logits is None else 0.5
     variance = mu + mu**2 / theta
     assert x.mean() == pytest.approx(keep * mu, rel=0.03)
@@ -214,10 +214,10 @@ def test_positive_counts_follow_the_truncated_distribution(mu, theta):
 def test_half_precision_keeps_the_likelihood_in_float32(data):
     (counts, types), _ = data
     model = trained_gmvae(counts, types, epochs=3)
-    batch, noise = all_cells(counts[:64], types[:64]), torch.randn(64, 4)
-    plain = model(batch, noise)
+    batch, epsilon = all_cells(counts[:64], types[:64]), torch.randn(64, 4)
+    plain = model(batch, epsilon)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = model(batch, noise)
+        half = model(batch, epsilon)
     half["loss"].backward()
     assert all(value.dtype in (torch.float32, torch.float64) for value in half.values())
     for name in ("reconstruction_loss", "kl_z", "library_loss"):

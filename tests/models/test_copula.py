@@ -8,7 +8,7 @@ import torch
 from lib.models.copula import fit_prior, respread, sample_prior, within_type_variance
 
 
-def draws(prior, k: int, n: int = 20_000) -> np.ndarray:
+def samples(prior, k: int, n: int = 20_000) -> np.ndarray:
     return sample_prior(prior, torch.full((n,), k), torch.Generator().manual_seed(0)).numpy()
 
 
@@ -26,7 +26,7 @@ def fitted():
 def test_mean_and_covariance_are_those_of_the_cells(fitted):
     points, prior = fitted
     for k, rows in ((0, slice(900)), (1, slice(900, 1800))):
-        made = draws(prior, k)
+        made = samples(prior, k)
         np.testing.assert_allclose(made.mean(axis=0), points[rows].mean(axis=0), atol=0.06)
         np.testing.assert_allclose(
             np.cov(made.T), np.cov(points[rows].T), rtol=0.06, atol=0.05
@@ -38,7 +38,7 @@ def test_library_sizes_keep_their_distribution_and_their_bond_with_z():
     z = rng.normal(size=(1000, 2))
     library = np.exp(0.8 * (0.9 * z[:, 0] + np.sqrt(1 - 0.81) * rng.normal(size=1000)))  # skewed, and tied to z
     prior = fit_prior(np.column_stack([z, library]), np.zeros(1000, dtype=int), 1, rng)
-    made = draws(prior, 0, 5000)
+    made = samples(prior, 0, 5000)
     assert scipy.stats.ks_2samp(made[:, -1], library).statistic < 0.05
     assert made[:, -1].min() >= library.min() - 1e-6 and made[:, -1].max() <= library.max() + 1e-5
     tied = [scipy.stats.spearmanr(x, y).statistic for x, y in ((made[:, 0], made[:, -1]), (z[:, 0], library))]
@@ -48,7 +48,7 @@ def test_library_sizes_keep_their_distribution_and_their_bond_with_z():
 def test_the_shape_is_kept(fitted):
     _, prior = fitted
     assert (
-        np.mean(np.abs(draws(prior, 1)[:, 0]) < 1) < 0.05
+        np.mean(np.abs(samples(prior, 1)[:, 0]) < 1) < 0.05
     )  # hardly anything between the two groups, where a Gaussian has a quarter
 
 
@@ -56,7 +56,7 @@ def test_heavy_tails_stay_heavy():
     """A programme that one cell in twenty switches on."""
     rng = np.random.default_rng(3)
     z = np.where(rng.random(2000) < 0.05, rng.normal(5, 1, 2000), rng.normal(0, 0.5, 2000))
-    made = draws(fit_prior(np.column_stack([z, z]), np.zeros(2000, dtype=int), 1, rng), 0)[:, 0]
+    made = samples(fit_prior(np.column_stack([z, z]), np.zeros(2000, dtype=int), 1, rng), 0)[:, 0]
     assert scipy.stats.ks_2samp(made, z).statistic < 0.03
     assert scipy.stats.kurtosis(made) == pytest.approx(scipy.stats.kurtosis(z), rel=0.3)
 
@@ -64,9 +64,9 @@ def test_heavy_tails_stay_heavy():
 def test_respread_moves_cells_from_their_types_middle_and_leaves_library_sizes(fitted):
     points, _ = fitted
     prior = fit_prior(points, np.repeat([0, 1, 2], [900, 900, 6]), 4, np.random.default_rng(0))
-    before = draws(prior, 0)
+    before = samples(prior, 0)
     respread(prior, np.array([2.0, 0.5]))
-    after = draws(prior, 0)
+    after = samples(prior, 0)
     np.testing.assert_allclose(after.std(axis=0) / before.std(axis=0), [2, 0.5, 1], rtol=1e-3)
     np.testing.assert_allclose(after.mean(axis=0), before.mean(axis=0), atol=0.05)
 
@@ -80,7 +80,7 @@ def test_variance_within_types_is_unbiased_however_few_cells_a_type_has():
 
 def test_a_rare_type_stays_in_its_place_and_a_type_without_cells_in_the_middle(fitted):
     points, prior = fitted
-    rare, absent = draws(prior, 2), draws(prior, 3)
+    rare, absent = samples(prior, 2), samples(prior, 3)
     np.testing.assert_allclose(rare.mean(axis=0), points[1800:].mean(axis=0), atol=0.1)
     assert np.linalg.matrix_rank(np.cov(rare.T)) == 3
     np.testing.assert_allclose(absent.mean(axis=0), points.mean(axis=0), atol=0.1)
