@@ -8,7 +8,8 @@ import sys
 import pytest
 from helpers import ROOT, STAGES, Workplace
 
-from lib.options import constants, from_command_line, read_constants
+from lib import options
+from lib.options import apply_preset, constants, from_command_line, read_constants
 
 SCRIPT = '''
 """Stage 9: a script of every kind of constant."""
@@ -160,6 +161,27 @@ def test_edited_constants_are_the_new_defaults(script):
     assert constants(module) == DEFAULTS | {"EPOCHS": 12, "MAX_PCT_MT": 5, "BULK_FILE": "a.csv", "NAME": "x"}
 
 
+def test_a_preset_changes_only_what_the_user_has_not_set(script, monkeypatch):
+    """EPOCHS was given on the command line, NAME was edited in the script; LEARNING_RATE and SHUFFLE were not."""
+    module = script(NAME='NAME = "edited"')
+    monkeypatch.setattr(options, "GIVEN", from_command_line(module, ["--epochs", "300"]))
+    preset = {"EPOCHS": (300, 4000), "NAME": ("lung", "paper"), "LEARNING_RATE": (1e-3, 6e-6), "SHUFFLE": (True, False)}
+    apply_preset(module, preset)
+    assert (module["EPOCHS"], module["NAME"], module["LEARNING_RATE"], module["SHUFFLE"]) == (
+        300,
+        "edited",
+        6e-6,
+        False,
+    )
+
+
+def test_the_defaults_of_the_papers_preset_are_those_of_stage_3():
+    stage = runpy.run_path(str(ROOT / STAGES[3]))
+    assert {name: default for name, (default, _) in stage["paper_preset"]().items()} == {
+        name: stage[name] for name in stage["paper_preset"]()
+    }
+
+
 def help_of(module, capsys) -> str:
     with pytest.raises(SystemExit) as ended:
         from_command_line(module, ["--help"])
@@ -193,7 +215,9 @@ def test_help_of_every_stage_lists_every_constant(stage, tmp_path):
     assert listed == ["--" + name.lower().replace("_", "-") for name in declared]
     assert source.split('"""')[1].splitlines()[0] in done.stdout
     module = runpy.run_path(str(ROOT / stage))
-    assert [constant.name for constant in read_constants(source, module) if not constant.comment] == []  # each has a help text
+    assert [
+        constant.name for constant in read_constants(source, module) if not constant.comment
+    ] == []  # each has a help text
 
 
 def test_importing_the_stages_does_nothing(tmp_path):

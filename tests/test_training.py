@@ -85,6 +85,27 @@ def test_a_checkpoint_is_a_plain_dict(uninterrupted):
     assert list((uninterrupted.models / "tensorboard" / "gmvae").rglob("events*"))
 
 
+def test_a_checkpoint_of_an_older_version_is_refused_with_its_remedy(uninterrupted, tmp_path):
+    checkpoint = torch.load(uninterrupted.models / "gmvae.pt", weights_only=True)
+    del checkpoint["format"]
+    torch.save(checkpoint, tmp_path / "gmvae.pt")
+    with pytest.raises(
+        ValueError, match=r"gmvae.pt was written by another version .*format 1, expected \d.*: train again with _3_"
+    ):
+        load_checkpoint(tmp_path / "gmvae.pt", STAGE)
+
+
+def test_an_option_given_by_the_user_wins_over_the_papers_preset(tmp_path):
+    place = workplace(tmp_path)
+    place.main(STAGE, **SMALL | {"PAPER": True, "EPOCHS": 2})
+    best = load_checkpoint(place.models / "gmvae_last.pt", STAGE)
+    assert (
+        len(best["history"]) == 2
+        and best["constants"]["BATCH_SIZE"] == 37
+        and best["arguments"]["likelihood"] == "zinb"
+    )
+
+
 def test_resuming_with_other_data_or_constants_is_refused(uninterrupted, tmp_path):
     other = workplace(tmp_path / "other", seed=1)
     shutil.copytree(uninterrupted.models, other.models)

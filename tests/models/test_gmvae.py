@@ -86,6 +86,20 @@ def test_the_likelihood_is_exact_where_z_does_nothing(data, model):
     assert blind.eval().log_likelihood(test, n_samples=2000).mean() == pytest.approx(exact.mean(), abs=0.1)
 
 
+def test_the_latent_representation_is_q_of_each_labelled_cell_in_order(data, model):
+    counts, types = data[1][0][:50], np.where(np.arange(50) % 5 == 0, -1, data[1][1][:50])
+    mean, log_var, cell_types = model.get_latent_representation(CellDataset(counts, types, CPU), batch_size=16)
+    known = np.flatnonzero(types >= 0)
+    np.testing.assert_array_equal(cell_types, types[known])
+    for cell in known[[0, 7, -1]]:
+        one = all_cells(counts[cell], types[[cell]])
+        with torch.no_grad():
+            expected = model.q_z(model.encode_genes(one), one)
+        place = int(np.searchsorted(known, cell))
+        torch.testing.assert_close(mean[[place]], expected[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(log_var[[place]], expected[1], rtol=1e-4, atol=1e-4)
+
+
 def test_cells_without_labels_sum_over_all_types(data):
     """An unlabelled cell's loss is the labelled bounds weighted by q(y|x), plus KL(q(y|x) || p(y)): here term by term."""
     (counts, types), _ = data

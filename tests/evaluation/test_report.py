@@ -1,4 +1,4 @@
-"""What stage 5 shows and takes beside its defaults: four stages, tables of proportions, replicates, numbers, several generators."""
+"""Stage 5 beside its defaults: four stages, tables of proportions, replicates, numbers of cells, several generators."""
 
 import anndata as ad
 import numpy as np
@@ -29,7 +29,7 @@ def test_reconstructed_cells_follow_their_own_input():
     np.testing.assert_allclose(reconstructed.sum() / 600, counts.sum() / 600, rtol=0.05)
 
 
-def test_proportions_kept_from_before_are_used_again_and_all_stages_are_drawn(pipeline, tmp_path):
+def test_kept_proportions_are_used_again_and_all_four_stages_are_plotted(pipeline, tmp_path):
     kept = pd.read_csv(pipeline.data / "predicted_proportions.csv", index_col=0)
     two = pd.concat([kept, kept.iloc[:, ::-1].set_axis(kept.columns, axis=1).rename(index=lambda _: "turned")])
     two.drop(columns=two.columns[(two == 0).all()]).to_csv(tmp_path / "kept.csv")
@@ -55,13 +55,46 @@ def test_proportions_kept_from_before_are_used_again_and_all_stages_are_drawn(pi
         pipeline.main(STAGES[5], CELL_COUNTS="test", **options)
 
 
-def test_so_many_cells_of_each_type_without_noise(pipeline, tmp_path, capsys):
+def test_a_number_of_cells_of_each_type_without_small_clusters(pipeline, tmp_path, capsys):
     options = FEW | {"OUTPUT": str(tmp_path / "cells.h5ad"), "FIG_DIR": str(tmp_path)}
     pipeline.main(STAGES[5], CELL_COUNTS="12", MIN_CLUSTER_CELLS=2, EVALUATE=False, **options)
     generated = ad.read_h5ad(tmp_path / "cells.h5ad")
     out = capsys.readouterr().out
     dropped = int(out.split("small-cluster filter: ")[1].split(" of ")[0])
     assert generated.n_obs == 12 * 10 - dropped and (generated.obs["cell_type"].value_counts() <= 12).all()
+
+
+def test_options_that_do_not_fit_together_are_refused_before_any_work(pipeline, tmp_path):
+    """The folder of models is empty: a message about a missing model would mean that work had begun."""
+    for options, message in (
+        ({"GENERATOR": "beta_vae", "FOUR_STAGES": True}, "FOUR_STAGES needs the GMVAE, but GENERATOR is beta_vae"),
+        (
+            {"GENERATOR": "pca_cvae", "DECONVOLUTION": "bulk_encoder"},
+            "'bulk_encoder' needs the GMVAE, but GENERATOR is pca_cvae",
+        ),
+        ({"REPLICATES": "groups.csv"}, "REPLICATES is set, but BULK_FILE is none"),
+        ({"XGBOOST_CELLS": (5, 5)}, r"XGBOOST_CELLS is \(5, 5\); expected three numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipeline.main(STAGES[5], MODELS_DIR=str(tmp_path), **options)
+    for name in ("BULK_FILE", "GENE_IDS", "PROPORTIONS_FILE", "CLASS_FILE"):
+        with pytest.raises(FileNotFoundError, match="no_such_file.csv does not exist"):
+            pipeline.main(STAGES[5], MODELS_DIR=str(tmp_path), **{name: "no_such_file.csv"})
+
+
+@pytest.mark.slow
+def test_a_type_whose_cells_are_all_filtered_is_evaluated_as_absent(pipeline, tmp_path):
+    """Ten types, one of which gets a single cell, far fewer than the small-cluster filter keeps."""
+    types = list(ad.read_h5ad(pipeline.data / "test.h5ad").obs["cell_type"].cat.categories)
+    pd.DataFrame([[1] + [40] * 9], index=["A"], columns=types).to_csv(tmp_path / "wanted.csv")
+    options = FEW | {"OUTPUT": str(tmp_path / "cells.h5ad"), "FIG_DIR": str(tmp_path)}
+    pipeline.main(STAGES[5], CELL_COUNTS=str(tmp_path / "wanted.csv"), MIN_CLUSTER_CELLS=60, **options)
+    generated = ad.read_h5ad(tmp_path / "cells.h5ad")
+    assert list(generated.obs["cell_type"].cat.categories) == types
+    assert (generated.obs["cell_type"].value_counts() == 0).any()
+    assert (tmp_path / "composition.png").stat().st_size > 10_000 and (
+        tmp_path / "type_correlation.png"
+    ).stat().st_size > 10_000
 
 
 def test_replicates_are_one_sample(pipeline, tmp_path):
@@ -79,8 +112,6 @@ def test_replicates_are_one_sample(pipeline, tmp_path):
     bulk = stage.read_bulk_samples(test, None)
     stage.BULK_FILE = stage.REPLICATES = None
     np.testing.assert_allclose(bulk.loc["together"], tpm.iloc[[0, 2]].mean(), rtol=1e-3, atol=0.01)
-    with pytest.raises(ValueError, match=r"XGBOOST_CELLS is \(5, 5\); expected three numbers"):
-        pipeline.main(STAGES[5], XGBOOST_CELLS=(5, 5))
 
 
 def test_several_generators_are_compared(pipeline, tmp_path):
