@@ -90,15 +90,17 @@ def _spread_factor(model: GMVAE, held_out: CellDataset, seed: int) -> np.ndarray
     """Factor for the deviations of z, (n_latent,), that makes encoded new cells vary as much as encoded held-out cells."""
     types = np.resize(held_out.cell_type_idx[held_out.cell_type_idx >= 0], N_SPREAD_CELLS)
 
-    def encoded_variance(dataset: CellDataset) -> np.ndarray:
-        mean, _, cell_types = model.get_latent_representation(dataset)
-        return copula.within_type_variance(mean.double().numpy(), cell_types)
-
     def variance_at(latent_spread: float) -> np.ndarray:
-        return encoded_variance(CellDataset(generate(model, types, seed, latent_spread), types, held_out.device))
+        return encoded_variance(model, CellDataset(generate(model, types, seed, latent_spread), types, held_out.device))
 
-    wanted, without, present = encoded_variance(held_out), variance_at(0.0), variance_at(1.0)
+    wanted, without, present = encoded_variance(model, held_out), variance_at(0.0), variance_at(1.0)
     return np.sqrt(np.clip((wanted - without) / (present - without), *SPREAD_RANGE))
+
+
+def encoded_variance(model: GMVAE, dataset: CellDataset) -> np.ndarray:
+    """Variance within the types of the means of q(z|x,y) of labelled cells, (n_latent,)."""
+    mean, _, cell_types = model.get_latent_representation(dataset)
+    return copula.within_type_variance(mean.double().numpy(), cell_types)
 
 
 def sample_z(
