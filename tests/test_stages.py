@@ -324,6 +324,7 @@ FAST = {
 }
 
 
+@pytest.mark.slow
 def test_a_type_absent_from_the_test_donors_and_cells_without_type_go_the_whole_way(tmp_path, capsys):
     adata = simulated_dataset(n_cells=400)
     adata.obs["donor"] = [f"donor {i % 4}" for i in range(400)]
@@ -357,6 +358,7 @@ def seed_without(donor: str, adata: ad.AnnData) -> int:
     raise AssertionError("no such split")
 
 
+@pytest.mark.slow
 def test_gene_lengths_go_the_whole_way(tmp_path):
     """Lengths from stage 0, TPM by length in stage 2, the same scale in stages 4 and 5."""
     adata = simulated_dataset(n_cells=300)
@@ -410,11 +412,17 @@ def test_a_stage_not_yet_run_is_named(tmp_path):
             place.main(stage)
 
 
-def test_a_model_of_other_data_is_refused_naming_both_sides(pipeline, tmp_path):
-    place = copy_of(pipeline, tmp_path / "place")
-    place.main(STAGES[1], SEED=7)  # another split of the same cells
+@pytest.fixture(scope="module")
+def split_again(pipeline, tmp_path_factory) -> Workplace:
+    """The results of the pipeline, but another split of the same cells."""
+    place = copy_of(pipeline, tmp_path_factory.mktemp("split_again") / "place")
+    place.main(STAGES[1], SEED=7)
+    return place
+
+
+def test_a_model_of_other_data_is_refused_naming_both_sides(split_again):
     with pytest.raises(ValueError, match=r"gmvae.pt .*(expected split|they differ).*_3_train_gmvae.py"):
-        place.main(STAGES[5])
+        split_again.main(STAGES[5])
 
 
 def test_models_of_other_genes_and_types_are_refused(pipeline, tmp_path):
@@ -458,13 +466,11 @@ def test_stages_of_other_counts_are_refused(pipeline, tmp_path):
             place.main(stage)
 
 
-def test_mixtures_of_another_split_are_refused_before_training(pipeline, tmp_path):
-    place = copy_of(pipeline, tmp_path / "place")
-    place.main(STAGES[1], SEED=7)
+def test_mixtures_of_another_split_are_refused_before_training(split_again):
     with pytest.raises(
         ValueError, match="pseudobulk_train.h5ad does not belong to .*train.h5ad.*run _2_make_pseudobulk.py"
     ):
-        place.main(STAGES[4])
+        split_again.main(STAGES[4])
 
 
 def test_output_does_not_overwrite_the_real_cells(pipeline):

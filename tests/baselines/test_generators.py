@@ -260,7 +260,14 @@ def test_negative_expression_has_no_counts():
 # --- through the scripts
 
 
-@pytest.mark.parametrize("name, options", [("beta_vae", {"TOP_MARKERS": 20}), ("pca_cvae", {}), ("conv_cvae", {})])
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        pytest.param("beta_vae", {"TOP_MARKERS": 20}, marks=pytest.mark.slow),
+        ("pca_cvae", {}),
+        pytest.param("conv_cvae", {}, marks=pytest.mark.slow),
+    ],
+)
 def test_stages_3_and_5_run_the_baseline_that_a_constant_names(pipeline, tmp_path, name, options):
     models, fig = tmp_path / "models", tmp_path / "fig"
     pipeline.main(

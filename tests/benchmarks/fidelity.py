@@ -26,14 +26,14 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-from shared import CPU, load, mean_and_half_range, parser, split, test_cells, with_counts, workplace
+from shared import CPU, evaluation_cells, load, mean_and_half_range, parser, split, with_counts, workplace
 
 from lib.baselines import registry
 from lib.data.batches import CellDataset
 from lib.data.counts import select_per_type
 from lib.data.embedding import embed, principal_components
 from lib.evaluation import metrics, plots_cells
-from lib.evaluation.report import TestCells, fidelity_and_memorisation
+from lib.evaluation.report import EvaluationCells, fidelity_and_memorisation
 from lib.models.profiles import gene_marginals
 from lib.training import load_checkpoint
 
@@ -99,22 +99,26 @@ GENERATORS: dict[str, tuple[str, Generator | None]] = {
 
 
 def compare(
-    train: ad.AnnData, test: TestCells, contenders: dict[str, Generator | None]
+    train: ad.AnnData, evaluation: EvaluationCells, contenders: dict[str, Generator | None]
 ) -> tuple[pd.DataFrame, dict[str, ad.AnnData]]:
     """Contenders x figures, and the cells of each contender; a contender without a generator is the real reference."""
-    types = test.cells.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64)
+    types = evaluation.test.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64)
     cells, rows = {}, []
     for name, generate in contenders.items():
         started = time.perf_counter()
-        cells[name] = with_counts(test.cells, generate(train, types, test.seed)) if generate else test.real_reference
+        cells[name] = (
+            with_counts(evaluation.test, generate(train, types, evaluation.seed))
+            if generate
+            else evaluation.real_reference
+        )
         seconds = time.perf_counter() - started
         if generate:
-            found = fidelity_and_memorisation(test, cells[name])
+            found = fidelity_and_memorisation(evaluation, cells[name])
         else:
-            found = metrics.fidelity(test.cells, cells[name], test.genes, test.seed)
+            found = metrics.fidelity(evaluation.test, cells[name], evaluation.genes, evaluation.seed)
         rows.append(found.rename(name))
         figures = ", ".join(f"{figure} {value:.3f}" for figure, value in found.iloc[:5].items())
-        print(f"{name}, seed {test.seed}: {seconds:.0f} s; {figures}", flush=True)
+        print(f"{name}, seed {evaluation.seed}: {seconds:.0f} s; {figures}", flush=True)
     return pd.DataFrame(rows), cells
 
 
@@ -147,7 +151,7 @@ def main() -> None:
         if arguments.ablation:
             codes = all_train.obs["cell_type"].cat.codes.to_numpy().astype(np.int64)
             train, test = split(all_train, select_per_type(codes, 0.25, np.random.default_rng(seed)))
-        tables[seed], cells = compare(train, test_cells(train, test, seed), contenders)
+        tables[seed], cells = compare(train, evaluation_cells(train, test, seed), contenders)
         if arguments.plot and seed == 0:
             plot(test, cells["ours"], seed, arguments.plot)
     groups = pd.concat(tables).groupby(level=1, sort=False)

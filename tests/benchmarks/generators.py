@@ -15,7 +15,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-from shared import CPU, load, mean_and_half_range, parser, test_cells, with_counts, workplace
+from shared import CPU, evaluation_cells, load, mean_and_half_range, parser, with_counts, workplace
 
 from lib.baselines import registry
 from lib.evaluation import metrics
@@ -57,11 +57,11 @@ def main() -> None:
     types = test.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64)
     rows = []
     for seed in range(arguments.seeds):
-        target = test_cells(train, test, seed)
-        rows.append(metrics.fidelity(test, target.real_reference, target.genes, seed).rename(REAL))
+        evaluation = evaluation_cells(train, test, seed)
+        rows.append(metrics.fidelity(test, evaluation.real_reference, evaluation.genes, seed).rename(REAL))
         for name in arguments.only:
             counts, costs = generate(name, train, types, seed, arguments.epochs)
-            found = fidelity_and_memorisation(target, with_counts(test, counts))
+            found = fidelity_and_memorisation(evaluation, with_counts(test, counts))
             rows.append(pd.concat([found, pd.Series(costs)]).rename(name))
             figures = ", ".join(f"{figure} {value:,.3f}" for figure, value in rows[-1].items())
             print(f"{name}, seed {seed}: {figures}", flush=True)

@@ -21,7 +21,7 @@ from lib.data import datasets  # noqa: E402
 from lib.data.counts import digest, select_per_type, write_counts  # noqa: E402
 from lib.data.embedding import variable_genes  # noqa: E402
 from lib.evaluation import metrics  # noqa: E402
-from lib.evaluation.report import TestCells  # noqa: E402
+from lib.evaluation.report import EvaluationCells  # noqa: E402
 from lib.files import user_path  # noqa: E402
 
 SPLIT_SEED, TEST_FRACTION = 123, 0.25
@@ -97,12 +97,12 @@ def split(cells: ad.AnnData, is_test: np.ndarray) -> tuple[ad.AnnData, ad.AnnDat
     return parts[0], parts[1]
 
 
-def test_cells(train: ad.AnnData, test: ad.AnnData, seed: int) -> TestCells:
+def evaluation_cells(train: ad.AnnData, test: ad.AnnData, seed: int) -> EvaluationCells:
     """The test cells, with train cells of the same types and numbers, selected anew with each seed, as the real reference."""
     rows = metrics.select_like(train, test.obs["cell_type"], np.random.default_rng(seed))
     unseen = np.setdiff1d(np.arange(train.n_obs), rows)
     genes = variable_genes(train, metrics.N_CORRELATED_GENES)
-    return TestCells(test, train[rows].copy(), train[unseen].copy(), genes, seed)
+    return EvaluationCells(test, train[rows].copy(), train[unseen].copy(), genes, seed)
 
 
 def with_counts(cells: ad.AnnData, counts: sp.csr_matrix) -> ad.AnnData:

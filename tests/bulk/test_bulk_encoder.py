@@ -192,6 +192,7 @@ def test_a_bulk_without_the_genes_is_refused(fitted):
         bulk_encoder.read(checkpoint, bulk_of(two_state_cells(9, np.zeros(9), 0)).iloc[:, :30])
 
 
+@pytest.mark.slow
 def test_stages_4_and_5_use_it_by_a_constant(pipeline, tmp_path):
     options = {"DEVICE": "cpu", "FIG_DIR": str(tmp_path)}
     few = {"N_STATE_SAMPLES": 300, "CELLS_PER_STATE_SAMPLE": 100, "EPOCHS": 2}

@@ -76,6 +76,7 @@ def test_the_table_of_classes(tmp_path):
         read_classes(path, ["T"])
 
 
+@pytest.mark.slow
 def test_stage_5_prints_the_tables(pipeline, tmp_path, capsys):
     types = list(ad.read_h5ad(pipeline.data / "test.h5ad").obs["cell_type"].cat.categories)
     pd.DataFrame({"cell type": types, "class": ["T" if "CD4" in t or "CD8" in t else "other" for t in types]}).to_csv(

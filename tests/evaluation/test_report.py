@@ -29,6 +29,7 @@ def test_reconstructed_cells_follow_their_own_input():
     np.testing.assert_allclose(reconstructed.sum() / 600, counts.sum() / 600, rtol=0.05)
 
 
+@pytest.mark.slow
 def test_kept_proportions_are_used_again_and_all_four_stages_are_plotted(pipeline, tmp_path):
     kept = pd.read_csv(pipeline.data / "predicted_proportions.csv", index_col=0)
     two = pd.concat([kept, kept.iloc[:, ::-1].set_axis(kept.columns, axis=1).rename(index=lambda _: "turned")])
@@ -114,6 +115,7 @@ def test_replicates_are_one_sample(pipeline, tmp_path):
     np.testing.assert_allclose(bulk.loc["together"], tpm.iloc[[0, 2]].mean(), rtol=1e-3, atol=0.01)
 
 
+@pytest.mark.slow
 def test_several_generators_are_compared(pipeline, tmp_path):
     models = tmp_path / "models"
     models.mkdir()
