@@ -141,10 +141,13 @@ def marker_recovery(test: ad.AnnData, cells: ad.AnnData) -> tuple[float, float]:
     Returns
     -------
     Share of each type's `N_MARKERS` genes of largest fold change that both sets have in common; Pearson's r of all fold changes.
+    NaN if no type has so many test cells.
     """
     in_test, in_cells = log_fold_changes(test), log_fold_changes(cells)
     n_test = test.obs["cell_type"].value_counts()
     types = [name for name in in_test if name in in_cells and n_test[name] >= MIN_CELLS_PER_TYPE]
+    if not types:
+        return float("nan"), float("nan")
     markers = [top_genes(changes[types].to_numpy().T, N_MARKERS) for changes in (in_test, in_cells)]
     overlap = [len(np.intersect1d(*of_type)) / N_MARKERS for of_type in zip(*markers)]
     return float(np.mean(overlap)), float(np.mean([pearson(in_test[name], in_cells[name]) for name in types]))
