@@ -101,7 +101,7 @@ def test_sampling_is_seeded_and_its_blocks_are_independent(trained):
         registry.generate(model, types, seed=1),
     )
     assert (a != b).nnz == 0 and (a != c).nnz > 0
-    second = sp.vstack(list(model.sample(types, 0, blocks=range(1, 3))))
+    second = sp.vstack(list(registry.sample(model, types, 0, blocks=range(1, 3))))
     assert (second != a[256:]).nnz == 0
 
 

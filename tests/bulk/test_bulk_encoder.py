@@ -12,6 +12,7 @@ from lib.bulk import bulk_encoder, bulk_states, sctape
 from lib.bulk.bulk_encoder import BulkEncoder
 from lib.data.batches import CellDataset
 from lib.data.counts import log_normalize
+from lib.models.sampling import Shift, fit_prior, generate
 from lib.training import Trainer
 
 CPU = torch.device("cpu")
@@ -40,7 +41,7 @@ def fitted(tmp_path_factory):
     cells = two_state_cells(900, np.random.default_rng(1).random(900) < 0.4, seed=1)
     codes = cells.obs["cell_type"].cat.codes.to_numpy()
     model = trained_gmvae(cells.X, codes, epochs=80, on_axes=True)
-    model.fit_prior(CellDataset(cells.X, codes, CPU), None, 0)
+    fit_prior(model, CellDataset(cells.X, codes, CPU), None, 0)
     made = bulk_states.make_mixtures(model, cells, np.ones(N_GENES, bool), None, N_GENES, 1500, 300, 0.25, seed=0)
     torch.manual_seed(0)
     encoder = BulkEncoder(N_GENES, N_TYPES, made.axes["axes"].shape[1], hidden=64, n_latent=32)
@@ -80,12 +81,9 @@ def test_a_bulk_shifts_generated_cells_towards_its_own_cells(fitted):
     model, checkpoint, _, _ = fitted
     bulk_cells = [two_state_cells(600, np.full(600, state), seed=5 + state) for state in (0, 1)]
     types = np.arange(600) % N_TYPES
-    unshifted = type_means(sp.vstack(list(model.sample(types, 3))))
+    unshifted = type_means(generate(model, types, 3))
     shift = bulk_encoder.shift(checkpoint, bulk_of(*bulk_cells))
-    shifted = [
-        type_means(sp.vstack(list(model.sample(types, 3, shift=shift, groups=types + N_TYPES * sample))))
-        for sample in (0, 1)
-    ]
+    shifted = [type_means(generate(model, types, 3, shift=shift, groups=types + N_TYPES * sample)) for sample in (0, 1)]
     truth = [type_means(cells) for cells in bulk_cells]
 
     def error(a, b):
@@ -163,7 +161,7 @@ def test_a_shift_changes_z_on_the_axes_alone(fitted, monkeypatch):
     monkeypatch.setattr(bulk_encoder, "read", lambda *_: (None, means, log_scales))
     types = np.arange(300) % N_TYPES
     unshifted, identity = (
-        sp.vstack(list(model.sample(types, 1, **m)))
+        generate(model, types, 1, **m)
         for m in ({}, {"shift": bulk_encoder.shift(checkpoint, pd.DataFrame(index=["x", "y"])), "groups": types})
     )
     assert (unshifted != identity).nnz < 0.001 * unshifted.nnz  # the identity, up to rounding
@@ -216,13 +214,13 @@ def test_single_genes_change_where_the_bulk_stands_out(fitted):
     """A gene raised eightfold in the bulk rises severalfold in the cells; platform differences in all genes change hardly any gene."""
     model, _, _, _ = fitted
     types, genes = np.arange(600) % N_TYPES, [f"GENE{i}" for i in range(N_GENES)]
-    before = sp.vstack(list(model.sample(types, 3)), format="csr")
+    before = generate(model, types, 3)
     bulk = pd.DataFrame(np.asarray(before.sum(axis=0)), columns=genes)
-    identity = bulk_encoder.Shift(torch.eye(model.n_latent).expand(3, -1, -1), torch.zeros(3, model.n_latent))
+    identity = Shift(torch.eye(model.n_latent).expand(3, -1, -1), torch.zeros(3, model.n_latent))
     raised = bulk.copy()
     raised["GENE20"] *= 8
     shift = bulk_encoder.with_genes(identity, model, genes, None, np.full((1, 3), 1 / 3), raised, seed=0)
-    after = sp.vstack(list(model.sample(types, 3, shift=shift, groups=types)), format="csr")
+    after = generate(model, types, 3, shift=shift, groups=types)
     gain = np.asarray(after.sum(axis=0) / after.sum()).ravel() / np.asarray(before.sum(axis=0) / before.sum()).ravel()
     assert gain[20] > 3 and np.median(np.abs(np.delete(gain, 20) - 1)) < 0.15
     platform = bulk * np.random.default_rng(0).lognormal(0, 1, N_GENES)
