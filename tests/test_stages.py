@@ -185,7 +185,7 @@ def test_generated_cells_are_evaluated_beside_real_ones(pipeline):
     assert pooled.loc["gene correlation r", "generated"] > 0.8 * pooled.loc["gene correlation r", "real"]
     assert abs(pooled.loc["nearest real cell is a train cell", "generated"] - 0.5) < 0.15
     assert table["cells"].nunique() > 3 and not table["generated"].isna().any()
-    assert "against real train cells of the same types" in pipeline.output[STAGES[5]]
+    assert "compared with as many generated cells, and with train cells of the same types" in pipeline.output[STAGES[5]]
 
 
 def test_generation_is_seeded(pipeline, tmp_path):
@@ -461,7 +461,7 @@ def test_stages_of_other_counts_are_refused(pipeline, tmp_path):
     place.main(STAGES[0], DATASET=str(tmp_path / "other.h5ad"))
     for stage in (STAGES[2], STAGES[3], STAGES[5]):
         with pytest.raises(
-            ValueError, match=r"is stale: it was made of other counts of pbmc68k_reduced than .*other.h5ad.*run _1_"
+            ValueError, match=r"is stale: it was made from other counts of pbmc68k_reduced than .*other.h5ad.*run _1_"
         ):
             place.main(stage)
 
