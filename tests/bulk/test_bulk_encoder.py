@@ -113,7 +113,7 @@ def test_the_response_is_a_state_axis(fitted):
     model, _, _, made = fitted
     cells = two_state_cells(600, np.arange(600) >= 300, seed=9)
     codes = cells.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64)
-    mean, _ = bulk_states.encode(model, CellDataset(cells.X, codes, CPU))
+    mean = model.get_latent_representation(CellDataset(cells.X, codes, CPU))[0].numpy()
     coordinates = bulk_states.state_coordinates(made.axes, mean, codes)
     difference = coordinates[300:].mean(axis=0) - coordinates[:300].mean(axis=0)
     assert (np.abs(difference) / coordinates.std(axis=0)).max() > 1.2
