@@ -1,10 +1,16 @@
 """Fixtures that several test files share."""
 
-import pytest
-from helpers import STAGES, Workplace
-from server import Site
+import os
 
-import lib.data.download
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # threads that wait by spinning cost minutes where other jobs use the cores
+
+import pytest  # noqa: E402
+from helpers import STAGES, Workplace  # noqa: E402
+from server import Site  # noqa: E402
+
+import lib.data.download  # noqa: E402
 
 
 @pytest.fixture(scope="session")
