@@ -26,7 +26,7 @@ from lib.training import load_checkpoint
 FILES = """
 data/counts.h5ad data/train.h5ad data/test.h5ad data/pseudobulk_test_tpm.csv data/pseudobulk_test_counts.csv
 data/pseudobulk_test_proportions.csv data/pseudobulk_train.h5ad data/generated.h5ad data/predicted_proportions.csv
-data/predicted_spread.csv data/predicted_samples.csv data/signature_matrix.csv
+data/predicted_rna_proportions.csv data/predicted_spread.csv data/predicted_samples.csv data/signature_matrix.csv
 models/gmvae.pt models/gmvae_last.pt models/gmvae_history.csv models/sctape.pt models/sctape_last.pt models/sctape_history.csv
 fig/umap_reference.png fig/gmvae_loss.png fig/sctape_loss.png fig/proportions.png fig/signature.png fig/umap_original_vs_generated.png
 fig/umap_by_cell_type.png fig/gene_correlation.png fig/fidelity.png fig/metrics.csv
@@ -250,10 +250,26 @@ def test_a_regression_per_sample_writes_the_expression_of_each_type(pipeline, tm
     shares = expression.obs.pivot(index="sample", columns="cell_type", values="proportion")[predicted.columns]
     np.testing.assert_allclose(shares, predicted, atol=1e-5)
     assert np.isfinite(expression.X).all() and (expression.X >= 0).all()
-    place.main(STAGES[5], PROPORTIONS_OF="rna", **options)
-    as_rna = pd.read_csv(place.data / "predicted_proportions.csv", index_col=0)
-    np.testing.assert_allclose(as_rna.sum(axis=1), 1, atol=1e-5)
-    assert (as_rna - predicted).abs().max(axis=None) > 0.005
+
+
+def test_shares_of_rna_stand_beside_shares_of_cells_and_are_not_taken_for_them(pipeline, tmp_path):
+    pd.read_csv(pipeline.data / "pseudobulk_test_counts.csv", index_col=0).iloc[:2].rename_axis(None).T.to_csv(
+        tmp_path / "bulk.csv"
+    )
+    place = copy_of(pipeline, tmp_path / "place")
+    types = pd.read_csv(pipeline.data / "predicted_proportions.csv", index_col=0).columns
+    content = pd.Series(np.arange(1.0, len(types) + 1), types)
+    content.rename("rna_per_cell").rename_axis("cell_type").to_csv(tmp_path / "content.csv")
+    place.main(STAGES[5], BULK_FILE=str(tmp_path / "bulk.csv"), N_CELLS=20, RNA_PER_CELL=str(tmp_path / "content.csv"))
+    cells, rna = (
+        pd.read_csv(place.data / f"predicted_{name}.csv", index_col=0) for name in ("proportions", "rna_proportions")
+    )
+    expected = rna / content
+    np.testing.assert_allclose(cells, expected.div(expected.sum(axis=1), axis=0), atol=1e-5)
+    with pytest.raises(
+        ValueError, match="holds shares of RNA.*expected shares of cells: give predicted_proportions.csv"
+    ):
+        place.main(STAGES[5], PROPORTIONS_FILE=str(place.data / "predicted_rna_proportions.csv"))
 
 
 def place_run(place, pipeline, *options):

@@ -1,1 +1,1 @@
-"""How a bulk sample is read: tables, pseudo-bulk, reference profiles, regression, scTAPE, bulk encoder."""
+"""How a bulk sample is read: tables, pseudo-bulk, reference profiles, mRNA per cell, regression, scTAPE, bulk encoder."""

@@ -43,9 +43,14 @@ def read_proportions(path: Path, types: list[str]) -> pd.DataFrame:
     Raises
     ------
     ValueError
-        For a type that is not in `types`, and for rows that are not proportions.
+        For a type that is not in `types`, for rows that are not proportions, and for shares of RNA.
     """
     table = pd.read_csv(path, sep=separator(path), index_col=0)
+    if "rna" in str(table.index.name).lower():
+        raise ValueError(
+            f"{path} holds shares of RNA (its first column is headed {table.index.name!r}); expected shares of cells: "
+            "give predicted_proportions.csv, written beside predicted_rna_proportions.csv"
+        )
     unknown = [str(name) for name in table.columns if name not in types]
     values = table.apply(pd.to_numeric, errors="coerce")
     if unknown or not (values >= 0).all(axis=None) or not np.allclose(values.sum(axis=1), 1, atol=0.01):

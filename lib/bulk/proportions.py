@@ -9,10 +9,13 @@ import pandas as pd
 
 from lib.bulk import bulk_encoder, sctape
 from lib.bulk.reference import Reference
-from lib.bulk.regression import MODES, Estimate, deconvolve, to_rna
+from lib.bulk.regression import MODES, Estimate, deconvolve, to_cells, to_rna
+from lib.bulk.rna_content import print_rna_per_cell, rna_per_cell
 from lib.files import replacing
 
 Method = Literal["regression", "regression-per-sample", "regression-unadapted", "sctape", "bulk_encoder"]
+
+RNA_HEADER = "sample (shares of RNA)"  # of the index column of predicted_rna_proportions.csv, to distinguish it from shares of cells
 
 
 def methods_of(checkpoint: dict[str, Any]) -> tuple[str, ...]:
@@ -20,7 +23,14 @@ def methods_of(checkpoint: dict[str, Any]) -> tuple[str, ...]:
     return ("bulk_encoder",) if "gmvae_id" in checkpoint else (*MODES, "sctape")
 
 
-def estimate(checkpoint: dict[str, Any], bulk: pd.DataFrame, method: str, n_members: int, seed: int) -> Estimate:
+def estimate(
+    checkpoint: dict[str, Any],
+    bulk: pd.DataFrame,
+    method: str,
+    n_members: int,
+    seed: int,
+    rna_setting: str = "reference",
+) -> Estimate:
     """Proportions of bulk samples, and what can be said about their reliability.
 
     Parameters
@@ -33,19 +43,33 @@ def estimate(checkpoint: dict[str, Any], bulk: pd.DataFrame, method: str, n_memb
         A mode of `lib.bulk.regression.deconvolve`; "sctape": the network alone; "bulk_encoder". The networks give no spread.
     n_members
         Size of the ensemble that gives the spread; 0 for none.
+    rna_setting
+        RNA_PER_CELL of stage 5 (`rna_content.rna_per_cell`); "reference" is right for sums of cells like the train cells. The
+        bulk encoder ignores it.
     """
     if method == "bulk_encoder":
         shares = bulk_encoder.predict(checkpoint, bulk)
-        return Estimate(shares, shares * np.nan, pd.DataFrame({"warning": ""}, shares.index), None, None)
-    coverage = checkpoint["constants"]["MIN_GENE_COVERAGE"]
+        no_rna = shares * np.nan
+        return Estimate(shares, no_rna, no_rna, pd.DataFrame({"warning": ""}, shares.index), None, None)
+    reference, coverage = scaled_reference(checkpoint), checkpoint["constants"]["MIN_GENE_COVERAGE"]
+    values = None
+    if rna_setting != "reference":
+        content = rna_per_cell(rna_setting, reference)
+        print_rna_per_cell(content)
+        values = content["rna_per_cell"].to_numpy()
     mode = "regression-unadapted" if method == "sctape" else method
-    found = deconvolve(scaled_reference(checkpoint), bulk, mode, n_members, seed, coverage)
+    found = deconvolve(reference, bulk, mode, n_members, seed, coverage, values)
     if method == "sctape":
         network = sctape.ScTAPE.from_checkpoint(checkpoint)
         signature = pd.DataFrame(network.signature_matrix().numpy(), checkpoint["cell_types"], checkpoint["gene_names"])
-        found = found._replace(
-            proportions=sctape.predict(checkpoint, bulk), spread=found.spread * np.nan, signature=np.expm1(signature)
-        )
+        counts_per_cell = reference.mean.sum(axis=1)  # the network is trained on sums of the train cells' counts
+        rna = to_rna(sctape.predict(checkpoint, bulk).to_numpy(), counts_per_cell)
+        cells = to_cells(rna, counts_per_cell if values is None else values)
+        tables = {
+            name: pd.DataFrame(table, bulk.index, reference.cell_types)
+            for name, table in (("proportions", cells), ("rna_proportions", rna))
+        }
+        found = found._replace(**tables, spread=found.spread * np.nan, signature=np.expm1(signature))
     return found
 
 
@@ -57,20 +81,17 @@ def scaled_reference(checkpoint: dict[str, Any]) -> Reference:
     )
 
 
-def write(found: Estimate, checkpoint: dict[str, Any], shares_of: str, data: Path) -> list[Path]:
-    """Write the tables of an estimate and print its proportions and warnings. shares_of: "cells" or "rna"."""
+def write(found: Estimate, data: Path) -> list[Path]:
+    """Write the tables of an estimate and print its proportions and warnings."""
     tables = {"predicted_proportions": found.proportions}
     if found.signature is not None:
-        if shares_of == "rna":
-            rna_per_cell = Reference.from_checkpoint(checkpoint["reference"]).mean.sum(axis=1)
-            rna = to_rna(found.proportions.to_numpy(), rna_per_cell)
-            tables["predicted_proportions"] = pd.DataFrame(rna, found.proportions.index, found.proportions.columns)
+        tables["predicted_rna_proportions"] = found.rna_proportions.rename_axis(RNA_HEADER)
         tables |= {
             "predicted_spread": found.spread,
             "predicted_samples": found.samples,
             "signature_matrix": found.signature,
         }
-        _print_proportions(tables["predicted_proportions"], found.spread, shares_of)
+        _print_proportions(found.proportions, found.spread)
     for sample, row in found.samples[found.samples["warning"] != ""].iterrows():
         print(
             f"WARNING: {sample}: {row['warning']} (r = {row['reference_r']:.2f}; unexplained: {row['unexplained_genes']}): "
@@ -87,9 +108,9 @@ def write(found: Estimate, checkpoint: dict[str, Any], shares_of: str, data: Pat
     return paths
 
 
-def _print_proportions(shares: pd.DataFrame, spread: pd.DataFrame, shares_of: str) -> None:
+def _print_proportions(shares: pd.DataFrame, spread: pd.DataFrame) -> None:
     summary = shares.map("{:.3f}".format) + " +- " + spread.map("{:.3f}".format)
-    print(f"proportions of {shares_of} and their spread over the ensemble:\n{summary.head(10).to_string()}")
+    print(f"proportions of cells and their spread over the ensemble:\n{summary.head(10).to_string()}")
     if len(summary) > 10:
         print(f"... and {len(summary) - 10:,} more samples")
 

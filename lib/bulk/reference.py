@@ -15,6 +15,9 @@ from lib.models.profiles import log_fold_changes, top_genes
 
 # Selected on mixtures of held-out train cells, with and without simulated platform factors; never on a real bulk.
 MIN_Z = 5.0  # of signature genes: difference between one type and the others, in standard errors
+MIN_FOLD = 3.0  # of signature genes: the same difference as a ratio; smaller ones are not reproduced by another platform or donor
+FOLD_OFFSET = 1e-5  # added to both sides of the ratio, as a share of the mean cell's counts
+MIN_PER_TYPE = 20  # genes of largest ratio that each type has in any case, if their z is large enough
 MAX_GENES = 3000  # signature genes at most: those with the largest z
 N_MARKERS = 50  # of each type, for the NNLS baseline
 # Genes whose share differs between platforms more than between cell types: ribosomal, mitochondrial, nuclear non-coding
@@ -83,22 +86,37 @@ def reference_profiles(
     return Reference(list(gene_names), list(cell_types), mean, np.maximum(variance, 0.5 * mean.mean(axis=0)), n_cells)
 
 
+def equal_totals(reference: Reference) -> Reference:
+    """The reference with all profiles scaled to the same total counts, so that amounts of the types are shares of RNA."""
+    total = reference.mean.sum(axis=1, keepdims=True)
+    scale = total.mean() / np.maximum(total, 1e-12)
+    return reference._replace(mean=reference.mean * scale, variance=reference.variance * scale**2)
+
+
 def signature_genes(reference: Reference, usable: np.ndarray | None = None) -> np.ndarray:
     """Indices of the genes that distinguish the types beyond the sampling error of the reference, without technical genes.
 
-    z of a gene and type: mean counts in the type minus the mean over the other types, in standard errors; genes are ranked by
-    their largest |z|. Sampling errors of genes below `MIN_Z` would bias all estimates towards each other (errors in variables).
+    All types are scaled to the same total counts first. z of a gene and type: mean counts in the type minus the mean over the
+    other types, in standard errors; fold: their ratio, in either direction. A gene is used if a type has |z| >= `MIN_Z` and
+    fold >= `MIN_FOLD`, or if it is among the `MIN_PER_TYPE` largest folds of a type with |z| >= `MIN_Z`. Sampling errors of genes
+    below `MIN_Z` would bias all estimates towards each other (errors in variables).
     """
+    reference = equal_totals(reference)
     mean, n_types = reference.mean, len(reference.cell_types)
     error = reference.variance / np.maximum(reference.n_cells, 1)[:, None]
     others = (mean.sum(axis=0) - mean) / (n_types - 1)
     others_error = (error.sum(axis=0) - error) / (n_types - 1) ** 2
-    z = (np.abs(mean - others) / np.sqrt(error + others_error + 1e-12)).max(axis=0)
+    z = np.abs(mean - others) / np.sqrt(error + others_error + 1e-12)
+    offset = FOLD_OFFSET * mean.sum(axis=1).mean()
+    log_fold = np.abs(np.log((mean + offset) / (others + offset)))
     use = np.array([not TECHNICAL.match(name) for name in reference.gene_names])
     use &= mean.mean(axis=0) > 1e-3
     if usable is not None:
         use &= usable
-    z = np.where(use, z, 0)
+    best_of_type = np.argsort(-np.where(use & (z >= MIN_Z), log_fold, 0), axis=1, kind="stable")[:, :MIN_PER_TYPE]
+    is_clear = log_fold >= np.log(MIN_FOLD)
+    np.put_along_axis(is_clear, best_of_type, True, axis=1)
+    z = np.where(use, np.where(is_clear, z, 0).max(axis=0), 0)
     least = min(MIN_Z, np.sort(z)[::-1][: 10 * n_types][-1])  # with few cells: ten genes per type
     chosen = np.flatnonzero((z >= least) & (z > 0))
     return np.sort(chosen[np.argsort(-z[chosen], kind="stable")[:MAX_GENES]])

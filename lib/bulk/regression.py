@@ -2,7 +2,7 @@
 
 A bulk sample is modelled as y_g = f_g sum_k x_k S_kg + residual: x_k is the amount of cells of type k, S_kg the mean counts of gene
 g in a cell of type k of the reference, and f_g the platform factor: how much better or worse the bulk's platform measures gene g
-than the platform of the single cells (length, 3' bias, mapping), log f_g ~ N(0, PLATFORM_SD^2). Amounts (given f) and platform
+than the platform of the single cells (length, 3' bias, mapping); log f_g has a Student's t prior. Amounts (given f) and platform
 factors (given x) are fitted in turn to the unlabelled bulk until the amounts do not change: block-wise maximisation of the
 posterior. No network is used. It takes the place of scTAPE's adaptive stage.
 
@@ -16,16 +16,19 @@ import numpy as np
 import pandas as pd
 import scipy.optimize
 
-from lib.bulk.reference import TECHNICAL, Reference, signature_genes
+from lib.bulk.reference import TECHNICAL, Reference, equal_totals, signature_genes
 from lib.bulk.tables import sample_totals
 
 # Selected on mixtures of held-out train cells, with and without simulated platform factors; never on a real bulk.
 MODES = ("regression", "regression-per-sample", "regression-unadapted")
-PLATFORM_SD = 1.0  # of log f: full-length TPM and UMI counts differ by a factor of 3 in a typical gene
-RESIDUAL_SHARE = 0.5  # prior standard deviation of the residual, as a share of the gene's mean over types ...
+PLATFORM_SD = 1.0  # scale of log f: full-length TPM and UMI counts differ by a factor of 3 in a typical gene
+PLATFORM_FREEDOM = (
+    3.0  # degrees of freedom of log f: single genes that differ a hundredfold must not change the amounts
+)
+RESIDUAL_SHARE = 0.5  # prior standard deviation of the residual, as a share of the gene's level ...
 RESIDUAL_SAMPLES = 4  # ... and its weight, in samples
 CELLS_PER_BULK = 1000  # assumed, for the sampling variance of a mixture of cells
-ROUNDS = 100  # of both fits, at most
+ROUNDS = 60  # of both fits, at most: later rounds fit differences between donors
 MEMBER_ROUNDS = 30  # for each member of the ensemble; more do not change the spread
 FAR_ABOVE = 5  # a gene is called unexplained if the bulk has more than so many times what the reference predicts
 MIN_R = 0.5  # samples with a lower correlation with the reference get a warning
@@ -44,7 +47,8 @@ class Estimate(NamedTuple):
     """Result for bulk samples; None for what a method does not give."""
 
     proportions: pd.DataFrame  # samples x types, of cells, rows sum to 1
-    spread: pd.DataFrame  # samples x types: standard deviation over the ensemble
+    rna_proportions: pd.DataFrame  # samples x types, of RNA, rows sum to 1
+    spread: pd.DataFrame  # samples x types: standard deviation of `proportions` over the ensemble
     samples: pd.DataFrame  # one row per sample: genes used, correlation with the reference, unexplained genes, warning
     signature: (
         pd.DataFrame | None
@@ -59,6 +63,7 @@ def deconvolve(
     n_members: int = 10,
     seed: int = 0,
     min_coverage: float = 0.5,
+    rna_per_cell: np.ndarray | None = None,
 ) -> Estimate:
     """Proportions of cell types in bulk samples, their spread, and the adapted signature matrix. One sample is enough.
 
@@ -76,6 +81,9 @@ def deconvolve(
         Size of the ensemble for the spread; 0: the spread is NaN.
     min_coverage
         Share of the signature genes that the bulk must have.
+    rna_per_cell
+        (n_types,) mRNA content of a cell of each type, in any unit (`rna_content.rna_per_cell`), which turns shares of RNA into
+        shares of cells. None: the counts per cell of the reference, which is right for a sum of such cells.
 
     Raises
     ------
@@ -90,7 +98,8 @@ def deconvolve(
         raise ValueError(
             f"the bulk has {coverage:.0%} of the {len(wanted):,} signature genes, expected at least {min_coverage:.0%} (its genes: "
             f"{', '.join(map(str, bulk.columns[:3]))}; the signature's: {', '.join(wanted[:3])}); "
-            "are species and gene names the same? (GENE_IDS)"
+            "are species and gene names the same? (GENE_IDS) "
+            "For a panel or an array of few genes, lower MIN_GENE_COVERAGE of stage 4 and expect a larger spread"
         )
     shared = reference.of_genes(np.flatnonzero(pd.Index(reference.gene_names).isin(bulk.columns)))
     values = bulk[shared.gene_names].to_numpy(dtype=np.float64)
@@ -109,9 +118,15 @@ def deconvolve(
     expression = (
         cell_type_expression(values, fit.amounts, shared.mean * factors[:, None]) if how["per_sample"] else None
     )
-    deviation = spread(used, chosen, n_members, seed, **how) if n_members else np.full(fit.proportions.shape, np.nan)
+    counts_per_cell = reference.mean.sum(axis=1)
+    rna = to_rna(fit.proportions, counts_per_cell)
+    content = counts_per_cell if rna_per_cell is None else rna_per_cell
+    deviation = np.full(rna.shape, np.nan)
+    if n_members:
+        deviation = spread(used, chosen, n_members, seed, counts_per_cell / content, **how)
     return Estimate(
-        pd.DataFrame(fit.proportions, bulk.index, shared.cell_types),
+        pd.DataFrame(to_cells(rna, content), bulk.index, shared.cell_types),
+        pd.DataFrame(rna, bulk.index, shared.cell_types),
         pd.DataFrame(deviation, bulk.index, shared.cell_types),
         sample_quality(values, shared, fit.amounts, genes).set_index(bulk.index),
         pd.DataFrame(signature, shared.cell_types, shared.gene_names),
@@ -179,11 +194,14 @@ def fit_regression(
     rounds
         At most; None: `ROUNDS`.
     """
+    counts_per_cell = reference.mean.sum(axis=1)
+    reference = equal_totals(reference)  # types have equal weight, whatever their counts per cell
     y, mean = scaled(bulk, reference), reference.mean
     gene_mean = mean.mean(axis=0)
-    prior_variance = (RESIDUAL_SHARE * gene_mean) ** 2 + reference.variance.mean(axis=0) / CELLS_PER_BULK
+    sampling_variance = reference.variance.mean(axis=0) / CELLS_PER_BULK
     n_groups, per_group = (len(y), 1) if per_sample else (1, len(y))
-    factors, residual_variance = np.ones((n_groups, y.shape[1])), np.tile(prior_variance, (n_groups, 1))
+    factors = np.ones((n_groups, y.shape[1]))
+    residual_variance = np.tile((RESIDUAL_SHARE * gene_mean) ** 2 + sampling_variance, (n_groups, 1))
     # the first regression gives a low weight to genes whose means are uncertain
     mean_variance = (reference.variance / np.maximum(reference.n_cells, 1)[:, None]).sum(axis=0)
     x = fit_amounts(y, mean, factors, 10 * gene_mean[None] ** 2 + mean_variance)
@@ -191,12 +209,16 @@ def fit_regression(
         before = x
         fitted = x @ mean
         factors = fit_platform_factors(y, fitted, factors, residual_variance)
+        # level of a gene: mean of fitted and reference; for a single sample, the fit itself would favour genes that are fitted too low
+        level = gene_mean if per_sample else (factors * fitted.mean(axis=0) + gene_mean) / 2
+        prior_variance = (RESIDUAL_SHARE * level) ** 2 + sampling_variance
         squares = grouped((y - fitted * factors) ** 2, n_groups)
         residual = squares / max(per_group - 2, 1)
         residual_variance = (per_group * residual + RESIDUAL_SAMPLES * prior_variance) / (per_group + RESIDUAL_SAMPLES)
         x = fit_amounts(y, mean, factors, residual_variance)
         if np.abs(x - before).max() < 1e-5:
             break
+    x = x * (counts_per_cell.mean() / np.maximum(counts_per_cell, 1e-12))  # from equal totals back to cells
     total = x.sum(axis=1, keepdims=True)
     proportions = np.where(total > 0, x / np.where(total > 0, total, 1), 1 / x.shape[1])
     return Fit(proportions, x, factors, residual_variance)
@@ -216,7 +238,8 @@ def fit_platform_factors(
 ) -> np.ndarray:
     """Platform factors given the amounts: three Newton steps on log f.
 
-    They minimise squared residuals over their variance plus log(f)^2 / PLATFORM_SD^2.
+    They minimise squared residuals over their variance, with Student's t as the prior of log f. At each step the prior is a
+    normal distribution whose variance depends on log f: s^2 (v + (log f / s)^2) / (v + 1), with v degrees of freedom and scale s.
     """
     cross, square = (
         grouped(y * fitted, len(factors)) / residual_variance,
@@ -225,8 +248,9 @@ def fit_platform_factors(
     log_f = np.log(factors)
     for _ in range(3):
         f = np.exp(log_f)
-        slope = f * (f * square - cross) + log_f / PLATFORM_SD**2
-        curvature = np.maximum(f * (2 * f * square - cross), 0.5 * f**2 * square) + 1 / PLATFORM_SD**2
+        precision = (PLATFORM_FREEDOM + 1) / (PLATFORM_FREEDOM * PLATFORM_SD**2 + log_f**2)
+        slope = f * (f * square - cross) + log_f * precision
+        curvature = np.maximum(f * (2 * f * square - cross), 0.5 * f**2 * square) + precision
         log_f = log_f - np.clip(slope / curvature, -0.5, 0.5)
     return np.exp(log_f)
 
@@ -236,8 +260,13 @@ def grouped(values: np.ndarray, n_groups: int) -> np.ndarray:
     return values.sum(axis=0, keepdims=True) if n_groups == 1 else values
 
 
-def spread(bulk: np.ndarray, reference: Reference, n_members: int, seed: int, **how) -> np.ndarray:
+def spread(
+    bulk: np.ndarray, reference: Reference, n_members: int, seed: int, cells_per_cell: np.ndarray, **how
+) -> np.ndarray:
     """Standard deviation of each proportion over an ensemble, samples x types.
+
+    cells_per_cell: (n_types,) counts per cell of the reference over mRNA per cell, which converts shares of cells by counts into
+    shares of cells by mRNA content.
 
     Every member uses a bootstrap sample of the genes, and mean profiles with random errors as large as their sampling errors. The
     spread therefore covers genes that behave differently on another platform, and types with few cells in the reference. It does
@@ -250,7 +279,8 @@ def spread(bulk: np.ndarray, reference: Reference, n_members: int, seed: int, **
         genes = rng.integers(0, bulk.shape[1], size=bulk.shape[1])
         mean = np.maximum(reference.mean + error * rng.standard_normal(error.shape), 0)
         resampled = reference._replace(mean=mean).of_genes(np.asarray(genes))
-        members.append(fit_regression(bulk[:, genes], resampled, rounds=MEMBER_ROUNDS, **how).proportions)
+        found = fit_regression(bulk[:, genes], resampled, rounds=MEMBER_ROUNDS, **how).proportions
+        members.append(to_rna(found, cells_per_cell))
     return np.std(members, axis=0)
 
 
@@ -266,6 +296,11 @@ def to_rna(proportions: np.ndarray, library_size: np.ndarray) -> np.ndarray:
     """Shares of RNA from shares of cells, rows sum to 1: each type times its mean counts per cell."""
     rna = proportions * library_size
     return rna / rna.sum(axis=1, keepdims=True)
+
+
+def to_cells(rna: np.ndarray, rna_per_cell: np.ndarray) -> np.ndarray:
+    """Shares of cells from shares of RNA, rows sum to 1: each type divided by its mRNA per cell."""
+    return to_rna(rna, 1 / rna_per_cell)
 
 
 def cell_type_expression(bulk: np.ndarray, amounts: np.ndarray, signature: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Read bulk tables: csv, tsv or xlsx, genes in rows or columns, symbols or Ensembl IDs, counts, TPM, FPKM or log2."""
+"""Read bulk tables: csv, tsv, xlsx or h5ad, genes in rows or columns, symbols or Ensembl IDs, counts, TPM, CPM, FPKM or log2."""
 
 import re
 from pathlib import Path
@@ -6,15 +6,26 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from lib.bulk.anndata_bulk import read_h5ad_bulk
 from lib.bulk.pseudobulk import tpm
 from lib.data.tables import read_header, separator
 
 ENSEMBL = re.compile(r"^(ENS[A-Z]*G\d{6,})(\.\d+)?$")  # an Ensembl gene ID and its version
 SYMBOL_COLUMNS = ("gene name", "gene_name", "symbol", "gene_symbol", "hgnc_symbol", "external_gene_name", "gene")
 LARGEST_LOG2 = 25  # of log2(TPM + 1): 2^25 is more than a million
+UNIT_NAMES = {
+    "counts": "counts",
+    "log2": "log2",
+    "tpm": "tpm or counts per million",
+    "fpkm": "fpkm or another linear scale",
+}
+MIN_SHARED = 0.1  # of the single cells' genes; a bulk that has fewer gets a warning
+LARGEST_INTENSITY = 2**17  # of a microarray
 
 
-def read_bulk(path: Path, known_genes: list[str], gene_ids: dict[str, str] | None = None) -> pd.DataFrame:
+def read_bulk(
+    path: Path, known_genes: list[str], gene_ids: dict[str, str] | None = None, group: str | None = None
+) -> pd.DataFrame:
     """Read a bulk table, samples x genes. Genes are on the side that shares more names with the single cells.
 
     Parameters
@@ -23,15 +34,23 @@ def read_bulk(path: Path, known_genes: list[str], gene_ids: dict[str, str] | Non
         Gene names of the single cells.
     gene_ids
         Gene names by Ensembl ID without version (`read_gene_ids`), for a bulk with IDs and cells with names.
+    group
+        Column of obs by which the rows of an .h5ad are summed (`anndata_bulk.read_h5ad_bulk`).
 
     Raises
     ------
     ValueError
         If no gene is shared, or a value is not a finite number of at least 0 (log2 values may be slightly below).
     """
-    table = read_strings(path)
     known = set(known_genes)
-    table = name_rows(table, path, known, gene_ids or {})
+    if path.suffix == ".h5ad":
+        table = read_h5ad_bulk(path, group)
+    elif group is not None:
+        raise ValueError(
+            f"BULK_GROUP is {group!r}, a column of obs, but {path} is no .h5ad file; give REPLICATES a table of samples and groups instead"
+        )
+    else:
+        table = name_rows(read_strings(path), path, known, gene_ids or {})
     table.index, table.columns = (gene_names(axis, known, gene_ids or {}) for axis in (table.index, table.columns))
     in_rows, in_columns = (sum(name in known for name in names) for names in (table.index, table.columns))
     if not in_rows and not in_columns:
@@ -62,6 +81,12 @@ def read_bulk(path: Path, known_genes: list[str], gene_ids: dict[str, str] | Non
         f"{path.name}: {len(table):,} bulk samples, {table.columns.nunique():,} genes, "
         f"{shared:,} of them in the single cells ({len(known):,})"
     )
+    if shared < MIN_SHARED * len(known):
+        print(
+            f"WARNING: only {shared / len(known):.1%} of the single cells' genes are in the bulk "
+            f"(bulk: {', '.join(table.columns[:3])}; cells: {', '.join(known_genes[:3])}); "
+            "for other gene names give GENE_IDS, for a panel or an array of few genes lower MIN_GENE_COVERAGE of stage 4"
+        )
     return table
 
 
@@ -176,7 +201,7 @@ def to_tpm(
     """
     if units == "auto":
         units = recognised_units(bulk)
-        print(f"units of the bulk: recognised as {units} (set BULK_UNITS if this is wrong)")
+        print(f"units of the bulk: recognised as {UNIT_NAMES[units]} (set BULK_UNITS if this is wrong)")
     values = bulk.to_numpy(dtype=np.float64)
     if units == "log2":
         if values.min() < -1 or values.max() > 40:
@@ -197,20 +222,36 @@ def to_tpm(
             f"expected {units}: set BULK_UNITS to log2 or auto"
         )
     bulk = summed_duplicates(bulk)
+    if is_array_like(bulk):
+        print(
+            "WARNING: every gene of the bulk is above 0 in every sample, as in microarrays: their background is not subtracted here, "
+            "which draws proportions together; TPM or counts of RNA-seq are read better"
+        )
+    if units == "counts" and not is_whole(bulk.to_numpy()):
+        print(
+            "WARNING: BULK_UNITS is counts, but the bulk holds fractions: are these TPM? (Expected counts of RSEM or salmon are fine.)"
+        )
     if replicates is not None:
         bulk = pooled_replicates(bulk, replicates)
     if units == "tpm" and (bulk.sum(axis=1) > 1.5e6).any():
         print(
             f"WARNING: the bulk's samples sum to up to {bulk.sum(axis=1).max():,.0f}; TPM sum to 1,000,000: are these counts (BULK_UNITS)?"
         )
-    if units == "counts" and (bulk.to_numpy() % 1 != 0).any():
-        print(
-            "WARNING: BULK_UNITS is counts, but the bulk holds fractions: are these TPM? (Expected counts of RSEM or salmon are fine.)"
-        )
     if units == "counts" and gene_length_bp is not None:
         bulk = bulk.loc[:, bulk.columns.isin(gene_length_bp.index)]
         return pd.DataFrame(tpm(bulk.to_numpy(), gene_length_bp[bulk.columns].to_numpy()), bulk.index, bulk.columns)
     return pd.DataFrame(tpm(bulk.to_numpy()), bulk.index, bulk.columns)
+
+
+def is_whole(values: np.ndarray) -> bool:
+    """Whether all values are whole numbers, up to the rounding of logarithms that were undone."""
+    return bool(np.allclose(values, np.rint(values), rtol=1e-4, atol=1e-4))
+
+
+def is_array_like(bulk: pd.DataFrame) -> bool:
+    """Intensities of a microarray: thousands of genes, none of them 0 anywhere, fractions, no value beyond the scanner's range."""
+    values = bulk.to_numpy()
+    return values.shape[1] > 2000 and values.min() > 0 and values.max() < LARGEST_INTENSITY and not is_whole(values)
 
 
 def summed_duplicates(bulk: pd.DataFrame) -> pd.DataFrame:

@@ -3,13 +3,18 @@
 run     python tests/benchmarks/deconvolution.py --data data/counts.h5ad --cases a b       (pbmc3k: 5 minutes)
         python tests/benchmarks/deconvolution.py                                           (all cases; 10 minutes)
         python tests/benchmarks/deconvolution.py --only sctape                             (half an hour and 8 GB)
-needs   tests/benchmarks/requirements.txt for scTAPE; in --folder the files of case (c), whose source the error names
+needs   tests/benchmarks/requirements.txt for scTAPE; in --folder the files of cases (c) and (d), whose source the error names
 
 (a) Mixtures of held-out cells, 1,200 each, with the compositions of stage 2. (b) The same on a simulated other platform: every
 gene times a log-normal factor (standard deviation of the logarithm 0.5), a depth of about a million reads that varies by a
 third, a twentieth of the genes never detected and a twentieth of all values lost. (c) Real mixtures of RNA of three lung
 adenocarcinoma lines in known proportions (Tian, L. et al., Nature Methods 16, 479-487 (2019); 8 mixes x 4 amounts of mRNA,
-CEL-seq2), single cells of the same lines as the reference.
+CEL-seq2), single cells of the same lines as the reference. (d) Real bulk of blood: nine PBMC samples with mass cytometry of the
+same blood (GSE107572; Finotello, F. et al., Genome Medicine 11, 34 (2019)), with pbmc3k and, separately, with FACS-purified
+cells (pbmc_facs; Zheng, G. X. Y. et al., Nature Communications 8, 14049 (2017)) as the reference. Types are summed to groups,
+T, B, NK, Mono and DC, or with CD4 and CD8 T cells apart; truth and estimates are scaled to sum to 1 over the groups that the
+reference has. RNA_PER_CELL is auto, except where a row says otherwise. Brackets: 95 %
+interval of 2,000 bootstrap samples of the nine bulk samples. Coverage: truths within two spreads of the estimate.
 
 The cells of (a) and (b) are split as in fidelity.py. The seed samples the mixtures and the distortion of (a) and (b), and trains
 the networks. The regression has no randomness: in (c) all seeds give the same. The truth is used for the scores alone. In (a) and
@@ -34,19 +39,26 @@ from shared import ROOT, SPLIT_SEED, add_data_option, load, mean_and_half_range,
 
 from lib.bulk import pseudobulk, sctape
 from lib.bulk.reference import Reference, nnls_on_markers, reference_profiles
-from lib.bulk.regression import deconvolve, to_rna
+from lib.bulk.regression import deconvolve, to_cells, to_rna
+from lib.bulk.rna_content import rna_per_cell
 from lib.data.counts import digest, log_normalize
 from lib.evaluation import metrics
 from lib.training import load_checkpoint
 
 N_MIXTURES, CELLS_PER_MIXTURE = 200, 1200
 CELLS = "data/counts.h5ad"  # of cases (a) and (b); set by --data
-DATA = ROOT.parent / "shared" / "data"  # files of case (c); set by --folder
+DATA = ROOT.parent / "shared" / "data"  # files of cases (c) and (d); set by --folder
 SOURCES = {  # files that stage 0 cannot download
     "lung_cell_lines.h5ad": "X and obs['cell_type'] of sc_celseq2.count.csv.gz and sc_celseq2.metadata.csv.gz "
     "(cell_line_demuxlet; without doublets) of github.com/LuyiTian/sc_mixology, data/csv",
     "lung_rnamix_bulk_counts.csv.gz": "RNAmix_celseq2.count.csv.gz of github.com/LuyiTian/sc_mixology, data/csv; "
     "the wells of each mix and amount of mRNA summed, samples (<mix>_<pg>) x genes",
+    "pbmc3k.h5ad": "10x Genomics' pbmc3k, raw counts, obs['cell_type'] of Seurat's tutorial (pbmc_meta of "
+    "github.com/rnabioco/clustifyr)",
+    "pbmc_facs.h5ad": "FACS-purified blood cells of Zheng et al. 2017, raw counts and obs['cell_type'] "
+    "(pbmc_facs of github.com/stephenslab/fastTopics)",
+    "pbmc_bulk_tpm.csv.gz": "GSE107572 in TPM, genes x samples (github.com/BostonGene/Kassandra, data/validation_datasets)",
+    "pbmc_bulk_cytof.csv": "mass cytometry of GSE107572, percent of cells, samples x types (the same folder)",
     "lung_rnamix_proportions.csv": "RNAmix_celseq2.metadata.csv.gz of github.com/LuyiTian/sc_mixology, data/csv: "
     "samples (<mix>_<pg>) x lines, with its columns of H2228 and HCC827, which are swapped there, set right",
 }
@@ -54,6 +66,33 @@ SHARES = {"sparse": 0.25, "rare": 0.25, "near": 0.0}  # of the mixtures of test 
 PLATFORM_SD, DEPTH, DEPTH_SD, LOST = 0.5, 1e6, 0.3, 0.05
 N_TRAIN_SAMPLES = 5000  # of either network: the released default
 PEER_GENES = 2000
+N_BOOTSTRAP = 2000  # of the samples of (d)
+
+# Case (d): columns of the truth, and the group of each type; types of no group are not in the truth
+CYTOMETRY = {
+    "B": "B_cells",
+    "CD4": "CD4_T_cells",
+    "CD8": "CD8_T_cells",
+    "NK": "NK_cells",
+    "Mono": "Monocytes",
+    "DC": "Dendritic_cells",
+}
+BLOOD_GROUPS = {
+    "pbmc3k": {
+        "B": "B", "Naive CD4 T": "CD4", "Memory CD4 T": "CD4", "CD8 T": "CD8", "NK": "NK", "CD14+ Mono": "Mono", "FCGR3A+ Mono": "Mono",
+        "DC": "DC",
+    },
+    "pbmc_facs": {
+        "CD19+ B": "B", "CD4+ T Helper2": "CD4", "CD4+/CD25 T Reg": "CD4", "CD4+/CD45RA+/CD25- Naive T": "CD4",
+        "CD4+/CD45RO+ Memory": "CD4", "CD8+ Cytotoxic T": "CD8", "CD8+/CD45RA+ Naive Cytotoxic": "CD8", "CD56+ NK": "NK",
+        "CD14+ Monocyte": "Mono",
+    },
+}  # fmt: skip
+# Of the same nine samples, B, CD4, CD8, Mono and NK: RMSE, CCC, mean r per type; computed from the tables of BostonGene/Kassandra
+PUBLISHED = {
+    "Kassandra": (0.057, 0.894, 0.79), "Scaden (PBMC model)": (0.054, 0.895, 0.74), "CIBERSORTx LM22": (0.076, 0.818, 0.70),
+    "ABIS": (0.112, 0.704, 0.65), "quanTIseq": (0.107, 0.723, 0.77),
+}  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -238,19 +277,117 @@ def estimated(case: Case, key: str, method: str, seed: int) -> pd.DataFrame | No
     return table.rename_axis("cells").reset_index()
 
 
+def blood_estimates(name: str) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
+    """Case (d): proportions of cells by each method, and the spread of ours; samples x types of the reference."""
+    adata = ad.read_h5ad(case_file(f"{name}.h5ad"))
+    counts = sp.csr_matrix(adata.X, dtype=np.float32)
+    genes = counts.getnnz(axis=0) >= 3
+    cell_type = pd.Categorical(adata.obs["cell_type"].astype(str))
+    reference = reference_of(as_cells(counts[:, genes], cell_type, adata.var_names[genes], name))
+    bulk = pd.read_csv(case_file("pbmc_bulk_tpm.csv.gz"), index_col=0).T
+    content, by_counts = (
+        rna_per_cell(setting, reference)["rna_per_cell"].to_numpy() for setting in ("auto", "reference")
+    )
+    found = deconvolve(reference, bulk, rna_per_cell=content)
+    baseline = nnls_on_markers(bulk, reference)
+    return {
+        "ours": found.proportions,
+        "ours, reference's counts per cell": pd.DataFrame(
+            to_cells(found.rna_proportions.to_numpy(), by_counts), bulk.index, reference.cell_types
+        ),
+        "ours, per sample": deconvolve(reference, bulk, "regression-per-sample", 0, rna_per_cell=content).proportions,
+        "ours, not adaptive": deconvolve(reference, bulk, "regression-unadapted", 0, rna_per_cell=content).proportions,
+        "NNLS on markers": pd.DataFrame(
+            to_cells(to_rna(baseline.to_numpy(), by_counts), content), bulk.index, reference.cell_types
+        ),
+        "constant": pd.DataFrame(
+            np.tile(reference.n_cells / reference.n_cells.sum(), (len(bulk), 1)), bulk.index, reference.cell_types
+        ),
+    }, found.spread
+
+
+def grouped(table: pd.DataFrame, groups: dict[str, str], level: str) -> pd.DataFrame:
+    """Samples x groups, summed over types; level: "T" or "CD4 / CD8"."""
+    if level == "T":
+        groups = {name: "T" if group in ("CD4", "CD8") else group for name, group in groups.items()}
+    return table[list(groups)].T.groupby(groups).sum().T
+
+
+def blood_figures(true: np.ndarray, estimate: np.ndarray) -> list[float]:
+    return [metrics.mae(true, estimate), np.sqrt(np.square(true - estimate).mean()), metrics.ccc(true, estimate)]
+
+
+def blood(name: str) -> pd.DataFrame:
+    """Case (d): one row per level and method."""
+    estimates, spread = blood_estimates(name)
+    percent = pd.read_csv(case_file("pbmc_bulk_cytof.csv"), index_col=0)
+    groups = BLOOD_GROUPS[name]
+    truth = pd.DataFrame({group: percent[column] for group, column in CYTOMETRY.items() if group in groups.values()})
+    rng = np.random.default_rng(SPLIT_SEED)
+    samples = rng.integers(0, len(truth), (N_BOOTSTRAP, len(truth)))
+    rows = []
+    for level in ("T", "CD4 / CD8"):
+        true = grouped(truth, {group: group for group in truth}, level)
+        true = true.div(true.sum(axis=1), axis=0)
+        for method, table in estimates.items():
+            table = grouped(table, groups, level).loc[true.index, true.columns]
+            total = table.sum(axis=1)
+            table = table.div(total, axis=0)
+            a, b = true.to_numpy(), table.to_numpy()
+            figures = dict(zip(("MAE", "RMSE", "CCC"), blood_figures(a, b)))
+            intervals = np.quantile([blood_figures(a[i], b[i]) for i in samples], [0.025, 0.975], axis=0).T
+            row = {"reference": name, "level": level, "method": method}
+            row |= {
+                figure: f"{value:.3f} [{low:.3f}, {high:.3f}]"
+                for (figure, value), (low, high) in zip(figures.items(), intervals)
+            }
+            for k, group in enumerate(true):
+                row |= {
+                    f"{group} r": metrics.pearson(a[:, k], b[:, k]) if np.ptp(b[:, k]) > 1e-9 else np.nan,
+                    f"{group} ratio": b[:, k].mean() / a[:, k].mean(),
+                }
+            if method == "ours":
+                deviation = np.sqrt(grouped(spread**2, groups, level).loc[true.index, true.columns]).div(total, axis=0)
+                row["coverage"] = (np.abs(a - b) <= 2 * deviation.to_numpy()).mean()
+            if level != "T" and method == "ours":
+                print(five_types(name, true, table))
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def five_types(name: str, true: pd.DataFrame, table: pd.DataFrame) -> str:
+    """Ours beside the published figures, for the five types that those have."""
+    kept = ["B", "CD4", "CD8", "Mono", "NK"]
+    a, b = (t[kept].div(t[kept].sum(axis=1), axis=0).to_numpy() for t in (true, table))
+    r = np.mean([metrics.pearson(a[:, k], b[:, k]) for k in range(len(kept))])
+    ours_here = {f"ours, {name}": (*blood_figures(a, b)[1:], r)}
+    return (
+        pd.DataFrame(ours_here | PUBLISHED, ["RMSE", "CCC", "mean r"])
+        .T.rename_axis("five types of (d)")
+        .to_string(float_format="{:.3f}".format)
+    )
+
+
 def main() -> None:
     global CELLS, DATA
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_option(options)
-    options.add_argument("--folder", type=Path, default=DATA, help="of the files of case (c); default: ../shared/data")
+    options.add_argument(
+        "--folder", type=Path, default=DATA, help="of the files of cases (c) and (d); default: ../shared/data"
+    )
     options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    options.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    options.add_argument("--cases", nargs="+", choices=[*CASES, "d"], default=[*CASES, "d"])
     options.add_argument("--only", nargs="+", choices=METHODS, default=[name for name in METHODS if name != "sctape"])
     options.add_argument("--save", help="csv for all figures, by type and seed")
     arguments = options.parse_args()
     CELLS, DATA = arguments.data, arguments.folder
+    if "d" in arguments.cases:
+        table = pd.concat([blood(name) for name in BLOOD_GROUPS])
+        for _, part in table.groupby(["level", "reference"], sort=False):
+            shown = part.dropna(axis=1, how="all")
+            print("\n(d)", shown.to_string(index=False, float_format="{:.2f}".format, na_rep=""), flush=True)
     rows = []
-    for key in arguments.cases:
+    for key in [key for key in arguments.cases if key != "d"]:
         for seed in arguments.seeds:
             case = CASES[key][1](seed)
             for method in arguments.only:
@@ -259,6 +396,8 @@ def main() -> None:
                     rows.append(table)
                 if arguments.save:
                     pd.concat(rows).to_csv(arguments.save, index=False)
+    if not rows:
+        return
     everything = pd.concat(rows)
     figures = ["MAE", "CCC", "r", "seconds"]
     pooled = everything[everything["cells"] == "all"].groupby(["case", "method"], sort=False)[figures]

@@ -7,6 +7,7 @@ import torch
 
 from lib.bulk.reference import (
     Reference,
+    equal_totals,
     nnls_on_markers,
     reference_profiles,
     signature_genes,
@@ -30,16 +31,45 @@ def test_a_gene_not_observed_in_few_cells_keeps_a_positive_variance():
     assert found.mean[1, 0] == 0 and found.variance[1, 0] == 0.5 * 2.0
 
 
-def test_signature_genes_differ_between_types_and_are_not_technical():
+def test_signature_genes_differ_between_types_and_are_not_technical(monkeypatch):
+    monkeypatch.setattr("lib.bulk.reference.MIN_PER_TYPE", 0)
     mean = np.array([[10.0, 5.0, 10.0, 0.0, 5.0], [1.0, 5.0, 1.0, 3.0, 5.0]])
     names = ["CD3E", "ACTB", "RPL3", "CD19", "MT-CO1"]
     reference = Reference(names, ["T", "B"], mean, np.full((2, 5), 1.0), np.array([100, 100]))
-    # z of CD3E: 9 / sqrt(.01 + .01) = 64; of ACTB: 0
+    # brought to 22.5 counts a cell (times .75, 1.5): CD3E 7.5 and 1.5, ACTB 3.75 and 7.5: a fold of 2
     assert [names[g] for g in signature_genes(reference)] == ["CD3E", "CD19"]
     # z of CD3E: 9 / sqrt(8) = 3.2, below MIN_Z, but the largest
     uncertain = reference._replace(variance=np.full((2, 5), 400.0))
     assert [names[g] for g in signature_genes(uncertain)] == ["CD3E", "CD19"]
     assert [names[g] for g in signature_genes(reference, np.array([False, True, True, True, True]))] == ["CD19"]
+
+
+def test_genes_of_small_fold_are_used_where_a_type_has_no_others(monkeypatch):
+    rng = np.random.default_rng(0)
+    mean = np.tile(rng.lognormal(1, 1, 200), (3, 1))
+    mean[:, :10] = 0.05
+    mean[0, :10] = 0.5  # a: ten clear markers; b and c differ by a factor of 1.5 in thirty genes
+    mean[1, 100:130] *= 1.5
+    reference = Reference([f"G{i}" for i in range(200)], list("abc"), mean, mean, np.full(3, 10**6))
+    monkeypatch.setattr("lib.bulk.reference.MIN_PER_TYPE", 0)
+    monkeypatch.setattr("lib.bulk.reference.MIN_Z", 0.0)
+    monkeypatch.setattr("lib.bulk.reference.MAX_GENES", 10)
+    assert set(signature_genes(reference)) == set(range(10))
+    monkeypatch.setattr("lib.bulk.reference.MAX_GENES", 3000)
+    monkeypatch.setattr("lib.bulk.reference.MIN_PER_TYPE", 20)
+    monkeypatch.setattr("lib.bulk.reference.MIN_Z", 5.0)
+    assert len(set(signature_genes(reference)) & set(range(100, 130))) >= 10  # besides the ten, in which b is low
+
+
+def test_large_cells_do_not_make_all_genes_signature_genes(monkeypatch):
+    monkeypatch.setattr("lib.bulk.reference.MIN_PER_TYPE", 0)
+    profile = np.random.default_rng(0).lognormal(1, 1, 100)
+    mean = np.stack([profile, 5 * profile])  # the second type's cells are five times as large
+    mean[1, 7] *= 20
+    reference = Reference([f"G{i}" for i in range(100)], ["small", "large"], mean, mean, np.full(2, 1000))
+    assert 7 in signature_genes(reference)
+    assert len(signature_genes(reference)) < 5
+    np.testing.assert_allclose(equal_totals(reference).mean.sum(axis=1), mean.sum() / 2)
 
 
 def test_ribosomal_kinases_are_not_taken_for_ribosomal_proteins():

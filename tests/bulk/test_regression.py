@@ -6,10 +6,12 @@ import pandas as pd
 import pytest
 import scipy.optimize
 import scipy.sparse as sp
+import scipy.stats
 from helpers import ROOT
 
 from lib.bulk.reference import reference_profiles
 from lib.bulk.regression import (
+    PLATFORM_FREEDOM,
     PLATFORM_SD,
     cell_type_expression,
     deconvolve,
@@ -19,6 +21,7 @@ from lib.bulk.regression import (
     reconstruction_r,
     scaled,
     spread,
+    to_cells,
     to_rna,
 )
 from lib.evaluation.metrics import mae
@@ -74,9 +77,8 @@ def test_platform_factors_minimise_their_objective():
     for g in range(8):
 
         def objective(log_f, g=g):
-            return ((y[:, g] - np.exp(log_f) * fitted[:, g]) ** 2).sum() / (2 * variance[0, g]) + log_f**2 / (
-                2 * PLATFORM_SD**2
-            )
+            errors = ((y[:, g] - np.exp(log_f) * fitted[:, g]) ** 2).sum() / (2 * variance[0, g])
+            return errors - scipy.stats.t.logpdf(log_f, PLATFORM_FREEDOM, scale=PLATFORM_SD)
 
         best = scipy.optimize.minimize_scalar(objective, bounds=(-4, 4), method="bounded", options={"xatol": 1e-9})
         np.testing.assert_allclose(np.log(factors[0, g]), best.x, atol=1e-4)
@@ -127,6 +129,12 @@ def test_one_sample_works_and_units_and_order_of_genes_do_not_matter(world, mode
         )
 
 
+def test_genes_with_a_thirtyfold_platform_factor_hardly_change_the_proportions(world):
+    bulk = bulk_of(world, 0.5)
+    bulk.iloc[:, 3::40] *= 30
+    assert mae(world[2], deconvolve(world[0], bulk, n_members=0).proportions) < 0.015
+
+
 def test_duplicate_samples_get_equal_estimates_and_runs_are_reproducible(world):
     bulk = bulk_of(world, 0.5)
     first, second = (deconvolve(world[0], bulk, n_members=3, seed=7) for _ in range(2))
@@ -139,7 +147,7 @@ def test_duplicate_samples_get_equal_estimates_and_runs_are_reproducible(world):
 
 def test_the_spread_is_about_as_large_as_the_errors(world):
     reference, _, true = world
-    clean, far = (spread(bulk_of(world, sd).to_numpy(), reference, 8, 0) for sd in (0.0, 1.0))
+    clean, far = (spread(bulk_of(world, sd).to_numpy(), reference, 8, 0, np.ones(N_TYPES)) for sd in (0.0, 1.0))
     assert clean.shape == true.shape and clean.mean() < far.mean()
     off = np.abs(deconvolve(reference, bulk_of(world, 1.0), n_members=0).proportions.to_numpy() - true)
     assert np.mean(off < 3 * far + 0.005) > 0.8
@@ -178,6 +186,38 @@ def test_reconstruction_r_by_numpy(world):
 
 def test_rna_shares_by_hand():
     np.testing.assert_allclose(to_rna(np.array([[0.5, 0.5]]), np.array([1000, 3000])), [[0.25, 0.75]])
+    np.testing.assert_allclose(to_cells(np.array([[0.25, 0.75]]), np.array([1000, 3000])), [[0.5, 0.5]])
+
+
+def test_published_mrna_contents_turn_shares_of_rna_into_shares_of_cells(world):
+    reference, means, _ = world
+    cells = np.array([[0.4, 0.3, 0.2, 0.1], [0.1, 0.1, 0.1, 0.7]])
+    content = np.array([4.0, 1.0, 1.0, 2.0])  # of real cells; the reference's counts do not show it
+    bulk = pd.DataFrame(cells * content @ (means / means.sum(axis=1, keepdims=True)), columns=reference.gene_names)
+    found = deconvolve(reference, bulk, n_members=3, rna_per_cell=content)
+    np.testing.assert_allclose(found.proportions, cells, atol=0.04)
+    np.testing.assert_allclose(
+        found.rna_proportions, cells * content / (cells * content).sum(axis=1, keepdims=True), atol=0.04
+    )
+    by_counts = deconvolve(reference, bulk, n_members=3)
+    pd.testing.assert_frame_equal(found.rna_proportions, by_counts.rna_proportions)
+    assert np.abs(by_counts.proportions.to_numpy() - cells).max() > 0.1
+    counts = reference.mean.sum(axis=1)
+    expected = by_counts.rna_proportions / counts
+    np.testing.assert_allclose(by_counts.proportions, expected.div(expected.sum(axis=1), axis=0))
+    few = deconvolve(
+        reference, bulk, n_members=3, rna_per_cell=content * [1e6, 1, 1, 1]
+    )  # cells of so much RNA are few
+    assert (few.proportions["a"] < 1e-4).all() and (few.spread["a"] < 1e-4).all() and (few.spread["b"] > 1e-3).all()
+
+
+def test_counts_per_cell_of_a_type_do_not_change_its_share_of_rna(world):
+    reference = world[0]
+    bulk = bulk_of(world, 0.5)
+    scale = np.array([1.0, 0.2, 1.0, 5.0])[:, None]
+    other = reference._replace(mean=reference.mean * scale, variance=reference.variance * scale**2)
+    first, second = (deconvolve(r, bulk, n_members=0).rna_proportions for r in (reference, other))
+    np.testing.assert_allclose(first, second, atol=1e-6)
 
 
 def test_cell_type_expression_divides_the_deviation_among_types_that_express_the_gene():
