@@ -6,11 +6,11 @@ os.environ.setdefault(
     "OMP_WAIT_POLICY", "passive"
 )  # threads that wait by spinning cost minutes where other jobs use the cores
 
-import pytest  # noqa: E402
-from helpers import STAGES, Workplace  # noqa: E402
-from server import Site  # noqa: E402
+import pytest
+from helpers import STAGES, Workplace
+from server import Site
 
-import lib.data.download  # noqa: E402
+import lib.data.download
 
 
 @pytest.fixture(scope="session")
