@@ -2,9 +2,8 @@
 
 import os
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # threads that wait by spinning cost minutes where other jobs use the cores
+# OpenMP threads that wait by spinning cost minutes where other jobs use the same cores; set before torch and XGBoost are loaded
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 from helpers import STAGES, Workplace
