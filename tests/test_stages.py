@@ -252,7 +252,7 @@ def test_a_regression_per_sample_writes_the_expression_of_each_type(pipeline, tm
     assert np.isfinite(expression.X).all() and (expression.X >= 0).all()
 
 
-def test_shares_of_rna_stand_beside_shares_of_cells_and_are_not_taken_for_them(pipeline, tmp_path):
+def test_shares_of_rna_are_written_beside_shares_of_cells_and_refused_in_their_place(pipeline, tmp_path):
     pd.read_csv(pipeline.data / "pseudobulk_test_counts.csv", index_col=0).iloc[:2].rename_axis(None).T.to_csv(
         tmp_path / "bulk.csv"
     )
@@ -260,7 +260,13 @@ def test_shares_of_rna_stand_beside_shares_of_cells_and_are_not_taken_for_them(p
     types = pd.read_csv(pipeline.data / "predicted_proportions.csv", index_col=0).columns
     content = pd.Series(np.arange(1.0, len(types) + 1), types)
     content.rename("rna_per_cell").rename_axis("cell_type").to_csv(tmp_path / "content.csv")
-    place.main(STAGES[5], BULK_FILE=str(tmp_path / "bulk.csv"), N_CELLS=20, RNA_PER_CELL=str(tmp_path / "content.csv"))
+    place.main(
+        STAGES[5],
+        BULK_FILE=str(tmp_path / "bulk.csv"),
+        N_CELLS=20,
+        RNA_PER_CELL=str(tmp_path / "content.csv"),
+        EVALUATE=False,
+    )
     cells, rna = (
         pd.read_csv(place.data / f"predicted_{name}.csv", index_col=0) for name in ("proportions", "rna_proportions")
     )

@@ -147,7 +147,7 @@ def read_counts(path: Path, stage: str) -> ad.AnnData:
     source = path.parent / "counts.h5ad"
     if path != source and source.exists() and (current := read_uns(source, "counts_id")) != adata.uns.get("counts_id"):
         raise ValueError(
-            f"{path} is stale: it was made of other counts of {adata.uns['dataset']} than {source} holds now "
+            f"{path} is stale: it was made from other counts of {adata.uns['dataset']} than {source} holds now "
             f"({read_uns(source, 'dataset')}, counts {current}; expected counts {adata.uns.get('counts_id')}); "
             "run _1_split_train_test.py again"
         )

@@ -52,7 +52,7 @@ def fitted(name: str, data, folder, **settings):
     )
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=["beta_vae", "pca_cvae", pytest.param("conv_cvae", marks=pytest.mark.slow)])
 def trained(request, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     return request.param, *fitted(request.param, data, folder)
@@ -260,14 +260,8 @@ def test_negative_expression_has_no_counts():
 # --- through the scripts
 
 
-@pytest.mark.parametrize(
-    "name, options",
-    [
-        pytest.param("beta_vae", {"TOP_MARKERS": 20}, marks=pytest.mark.slow),
-        ("pca_cvae", {}),
-        pytest.param("conv_cvae", {}, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name, options", [("beta_vae", {"TOP_MARKERS": 20}), ("pca_cvae", {}), ("conv_cvae", {})])
 def test_stages_3_and_5_run_the_baseline_that_a_constant_names(pipeline, tmp_path, name, options):
     models, fig = tmp_path / "models", tmp_path / "fig"
     pipeline.main(

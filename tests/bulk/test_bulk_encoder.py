@@ -16,6 +16,7 @@ from lib.models.sampling import Shift, fit_prior, generate
 from lib.training import Trainer
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.slow  # all but two share one trained GMVAE and encoder
 N_TYPES, N_GENES = 3, 60
 
 

@@ -21,7 +21,7 @@ from lib.data.embedding import (
 )
 
 
-@pytest.mark.parametrize("n_cells", [60, 8300])
+@pytest.mark.parametrize("n_cells", [60, pytest.param(8300, marks=pytest.mark.slow)])
 def test_cells_of_one_type_lie_together(n_cells):
     adata = simulated_dataset(n_cells=n_cells, n_genes=80)
     embedding = embed(principal_components(adata, n_top_genes=60, n_pcs=10), n_neighbors=10, seed=0)

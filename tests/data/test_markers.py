@@ -50,6 +50,7 @@ def test_both_forms_of_the_table_give_the_same_markers(tmp_path):
         read_markers(plain)
 
 
+@pytest.mark.slow
 def test_clusters_of_blood_cells_get_their_names(pipeline, tmp_path):
     """On real cells, the types by markers agree with the labels of the source."""
     place = Workplace(tmp_path)

@@ -13,6 +13,7 @@ from lib.data.counts import log_normalize
 from lib.models.sampling import reconstruct
 
 
+@pytest.mark.slow
 def test_reconstructed_cells_follow_their_own_input():
     """Not only the type: within a type, a cell's reconstruction correlates with the programme of its own input."""
     counts, types = simulated_cells(n_cells=600)

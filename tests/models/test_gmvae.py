@@ -43,6 +43,7 @@ def test_it_beats_a_model_without_latent_variables_on_cells_it_has_not_seen(data
     assert model.log_likelihood(test, n_samples=50).mean() > nb_per_type_log_likelihood(train, test).mean() + 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [{"dispersion": "gene"}, {"decoder": "mlp"}, {"likelihood": "zinb", "decoder": "mlp", "dispersion": "gene-cell"}],
@@ -130,6 +131,7 @@ def test_mixed_batches_equal_their_parts(data):
     assert sum(decoded) == 2 * (4 + 4 * 3)  # a labelled cell is decoded once, whoever shares its batch
 
 
+@pytest.mark.slow
 def test_unlabelled_cells_help_and_get_their_types_back(data):
     (counts, types), (test_counts, test_types) = data
     few = np.where(np.random.default_rng(0).random(len(types)) < 0.1, types, -1)
@@ -239,6 +241,7 @@ def test_half_precision_keeps_the_likelihood_in_float32(data):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.slow
 def test_dispersion_is_that_of_each_type(data):
     """A gene that is steady in one type and erratic in another gets a theta for each."""
     rng = np.random.default_rng(0)
@@ -255,6 +258,7 @@ def test_dispersion_is_that_of_each_type(data):
     assert fano[0] > 2.5 * fano[1]
 
 
+@pytest.mark.slow
 def test_a_gene_follows_a_programme_only_in_the_types_where_it_does():
     """Thirty genes move together in two types of three; in the third, half of them stand still."""
     rng = np.random.default_rng(0)
@@ -271,6 +275,7 @@ def test_a_gene_follows_a_programme_only_in_the_types_where_it_does():
     assert fano[0] < 0.5 * fano[1]
 
 
+@pytest.mark.slow
 def test_z_spreads_as_held_out_cells_do(data):
     """The encoder has adapted to its train cells and spreads them too much; new cells vary as encoded held-out cells do."""
     (counts, types), held_out = data
