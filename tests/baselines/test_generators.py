@@ -17,7 +17,6 @@ from lib.models.profiles import GeneMarginals
 from lib.training import load_checkpoint
 
 CPU = torch.device("cpu")
-NAMES = ("beta_vae", "pca_cvae", "conv_cvae")
 ABOUT = {
     "stage": "_3_train_gmvae.py",
     "constants": {},
