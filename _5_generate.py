@@ -230,7 +230,7 @@ def shift_of(prediction: Prediction | None, model: torch.nn.Module, test: ad.Ann
     checkpoint, bulk, estimate = prediction
     if bulk_encoder.weights_id(model) != checkpoint["gmvae_id"]:
         raise ValueError(
-            f"{MODELS_DIR}/bulk_encoder.pt was trained for another model than {MODELS_DIR}/gmvae.pt; "
+            "models/bulk_encoder.pt was trained for another model than models/gmvae.pt; "
             "run _4_train_sctape.py --network bulk_encoder again, or set DECONVOLUTION to regression"
         )
     shift = bulk_encoder.shift(checkpoint, bulk)
