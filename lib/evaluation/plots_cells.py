@@ -269,6 +269,10 @@ def comparison(table: pd.DataFrame, reference: pd.Series, path: Path) -> None:
     panels = np.ravel(figure.subplots(3, 4))
     for axes, metric in zip(panels, COMPARED):
         values = table.loc[metric]
+        if values.isna().all():
+            axes.set_title(f"{metric}: too few cells of any type", fontsize=9)
+            axes.set(xticks=[], yticks=[])
+            continue
         axes.barh(places, values, color=colours, height=0.7)
         axes.axvline(reference[metric], c=REAL, lw=1.5, ls="--")
         low, high = min(0.0, values.min(), reference[metric]), max(values.max(), reference[metric])

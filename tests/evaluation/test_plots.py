@@ -140,6 +140,14 @@ def test_comparison_shows_each_generator_and_the_reference(saved, tmp_path):
     assert axes.get_xlim()[0] < -0.1 and len(saved[0].axes) == 12
 
 
+def test_comparison_says_where_a_metric_could_not_be_computed(saved, tmp_path):
+    table = pd.DataFrame({"gmvae": 0.6, "beta_vae": 0.1}, index=list(plots_cells.COMPARED))
+    table.loc["marker overlap"] = np.nan
+    plots_cells.comparison(table, pd.Series(0.5, index=table.index), tmp_path / "comparison.png")
+    axes = saved[0].axes[plots_cells.COMPARED.index("marker overlap")]
+    assert "too few cells" in axes.get_title() and not axes.patches
+
+
 def test_type_correlation_and_composition_show_their_tables(saved, tmp_path):
     table = pd.DataFrame([[0.9, -0.2, 0.1]], index=["B"], columns=TYPES)
     plots_cells.type_correlation(table, 30, tmp_path / "type_correlation.png")
