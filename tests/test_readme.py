@@ -69,7 +69,6 @@ COMMANDS: dict[str, Run | Elsewhere | Installation] = {
     "python tests/benchmarks/fidelity.py --data data/counts.h5ad --plot fig/readme_umap_by_cell_type.png": Run(
         "--seeds 1 --only real ours nb"
     ),
-    "python tests/benchmarks/fidelity.py --data data/counts.h5ad --ablation": Run("--seeds 1"),
     "python tests/benchmarks/deconvolution.py": Run("--cases a --seeds 0 --only regression true-rna"),
     ".venv/bin/pip install -r requirements.txt -r tests/benchmarks/requirements.txt": Installation(),
     "python tests/benchmarks/fidelity.py --data data/counts.h5ad": Run(
