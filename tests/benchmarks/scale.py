@@ -87,7 +87,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     for n_cells in arguments.cells:
-        place = arguments.folder / str(n_cells)
+        place = arguments.folder.resolve() / str(n_cells)
         (place / "data").mkdir(parents=True, exist_ok=True)
         if not (place / "data" / "counts.h5ad").exists():
             simulate(n_cells, place / "data" / "counts.h5ad")
