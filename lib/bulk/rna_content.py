@@ -122,9 +122,8 @@ def rna_per_cell(setting: str, reference: Reference) -> pd.DataFrame:
     values, is_known = published_values(), np.array(known)
     matched = np.array([values[kind] if found else np.nan for kind, found in zip(named, known)])
     scale = np.exp(np.mean(np.log(matched[is_known] / counts[is_known])))
-    published = [
-        f"published, {kind}" + ("" if kind in epic_types() else " (other sources on EPIC's scale)") for kind in named
-    ]
+    epic = epic_types()
+    published = [f"published, {kind}" + ("" if kind in epic else " (other sources on EPIC's scale)") for kind in named]
     source = np.where(is_known, published, "counts per cell of the reference, scaled")
     return pd.DataFrame({"rna_per_cell": np.where(is_known, matched, scale * counts), "source": source}, index=types)
 
