@@ -47,6 +47,11 @@ BULK_FILE: str | None = None  # a bulk table to be deconvolved later: select amo
 GENE_IDS: str | None = None  # table of Ensembl IDs and gene names, for a BULK_FILE with IDs
 MIN_GENE_COVERAGE = 0.5  # least share of the selected (or signature) genes that a bulk of stage 5 must have (ours)
 
+# Augmentation of scTAPE's mixtures
+PLATFORM_SD = (
+    1.0  # each mixture is measured by a simulated platform: sd of log factors of the genes, at most; 0: none (paper)
+)
+
 # Training
 EPOCHS = 128  # at most; early stopping may end it sooner (original code: 640)
 BATCH_SIZE = 200  # mixtures (original code: 600)
@@ -104,14 +109,15 @@ def train_sctape(mixtures: ad.AnnData, train: ad.AnnData, models: Path, device: 
     print_sizes(fit, held_out, len(genes), f"{len(cell_types)} cell types; on {device}")
 
     torch.manual_seed(SEED)
-    model = ScTAPE(len(genes), len(cell_types), DROPOUT)
+    model = ScTAPE(len(genes), len(cell_types), DROPOUT, PLATFORM_SD)
     model.initialise(fit[0])
     about = description(model, mixtures, genes, mean_profile) | {"reference": reference.to_checkpoint()}
     torch.manual_seed(SEED + parallel.RANK)  # each process has its own dropout
     trainer = train_network(model.to(device), about, fit, held_out, models)
     constant = np.abs(proportions[~is_fit] - proportions[is_fit].mean(axis=0)).mean()
+    platforms = "on simulated platforms " if PLATFORM_SD else ""
     accuracy = (
-        f"mean absolute error of the proportions {trainer.best_criterion:.4f} by the scTAPE network, "
+        f"mean absolute error of the proportions {platforms}{trainer.best_criterion:.4f} by the scTAPE network, "
         f"{constant:.4f} by a constant (the mean of the training mixtures); the regression is evaluated in stage 5"
     )
     return trainer, accuracy

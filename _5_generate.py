@@ -47,7 +47,9 @@ from lib.training import check_checkpoint, keep_freed_memory, load_checkpoint
 # What to generate
 BULK_FILE: str | None = None  # bulk table: csv, tsv, xlsx or h5ad (cells are summed); none: sum of the test cells
 N_CELLS = 1000  # for each sample of BULK_FILE or PROPORTIONS_FILE; for the sum of the test cells, as many as test cells
-DECONVOLUTION: proportions.Method = "regression"  # or regression-per-sample, regression-unadapted, sctape, bulk_encoder
+DECONVOLUTION: proportions.Method = (
+    "regression"  # or regression-per-sample, sctape, sctape-adapted, ...: lib/bulk/README.md
+)
 RNA_PER_CELL = "auto"  # RNA to cells: auto (published where known), reference, published or a table: lib/bulk/README.md
 BULK_UNITS: Literal["auto", "tpm", "fpkm", "counts", "log2"] = "auto"  # of BULK_FILE; auto: recognised and printed
 BULK_GROUP: str | None = None  # column of obs of an .h5ad BULK_FILE, by which its rows are summed to samples

@@ -42,7 +42,16 @@ def test_two_processes_train_the_gmvae_that_one_trains(tmp_path, options):
 
 def test_two_processes_train_sctape(tmp_path):
     one, two = cells(tmp_path / "one"), cells(tmp_path / "two")
-    options = ["--epochs", "6", "--dropout", "0", "--batch-size", "50"]
+    options = [
+        "--epochs",
+        "6",
+        "--dropout",
+        "0",
+        "--platform-sd",
+        "0",
+        "--batch-size",
+        "50",
+    ]  # no noise of a process's own
     for place in (one, two):
         place.run(STAGES[2], "--n-train-samples", "400", "--cells-per-sample", "200")
     one.run(STAGES[4], *options)

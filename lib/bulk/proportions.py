@@ -13,14 +13,19 @@ from lib.bulk.regression import MODES, Estimate, deconvolve, to_cells, to_rna
 from lib.bulk.rna_content import print_rna_per_cell, rna_per_cell
 from lib.files import replacing
 
-Method = Literal["regression", "regression-per-sample", "regression-unadapted", "sctape", "bulk_encoder"]
+Method = Literal[
+    "regression", "regression-per-sample", "regression-unadapted", "sctape", "sctape-adapted", "sctape-per-sample", "bulk_encoder"
+]  # fmt: skip
+ADAPTATION: dict[str, sctape.Adaptation] = {
+    "sctape": "none", "sctape-adapted": "overall", "sctape-per-sample": "per-sample",
+}  # fmt: skip
 
 RNA_HEADER = "sample (shares of RNA)"  # of the index column of predicted_rna_proportions.csv, to distinguish it from shares of cells
 
 
 def methods_of(checkpoint: dict[str, Any]) -> tuple[str, ...]:
     """Values of DECONVOLUTION that a checkpoint of stage 4 serves: models/bulk_encoder.pt one, models/sctape.pt all others."""
-    return ("bulk_encoder",) if "gmvae_id" in checkpoint else (*MODES, "sctape")
+    return ("bulk_encoder",) if "gmvae_id" in checkpoint else (*MODES, *ADAPTATION)
 
 
 def estimate(
@@ -40,7 +45,8 @@ def estimate(
     bulk
         Samples x genes, TPM.
     method
-        A mode of `lib.bulk.regression.deconvolve`; "sctape": the network alone; "bulk_encoder". The networks give no spread.
+        A mode of `lib.bulk.regression.deconvolve`; "sctape": the scTAPE network as trained, "sctape-adapted" and
+        "sctape-per-sample": adapted to all samples, or to each; "bulk_encoder". The networks give no spread.
     n_members
         Size of the ensemble that gives the spread; 0 for none.
     rna_setting
@@ -57,20 +63,27 @@ def estimate(
         content = rna_per_cell(rna_setting, reference)
         print_rna_per_cell(content)
         values = content["rna_per_cell"].to_numpy()
-    mode = "regression-unadapted" if method == "sctape" else method
-    found = deconvolve(reference, bulk, mode, n_members, seed, coverage, values)
-    if method == "sctape":
-        network = sctape.ScTAPE.from_checkpoint(checkpoint)
-        signature = pd.DataFrame(network.signature_matrix().numpy(), checkpoint["cell_types"], checkpoint["gene_names"])
-        counts_per_cell = reference.mean.sum(axis=1)  # the network is trained on sums of the train cells' counts
-        rna = to_rna(sctape.predict(checkpoint, bulk).to_numpy(), counts_per_cell)
-        cells = to_cells(rna, counts_per_cell if values is None else values)
-        tables = {
-            name: pd.DataFrame(table, bulk.index, reference.cell_types)
-            for name, table in (("proportions", cells), ("rna_proportions", rna))
-        }
-        found = found._replace(**tables, spread=found.spread * np.nan, signature=np.expm1(signature))
-    return found
+    if method in MODES:
+        return deconvolve(reference, bulk, method, n_members, seed, coverage, values)
+    fitted = deconvolve(reference, bulk, "regression-unadapted", 0, seed, coverage, values)
+    return _by_network(checkpoint, bulk, ADAPTATION[method], fitted, reference, values)
+
+
+def _by_network(
+    checkpoint: dict[str, Any], bulk: pd.DataFrame, adaptation: sctape.Adaptation, fitted: Estimate, reference: Reference,
+    rna_per_cell: np.ndarray | None,
+) -> Estimate:  # fmt: skip
+    """Estimate of the scTAPE network; how well the reference explains a sample is taken from `fitted`, a regression."""
+    predicted = sctape.predict(checkpoint, bulk, adaptation)
+    counts_per_cell = reference.mean.sum(axis=1)  # the network is trained on sums of the train cells' counts
+    rna = to_rna(predicted.proportions.to_numpy(), counts_per_cell)
+    cells = to_cells(rna, counts_per_cell if rna_per_cell is None else rna_per_cell)
+    return fitted._replace(
+        proportions=pd.DataFrame(cells, bulk.index, reference.cell_types),
+        rna_proportions=pd.DataFrame(rna, bulk.index, reference.cell_types),
+        signature=pd.DataFrame(predicted.signatures.mean(axis=0), checkpoint["cell_types"], checkpoint["gene_names"]),
+        expression=predicted.signatures if adaptation == "per-sample" else None,
+    )
 
 
 def scaled_reference(checkpoint: dict[str, Any]) -> Reference:

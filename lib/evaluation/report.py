@@ -67,7 +67,7 @@ def evaluate_proportions(
     baselines = {
         "constant: train frequencies": pd.DataFrame(np.tile(frequencies, (len(true), 1)), true.index, true.columns)
     }
-    methods = proportions.methods_of(checkpoint)
+    methods = [name for name in proportions.methods_of(checkpoint) if name == method or not name.startswith("sctape-")]
     if method != "bulk_encoder":
         baselines["NNLS on markers"] = nnls_on_markers(tpm, proportions.scaled_reference(checkpoint))
     estimates = {name: proportions.estimate(checkpoint, tpm, name, 0, seed).proportions for name in methods}

@@ -21,7 +21,7 @@ import scipy.sparse as sp
 from deconvolution import BLOOD_GROUPS, DATA
 
 from lib.bulk.reference import Reference, reference_profiles
-from lib.bulk.regression import deconvolve
+from lib.bulk.regression import MODES, deconvolve
 from lib.bulk.rna_content import rna_per_cell
 from lib.evaluation import metrics
 
@@ -130,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=9, help="of a series")
-    parser.add_argument("--mode", default="overall")
+    parser.add_argument("--mode", choices=MODES, default="regression")
     arguments = parser.parse_args()
     sets = {name: read_cells(name) for name in BLOOD_GROUPS}
     rows = []
