@@ -29,7 +29,7 @@ genes it takes more than 20 GB.
 import argparse
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import anndata as ad
 import numpy as np
@@ -66,6 +66,8 @@ SHARES = {"sparse": 0.25, "rare": 0.25, "near": 0.0}  # of the mixtures of test 
 PLATFORM_SD, DEPTH, DEPTH_SD, LOST = 0.5, 1e6, 0.3, 0.05
 N_TRAIN_SAMPLES = 5000  # of either network: the released default
 PEER_GENES = 2000
+MAX_PER_SAMPLE = 40  # bulk samples that the network is adapted to one by one: half a minute each on a busy core
+TRAINED: dict[str, Any] = {}  # the last network, and what it was trained for
 N_BOOTSTRAP = 2000  # of the samples of (d)
 
 # Case (d): columns of the truth, and the group of each type; types of no group are not in the truth
@@ -96,6 +98,7 @@ PUBLISHED = {
 
 
 class Case(NamedTuple):
+    dataset: str  # of the train cells, with the genes of the bulk
     train: ad.AnnData  # cells x genes, raw counts, obs["cell_type"]
     bulk: pd.DataFrame  # samples x genes
     truth: pd.DataFrame  # samples x types
@@ -151,7 +154,7 @@ def mixtures(seed: int, distorted: bool) -> Case:
         values[rng.random(values.shape) < LOST] = 0
     truth = pd.DataFrame(cells / CELLS_PER_MIXTURE, columns=types)
     by_library_size = pd.DataFrame(by_train_libraries / by_train_libraries.sum(axis=1, keepdims=True), columns=types)
-    return Case(train, pd.DataFrame(values, columns=test.var_names), truth, False, by_library_size)
+    return Case("a and b", train, pd.DataFrame(values, columns=test.var_names), truth, False, by_library_size)
 
 
 def lung(pooled: bool) -> Case:
@@ -170,7 +173,7 @@ def lung(pooled: bool) -> Case:
     if pooled:
         mix = bulk.index.str.split("_").str[0]
         bulk, truth = bulk.groupby(mix).sum(), truth.groupby(mix).mean()
-    return Case(train, bulk, truth, True, None)
+    return Case("c", train, bulk, truth, True, None)
 
 
 def mean_library(train: ad.AnnData) -> np.ndarray:
@@ -188,15 +191,28 @@ def regression(case: Case, seed: int, mode: str) -> pd.DataFrame:
     return deconvolve(reference_of(case.train), case.bulk, mode, seed=seed).proportions
 
 
-def our_network(case: Case, seed: int) -> pd.DataFrame:
+def our_network(case: Case, seed: int, adaptation: sctape.Adaptation = "none") -> pd.DataFrame | None:
     """Stages 2 and 4 as they are, on as many mixtures as the released scTAPE makes."""
-    genes = case.train.var_names.isin(case.bulk.columns)
-    train = case.train[:, genes].copy()
-    with workplace(train, train) as place:  # stage 2 also mixes test cells; these mixtures are not used
-        place.main("_2_make_pseudobulk.py", SEED=seed, N_TRAIN_SAMPLES=N_TRAIN_SAMPLES, N_TEST_DIRICHLET=1)
-        place.main("_4_train_sctape.py", SEED=seed)
-        checkpoint = load_checkpoint(place.models / "sctape.pt", "_4_train_sctape.py")
-    return sctape.predict(checkpoint, case.bulk)
+    if adaptation == "per-sample" and len(case.bulk) > MAX_PER_SAMPLE:
+        return None
+    return sctape.predict(our_checkpoint(case, seed), case.bulk, adaptation).proportions
+
+
+def our_checkpoint(case: Case, seed: int) -> dict[str, Any]:
+    """The network of a case, trained once for all methods that use it."""
+    if TRAINED.get("of") != (case.dataset, seed):
+        genes = case.train.var_names.isin(case.bulk.columns)
+        train = case.train[:, genes].copy()
+        with workplace(train, train) as place:  # stage 2 also mixes test cells; these mixtures are not used
+            place.main("_2_make_pseudobulk.py", SEED=seed, N_TRAIN_SAMPLES=N_TRAIN_SAMPLES, N_TEST_DIRICHLET=1)
+            place.main("_4_train_sctape.py", SEED=seed)
+            checkpoint = load_checkpoint(place.models / "sctape.pt", "_4_train_sctape.py")
+        TRAINED.update(of=(case.dataset, seed), checkpoint=checkpoint)
+    return TRAINED["checkpoint"]
+
+
+def mean_of_both(case: Case, seed: int) -> pd.DataFrame:
+    return (regression(case, seed, "regression") + our_network(case, seed)) / 2
 
 
 def nnls(case: Case, seed: int) -> pd.DataFrame:
@@ -204,8 +220,8 @@ def nnls(case: Case, seed: int) -> pd.DataFrame:
 
 
 def constant(case: Case, seed: int) -> pd.DataFrame:
-    frequencies = case.train.obs["cell_type"].value_counts(normalize=True)[case.truth.columns]
-    return pd.DataFrame(np.tile(frequencies, (len(case.truth), 1)), case.bulk.index, case.truth.columns)
+    frequencies = case.train.obs["cell_type"].value_counts(normalize=True).sort_index()
+    return pd.DataFrame(np.tile(frequencies, (len(case.bulk), 1)), case.bulk.index, frequencies.index.astype(str))
 
 
 def released_sctape(case: Case, seed: int) -> pd.DataFrame:
@@ -229,6 +245,9 @@ METHODS = {
     "per-sample": ("regression-per-sample", lambda case, seed: regression(case, seed, "regression-per-sample")),
     "unadapted": ("regression-unadapted", lambda case, seed: regression(case, seed, "regression-unadapted")),
     "network": ("scTAPE, stage 4", our_network),
+    "network-adapted": ("scTAPE, adapted to all", lambda case, seed: our_network(case, seed, "overall")),
+    "network-per-sample": ("scTAPE, adapted to each", lambda case, seed: our_network(case, seed, "per-sample")),
+    "mean": ("mean of regression and scTAPE", mean_of_both),
     "nnls": ("NNLS on markers", nnls),
     "constant": ("constant", constant),
     "true-rna": ("true RNA, train libraries", lambda case, seed: case.by_library_size),
@@ -277,33 +296,36 @@ def estimated(case: Case, key: str, method: str, seed: int) -> pd.DataFrame | No
     return table.rename_axis("cells").reset_index()
 
 
-def blood_estimates(name: str) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
-    """Case (d): proportions of cells by each method, and the spread of ours; samples x types of the reference."""
+def blood_case(name: str) -> Case:
+    """Case (d), with the percentages of mass cytometry as the truth."""
     adata = ad.read_h5ad(case_file(f"{name}.h5ad"))
     counts = sp.csr_matrix(adata.X, dtype=np.float32)
     genes = counts.getnnz(axis=0) >= 3
     cell_type = pd.Categorical(adata.obs["cell_type"].astype(str))
-    reference = reference_of(as_cells(counts[:, genes], cell_type, adata.var_names[genes], name))
+    train = as_cells(counts[:, genes], cell_type, adata.var_names[genes], name)
     bulk = pd.read_csv(case_file("pbmc_bulk_tpm.csv.gz"), index_col=0).T
+    percent = pd.read_csv(case_file("pbmc_bulk_cytof.csv"), index_col=0)
+    have = set(BLOOD_GROUPS[name].values())
+    truth = pd.DataFrame({group: percent[column] for group, column in CYTOMETRY.items() if group in have})
+    return Case(f"d, {name}", train, bulk, truth.loc[bulk.index], False, None)
+
+
+def blood_estimates(case: Case, methods: list[str]) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
+    """Case (d): proportions of cells by each method, and the spread of the regression; samples x types of the reference."""
+    reference = reference_of(case.train)
     content, by_counts = (
         rna_per_cell(setting, reference)["rna_per_cell"].to_numpy() for setting in ("auto", "reference")
     )
-    found = deconvolve(reference, bulk, rna_per_cell=content)
-    baseline = nnls_on_markers(bulk, reference)
-    return {
-        "ours": found.proportions,
-        "ours, reference's counts per cell": pd.DataFrame(
-            to_cells(found.rna_proportions.to_numpy(), by_counts), bulk.index, reference.cell_types
-        ),
-        "ours, per sample": deconvolve(reference, bulk, "regression-per-sample", 0, rna_per_cell=content).proportions,
-        "ours, not adaptive": deconvolve(reference, bulk, "regression-unadapted", 0, rna_per_cell=content).proportions,
-        "NNLS on markers": pd.DataFrame(
-            to_cells(to_rna(baseline.to_numpy(), by_counts), content), bulk.index, reference.cell_types
-        ),
-        "constant": pd.DataFrame(
-            np.tile(reference.n_cells / reference.n_cells.sum(), (len(bulk), 1)), bulk.index, reference.cell_types
-        ),
-    }, found.spread
+    estimates = {}
+    for method in methods:
+        cells = METHODS[method][1](case, 0)
+        estimates[METHODS[method][0]] = cells
+        if method != "constant":
+            by_content = to_cells(to_rna(cells[reference.cell_types].to_numpy(), by_counts), content)
+            estimates[METHODS[method][0]] = pd.DataFrame(by_content, cells.index, reference.cell_types)
+        if method == "regression":
+            estimates["regression, reference's counts per cell"] = cells
+    return estimates, deconvolve(reference, case.bulk, rna_per_cell=content).spread
 
 
 def grouped(table: pd.DataFrame, groups: dict[str, str], level: str) -> pd.DataFrame:
@@ -317,12 +339,11 @@ def blood_figures(true: np.ndarray, estimate: np.ndarray) -> list[float]:
     return [metrics.mae(true, estimate), np.sqrt(np.square(true - estimate).mean()), metrics.ccc(true, estimate)]
 
 
-def blood(name: str) -> pd.DataFrame:
+def blood(name: str, methods: list[str]) -> pd.DataFrame:
     """Case (d): one row per level and method."""
-    estimates, spread = blood_estimates(name)
-    percent = pd.read_csv(case_file("pbmc_bulk_cytof.csv"), index_col=0)
-    groups = BLOOD_GROUPS[name]
-    truth = pd.DataFrame({group: percent[column] for group, column in CYTOMETRY.items() if group in groups.values()})
+    case = blood_case(name)
+    estimates, spread = blood_estimates(case, methods)
+    truth, groups = case.truth, BLOOD_GROUPS[name]
     rng = np.random.default_rng(SPLIT_SEED)
     samples = rng.integers(0, len(truth), (N_BOOTSTRAP, len(truth)))
     rows = []
@@ -346,10 +367,10 @@ def blood(name: str) -> pd.DataFrame:
                     f"{group} r": metrics.pearson(a[:, k], b[:, k]) if np.ptp(b[:, k]) > 1e-9 else np.nan,
                     f"{group} ratio": b[:, k].mean() / a[:, k].mean(),
                 }
-            if method == "ours":
+            if method == "regression":
                 deviation = np.sqrt(grouped(spread**2, groups, level).loc[true.index, true.columns]).div(total, axis=0)
                 row["coverage"] = (np.abs(a - b) <= 2 * deviation.to_numpy()).mean()
-            if level != "T" and method == "ours":
+            if level != "T" and method == "regression":
                 print(five_types(name, true, table))
             rows.append(row)
     return pd.DataFrame(rows)
@@ -382,7 +403,8 @@ def main() -> None:
     arguments = options.parse_args()
     CELLS, DATA = arguments.data, arguments.folder
     if "d" in arguments.cases:
-        table = pd.concat([blood(name) for name in BLOOD_GROUPS])
+        methods = [method for method in arguments.only if method not in ("true-rna", "sctape")]
+        table = pd.concat([blood(name, methods) for name in BLOOD_GROUPS])
         for _, part in table.groupby(["level", "reference"], sort=False):
             shown = part.dropna(axis=1, how="all")
             print("\n(d)", shown.to_string(index=False, float_format="{:.2f}".format, na_rep=""), flush=True)
