@@ -31,8 +31,8 @@ from lib.baselines import registry
 from lib.bulk import bulk_encoder, proportions
 from lib.bulk.anndata_bulk import holds_cells
 from lib.bulk.cell_counts_table import read_cell_numbers, read_proportions
+from lib.bulk.deconvolution import Estimate
 from lib.bulk.pseudobulk import largest_remainder
-from lib.bulk.regression import Estimate
 from lib.bulk.rna_content import SETTINGS, table_path
 from lib.bulk.tables import read_bulk, read_gene_ids, to_tpm
 from lib.data.counts import read_split, row_blocks, write_blocks, write_counts, write_mtx

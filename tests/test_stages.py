@@ -14,8 +14,8 @@ import torch
 from helpers import FEW, STAGES, Workplace, simulated_dataset, split_only
 
 from lib.bulk import sctape
+from lib.bulk.deconvolution import deconvolve
 from lib.bulk.reference import Reference
-from lib.bulk.regression import deconvolve
 from lib.data.batches import CellDataset
 from lib.data.counts import read_split
 from lib.evaluation.metrics import mae

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 
 from lib.bulk import bulk_encoder, sctape
+from lib.bulk.deconvolution import MODES, Estimate, deconvolve
 from lib.bulk.reference import Reference
-from lib.bulk.regression import MODES, Estimate, deconvolve, to_cells, to_rna
-from lib.bulk.rna_content import print_rna_per_cell, rna_per_cell
+from lib.bulk.rna_content import print_rna_per_cell, rna_per_cell, to_cells, to_rna
 from lib.files import replacing
 
 Method = Literal[
@@ -45,7 +45,7 @@ def estimate(
     bulk
         Samples x genes, TPM.
     method
-        A mode of `lib.bulk.regression.deconvolve`; "sctape": the scTAPE network as trained, "sctape-adapted" and
+        A mode of `lib.bulk.deconvolution.deconvolve`; "sctape": the scTAPE network as trained, "sctape-adapted" and
         "sctape-per-sample": adapted to all samples, or to each; "bulk_encoder". The networks give no spread.
     n_members
         Size of the ensemble that gives the spread; 0 for none.
@@ -55,29 +55,28 @@ def estimate(
     """
     if method == "bulk_encoder":
         shares = bulk_encoder.predict(checkpoint, bulk)
-        no_rna = shares * np.nan
-        return Estimate(shares, no_rna, no_rna, pd.DataFrame({"warning": ""}, shares.index), None, None)
+        unknown, samples = shares * np.nan, pd.DataFrame({"warning": ""}, shares.index)
+        return Estimate(shares, unknown, unknown, unknown, pd.DataFrame(), samples, None, None)
     reference, coverage = scaled_reference(checkpoint), checkpoint["constants"]["MIN_GENE_COVERAGE"]
-    values = None
+    content = None
     if rna_setting != "reference":
         content = rna_per_cell(rna_setting, reference)
         print_rna_per_cell(content)
-        values = content["rna_per_cell"].to_numpy()
     if method in MODES:
-        return deconvolve(reference, bulk, method, n_members, seed, coverage, values)
-    fitted = deconvolve(reference, bulk, "regression-unadapted", 0, seed, coverage, values)
-    return _by_network(checkpoint, bulk, ADAPTATION[method], fitted, reference, values)
+        return deconvolve(reference, bulk, method, n_members, seed, coverage, content)
+    fitted = deconvolve(reference, bulk, "regression-unadapted", 0, seed, coverage, content)
+    return _by_network(checkpoint, bulk, ADAPTATION[method], fitted, reference, content)
 
 
 def _by_network(
     checkpoint: dict[str, Any], bulk: pd.DataFrame, adaptation: sctape.Adaptation, fitted: Estimate, reference: Reference,
-    rna_per_cell: np.ndarray | None,
+    content: pd.DataFrame | None,
 ) -> Estimate:  # fmt: skip
     """Estimate of the scTAPE network; how well the reference explains a sample is taken from `fitted`, a regression."""
     predicted = sctape.predict(checkpoint, bulk, adaptation)
     counts_per_cell = reference.mean.sum(axis=1)  # the network is trained on sums of the train cells' counts
     rna = to_rna(predicted.proportions.to_numpy(), counts_per_cell)
-    cells = to_cells(rna, counts_per_cell if rna_per_cell is None else rna_per_cell)
+    cells = to_cells(rna, counts_per_cell if content is None else content["rna_per_cell"].to_numpy())
     return fitted._replace(
         proportions=pd.DataFrame(cells, bulk.index, reference.cell_types),
         rna_proportions=pd.DataFrame(rna, bulk.index, reference.cell_types),
@@ -98,13 +97,16 @@ def write(found: Estimate, data: Path) -> list[Path]:
     """Write the tables of an estimate and print its proportions and warnings."""
     tables = {"predicted_proportions": found.proportions}
     if found.signature is not None:
-        tables["predicted_rna_proportions"] = found.rna_proportions.rename_axis(RNA_HEADER)
         tables |= {
             "predicted_spread": found.spread,
+            "predicted_rna_proportions": found.rna_proportions.rename_axis(RNA_HEADER),
+            "predicted_rna_spread": found.rna_spread.rename_axis(RNA_HEADER),
+            "predicted_merged": found.merged,
             "predicted_samples": found.samples,
             "signature_matrix": found.signature,
         }
         _print_proportions(found.proportions, found.spread)
+        _print_merged(found.merged)
     for sample, row in found.samples[found.samples["warning"] != ""].iterrows():
         print(
             f"WARNING: {sample}: {row['warning']} (r = {row['reference_r']:.2f}; unexplained: {row['unexplained_genes']}): "
@@ -121,9 +123,18 @@ def write(found: Estimate, data: Path) -> list[Path]:
     return paths
 
 
+def _print_merged(merged: pd.DataFrame) -> None:
+    """Types that the bulk hardly distinguishes, with the mean over the samples of their sum."""
+    for names, rows in merged.groupby("cell_types"):
+        print(
+            f"the bulk hardly distinguishes {names}: more certain is their sum, on average {rows['proportion'].mean():.3f} "
+            f"+- {rows['spread'].mean():.3f} (predicted_merged.csv)"
+        )
+
+
 def _print_proportions(shares: pd.DataFrame, spread: pd.DataFrame) -> None:
     summary = shares.map("{:.3f}".format) + " +- " + spread.map("{:.3f}".format)
-    print(f"proportions of cells and their spread over the ensemble:\n{summary.head(10).to_string()}")
+    print(f"proportions of cells and their spread (standard deviation):\n{summary.head(10).to_string()}")
     if len(summary) > 10:
         print(f"... and {len(summary) - 10:,} more samples")
 

@@ -21,6 +21,8 @@ from lib.files import user_path
 TABLE = Path(__file__).with_name("rna_per_cell.csv")
 FIRST_SOURCE = "EPIC"  # whose scale the others are brought to
 SETTINGS = ("auto", "reference", "published")
+PUBLISHED_LOG_SD = 0.3  # of log published values: the sources of the table differ by so much, on one scale
+UNKNOWN_LOG_SD = 0.55  # of the log of the reference's counts: half of log 3, the ratio of a monocyte's to a T cell's
 MIN_MARKERS = 2  # of a kind, among the genes of the reference: with fewer, a match cannot be confirmed
 MIN_RELATIVE = 0.3  # expression of the markers in the type, relative to the type that expresses them most, on average
 MIN_CPM = 20  # counts per million of a marker that is expressed; half of the markers must be
@@ -52,6 +54,17 @@ KINDS = {
     "NK": Kind(r"\bnk\b|natural killer", ("NKG7", "GNLY", "KLRD1", "KLRF1", "PRF1", "CTSW")),
     "B": Kind(r"\bb\b|\bb ?cells?\b", ("MS4A1", "CD79A", "CD79B", "CD19", "BANK1")),
 }
+
+
+def to_rna(proportions: np.ndarray, rna_per_cell: np.ndarray) -> np.ndarray:
+    """Shares of RNA from shares of cells (last axis: types), which sum to 1: each type times its RNA per cell."""
+    rna = proportions * rna_per_cell
+    return rna / rna.sum(axis=-1, keepdims=True)
+
+
+def to_cells(rna: np.ndarray, rna_per_cell: np.ndarray) -> np.ndarray:
+    """Shares of cells from shares of RNA, rows sum to 1: each type divided by its mRNA per cell."""
+    return to_rna(rna, 1 / rna_per_cell)
 
 
 def published_values() -> pd.Series:
@@ -94,7 +107,7 @@ def rna_per_cell(setting: str, reference: Reference) -> pd.DataFrame:
 
     Returns
     -------
-    Types x (rna_per_cell, source), in the order of the reference.
+    Types x (rna_per_cell, log_sd, source), in the order of the reference; log_sd: uncertainty of log(rna_per_cell).
 
     Raises
     ------
@@ -103,7 +116,9 @@ def rna_per_cell(setting: str, reference: Reference) -> pd.DataFrame:
     """
     types, counts = reference.cell_types, reference.mean.sum(axis=1)
     if setting == "reference":
-        return pd.DataFrame({"rna_per_cell": counts, "source": "counts per cell of the reference"}, index=types)
+        return pd.DataFrame(
+            {"rna_per_cell": counts, "log_sd": 0.0, "source": "counts per cell of the reference"}, index=types
+        )
     if setting not in SETTINGS:
         return own_values(setting, types)
     named = [kind_of(name) for name in types]
@@ -119,13 +134,15 @@ def rna_per_cell(setting: str, reference: Reference) -> pd.DataFrame:
         )
     if not any(known):
         return rna_per_cell("reference", reference)
-    values, is_known = published_values(), np.array(known)
-    matched = np.array([values[kind] if found else np.nan for kind, found in zip(named, known)])
+    by_kind, is_known = published_values(), np.array(known)
+    matched = np.array([by_kind[kind] if found else np.nan for kind, found in zip(named, known)])
     scale = np.exp(np.mean(np.log(matched[is_known] / counts[is_known])))
     epic = epic_types()
     published = [f"published, {kind}" + ("" if kind in epic else " (other sources on EPIC's scale)") for kind in named]
     source = np.where(is_known, published, "counts per cell of the reference, scaled")
-    return pd.DataFrame({"rna_per_cell": np.where(is_known, matched, scale * counts), "source": source}, index=types)
+    log_sd = np.where(is_known, PUBLISHED_LOG_SD, UNKNOWN_LOG_SD)
+    values = np.where(is_known, matched, scale * counts)
+    return pd.DataFrame({"rna_per_cell": values, "log_sd": log_sd, "source": source}, index=types)
 
 
 def epic_types() -> set[str]:
@@ -165,13 +182,15 @@ def own_values(name: str, types: list[str]) -> pd.DataFrame:
         raise ValueError(
             f"{path} has no positive rna_per_cell for {', '.join(bad)}; expected one row for each of {', '.join(types)}"
         )
-    return pd.DataFrame({"rna_per_cell": values.to_numpy(dtype=np.float64), "source": path.name}, index=types)
+    return pd.DataFrame(
+        {"rna_per_cell": values.to_numpy(dtype=np.float64), "log_sd": 0.0, "source": path.name}, index=types
+    )
 
 
 def print_rna_per_cell(content: pd.DataFrame) -> None:
     """Each type's value and source; a warning for types whose mRNA content is not known."""
     print("mRNA per cell (relative), which turns shares of RNA into shares of cells (RNA_PER_CELL):")
-    print(content.to_string(float_format="{:.4g}".format))
+    print(content[["rna_per_cell", "source"]].to_string(float_format="{:.4g}".format))
     unknown = content.index[content["source"].str.startswith("counts") & content["source"].str.endswith("scaled")]
     if len(unknown):
         print(

@@ -15,9 +15,9 @@ from torch import nn
 
 from lib.baselines import registry
 from lib.bulk import proportions
+from lib.bulk.deconvolution import Estimate
 from lib.bulk.pseudobulk import read_test_mixtures
 from lib.bulk.reference import Reference, nnls_on_markers, signature_genes
-from lib.bulk.regression import Estimate
 from lib.data.batches import CellDataset
 from lib.data.counts import select_cells
 from lib.data.embedding import embed, mde, principal_components, variable_genes

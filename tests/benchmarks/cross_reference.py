@@ -20,8 +20,8 @@ import pandas as pd
 import scipy.sparse as sp
 from deconvolution import BLOOD_GROUPS, DATA
 
+from lib.bulk.deconvolution import MODES, deconvolve
 from lib.bulk.reference import Reference, reference_profiles
-from lib.bulk.regression import MODES, deconvolve
 from lib.bulk.rna_content import rna_per_cell
 from lib.evaluation import metrics
 
@@ -139,7 +139,7 @@ def main() -> None:
         kept = first_half if source == target else np.ones(len(first_half), bool)
         usable = ~first_half if source == target else np.ones(len(sets[source].cell_type), bool)
         reference = reference_of(sets[target], kept, BLOOD_GROUPS[target], broad)
-        content = rna_per_cell("auto", reference)["rna_per_cell"].to_numpy()
+        content = rna_per_cell("auto", reference)
         for seed in arguments.seeds:
             bulk, true = series(
                 sets[source],
@@ -149,7 +149,7 @@ def main() -> None:
                 np.random.default_rng([seed, arguments.samples]),
             )
             with contextlib.redirect_stdout(io.StringIO()):
-                found = deconvolve(reference, bulk, arguments.mode, 0, rna_per_cell=content).proportions
+                found = deconvolve(reference, bulk, arguments.mode, 0, content=content).proportions
             case = {"cells of": source, "reference": target + (", broad types" if broad else "")}
             rows.append(case | scored(true, found, BLOOD_GROUPS[target], broad))
     table = pd.DataFrame(rows)

@@ -38,9 +38,9 @@ import scipy.sparse as sp
 from shared import ROOT, SPLIT_SEED, add_data_option, load, mean_and_half_range, workplace
 
 from lib.bulk import pseudobulk, sctape
+from lib.bulk.deconvolution import deconvolve
 from lib.bulk.reference import Reference, nnls_on_markers, reference_profiles
-from lib.bulk.regression import deconvolve, to_cells, to_rna
-from lib.bulk.rna_content import rna_per_cell
+from lib.bulk.rna_content import rna_per_cell, to_cells, to_rna
 from lib.data.counts import digest, log_normalize
 from lib.evaluation import metrics
 from lib.training import load_checkpoint
@@ -313,19 +313,20 @@ def blood_case(name: str) -> Case:
 def blood_estimates(case: Case, methods: list[str]) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
     """Case (d): proportions of cells by each method, and the spread of the regression; samples x types of the reference."""
     reference = reference_of(case.train)
-    content, by_counts = (
-        rna_per_cell(setting, reference)["rna_per_cell"].to_numpy() for setting in ("auto", "reference")
-    )
+    content = rna_per_cell("auto", reference)
+    by_counts = reference.mean.sum(axis=1)
     estimates = {}
     for method in methods:
         cells = METHODS[method][1](case, 0)
         estimates[METHODS[method][0]] = cells
         if method != "constant":
-            by_content = to_cells(to_rna(cells[reference.cell_types].to_numpy(), by_counts), content)
+            by_content = to_cells(
+                to_rna(cells[reference.cell_types].to_numpy(), by_counts), content["rna_per_cell"].to_numpy()
+            )
             estimates[METHODS[method][0]] = pd.DataFrame(by_content, cells.index, reference.cell_types)
         if method == "regression":
             estimates["regression, reference's counts per cell"] = cells
-    return estimates, deconvolve(reference, case.bulk, rna_per_cell=content).spread
+    return estimates, deconvolve(reference, case.bulk, content=content).spread
 
 
 def grouped(table: pd.DataFrame, groups: dict[str, str], level: str) -> pd.DataFrame:

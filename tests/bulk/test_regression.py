@@ -9,21 +9,26 @@ import scipy.sparse as sp
 import scipy.stats
 from helpers import ROOT
 
+from lib.bulk.deconvolution import (
+    PLATFORM_TYPE_SD,
+    cell_type_expression,
+    deconvolve,
+    ensemble,
+    inseparable_types,
+    merged_proportions,
+    reconstruction_r,
+    spread,
+)
 from lib.bulk.reference import reference_profiles
 from lib.bulk.regression import (
     PLATFORM_FREEDOM,
     PLATFORM_SD,
-    cell_type_expression,
-    deconvolve,
     fit_platform_factors,
     fit_regression,
     non_negative_least_squares,
-    reconstruction_r,
     scaled,
-    spread,
-    to_cells,
-    to_rna,
 )
+from lib.bulk.rna_content import to_cells, to_rna
 from lib.evaluation.metrics import mae
 
 N_TYPES, N_GENES = 4, 400
@@ -147,10 +152,55 @@ def test_duplicate_samples_get_equal_estimates_and_runs_are_reproducible(world):
 
 def test_the_spread_is_about_as_large_as_the_errors(world):
     reference, _, true = world
-    clean, far = (spread(bulk_of(world, sd).to_numpy(), reference, 8, 0, np.ones(N_TYPES)) for sd in (0.0, 1.0))
+    clean, far = (ensemble(bulk_of(world, sd).to_numpy(), reference, 8, 0).std(axis=0) for sd in (0.0, 1.0))
     assert clean.shape == true.shape and clean.mean() < far.mean()
     off = np.abs(deconvolve(reference, bulk_of(world, 1.0), n_members=0).proportions.to_numpy() - true)
     assert np.mean(off < 3 * far + 0.005) > 0.8
+
+
+def test_spread_by_hand():
+    p = np.array([[0.2, 0.3, 0.5]])
+    members = p + np.array([[[0.02, -0.02, 0.0]], [[-0.02, 0.02, 0.0]]])
+    sd = np.array([0.3, 0.0, 0.4])
+    shared = [
+        np.hypot(0.2 * 0.8 * 0.3, 0.2 * 0.5 * 0.4),  # of type 0: its own error, and that of type 2
+        np.hypot(0.3 * 0.2 * 0.3, 0.3 * 0.5 * 0.4),
+        np.hypot(0.5 * 0.2 * 0.3, 0.5 * 0.5 * 0.4),
+    ]
+    np.testing.assert_allclose(spread(p, members, sd)[0], np.hypot([0.02, 0.02, 0.0], shared))
+    np.testing.assert_allclose(spread(p, members, 0 * sd, np.array([[1.0, 1.0, 0.0]])), [[0.0]], atol=1e-12)
+    assert np.isnan(spread(p, members[:0], sd)).all()
+    errors = np.random.default_rng(0).normal(0, 0.1 * sd, (20_000, 1, 3))  # small errors, sampled
+    scaled_up = p * np.exp(errors)
+    scaled_up /= scaled_up.sum(axis=2, keepdims=True)
+    np.testing.assert_allclose(spread(p, members * 0 + p, 0.1 * sd), scaled_up.std(axis=0), rtol=0.03)
+
+
+def test_types_that_exchange_their_proportions_are_merged():
+    rng = np.random.default_rng(0)
+    total, part = rng.normal(0.6, 0.01, (50, 2)), rng.uniform(0.3, 0.7, (50, 2))
+    members = np.stack([total * part, rng.normal(0.2, 0.01, (50, 2)), total * (1 - part)], axis=2)
+    assert inseparable_types(members) == [[0, 2]]
+    assert inseparable_types(rng.normal(0.3, 0.05, (50, 2, 3))) == [] == inseparable_types(members[:1])
+    cells = pd.DataFrame([[0.3, 0.2, 0.5]] * 2, ["s1", "s2"], ["a", "b", "c"])
+    merged = merged_proportions(cells, members, np.zeros(3))
+    np.testing.assert_allclose(merged.loc[("s1", "a + c"), "proportion"], 0.8)
+    np.testing.assert_allclose(merged["spread"], total.std(axis=0))
+    assert merged_proportions(cells, rng.normal(0.3, 0.05, (50, 2, 3)), np.zeros(3)).empty
+
+
+def test_spread_holds_platform_and_mrna_content_where_the_bulk_is_of_another_platform(world):
+    reference, bulk = world[0], bulk_of(world, 0.5)
+    counts = reference.mean.sum(axis=1)
+    contents = [pd.DataFrame({"rna_per_cell": counts, "log_sd": sd}, reference.cell_types) for sd in (0.0, 0.5)]
+    sums, known, unknown = (deconvolve(reference, bulk, n_members=4, content=c) for c in (None, *contents))
+    pd.testing.assert_frame_equal(sums.proportions, known.proportions)
+    p = known.proportions.to_numpy()
+    own = np.square(PLATFORM_TYPE_SD * p * (1 - p))
+    others = np.square(PLATFORM_TYPE_SD * p) * (np.square(p).sum(axis=1, keepdims=True) - np.square(p))
+    np.testing.assert_allclose(known.spread**2, sums.spread**2 + own + others, rtol=1e-6)
+    assert (unknown.spread[p > 0.01].stack() > 1.5 * known.spread[p > 0.01].stack()).all()
+    pd.testing.assert_frame_equal(unknown.rna_spread, known.rna_spread)  # of RNA the content does not matter
 
 
 def test_missing_genes_are_tolerated_with_a_message_or_refused(world, capsys):
@@ -194,7 +244,8 @@ def test_published_mrna_contents_turn_shares_of_rna_into_shares_of_cells(world):
     cells = np.array([[0.4, 0.3, 0.2, 0.1], [0.1, 0.1, 0.1, 0.7]])
     content = np.array([4.0, 1.0, 1.0, 2.0])  # of real cells; the reference's counts do not show it
     bulk = pd.DataFrame(cells * content @ (means / means.sum(axis=1, keepdims=True)), columns=reference.gene_names)
-    found = deconvolve(reference, bulk, n_members=3, rna_per_cell=content)
+    table = pd.DataFrame({"rna_per_cell": content, "log_sd": 0.0}, reference.cell_types)
+    found = deconvolve(reference, bulk, n_members=3, content=table)
     np.testing.assert_allclose(found.proportions, cells, atol=0.04)
     np.testing.assert_allclose(
         found.rna_proportions, cells * content / (cells * content).sum(axis=1, keepdims=True), atol=0.04
@@ -205,9 +256,8 @@ def test_published_mrna_contents_turn_shares_of_rna_into_shares_of_cells(world):
     counts = reference.mean.sum(axis=1)
     expected = by_counts.rna_proportions / counts
     np.testing.assert_allclose(by_counts.proportions, expected.div(expected.sum(axis=1), axis=0))
-    few = deconvolve(
-        reference, bulk, n_members=3, rna_per_cell=content * [1e6, 1, 1, 1]
-    )  # cells of so much RNA are few
+    large = table.assign(rna_per_cell=content * [1e6, 1, 1, 1])  # cells of so much RNA are few
+    few = deconvolve(reference, bulk, n_members=3, content=large)
     assert (few.proportions["a"] < 1e-4).all() and (few.spread["a"] < 1e-4).all() and (few.spread["b"] > 1e-3).all()
 
 
