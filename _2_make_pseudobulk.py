@@ -2,7 +2,8 @@
 
 reads   data/train.h5ad, data/test.h5ad
 writes  data/pseudobulk_test_counts.csv, _tpm.csv (samples x genes), _proportions.csv (samples x cell types);
-        data/pseudobulk_train.h5ad: X counts, obsm["proportions"] (columns: uns["cell_types"]), obs["role"]
+        data/pseudobulk_train.h5ad: X counts, obsm["proportions"] (columns: uns["cell_types"]), obs["role"]. Proportions are of
+        cells; with RNA_PER_CELL the cells of a type enter with its mRNA content instead of their own counts
 run     python _2_make_pseudobulk.py
 time    15,000 mixtures of 1,200 cells x 16,000 genes: half a minute, 1 GB on disk; 700 genes: seconds
 
@@ -22,6 +23,8 @@ from tqdm import tqdm
 
 from lib import options
 from lib.bulk import pseudobulk
+from lib.bulk.reference import reference_profiles
+from lib.bulk.rna_content import print_rna_per_cell, rna_per_cell
 from lib.data.counts import hold_out, n_entries, read_split
 from lib.files import folder, print_written, replacing
 
@@ -40,7 +43,10 @@ SPARSE_SHARE = 0.25  # a random half of the types is absent
 RARE_SHARE = 0.25  # a random half of the types is rare
 NEAR_SHARE = 0.25  # close to the train cells' own proportions (mixtures of train cells only)
 
-# TPM
+# mRNA and TPM
+RNA_PER_CELL = (
+    "reference"  # of the types: reference (the cells' own counts), or auto, published, a table: lib/bulk/README.md
+)
 USE_GENE_LENGTHS = False  # divide by gene length (original); right for full-length counts, not for UMI counts
 
 # Other
@@ -54,8 +60,9 @@ def main() -> None:
     data = folder(DATA_DIR)
     train, test = read_split(data)
     gene_length_bp = gene_lengths(train) if USE_GENE_LENGTHS else None
-    written = write_test_mixtures(test, gene_length_bp, data)
-    written.append(write_train_mixtures(train, gene_length_bp, data / "pseudobulk_train.h5ad"))
+    content = None if RNA_PER_CELL == "reference" else mrna_contents(train)
+    written = write_test_mixtures(test, content, gene_length_bp, data)
+    written.append(write_train_mixtures(train, content, gene_length_bp, data / "pseudobulk_train.h5ad"))
     print_written("stage 2", written, "python _3_train_gmvae.py")
 
 
@@ -72,6 +79,18 @@ def check_constants() -> None:
         )
 
 
+def mrna_contents(train: ad.AnnData) -> pd.DataFrame:
+    """mRNA per cell of each type (`rna_content.rna_per_cell`), and the weight that gives a type's cells this mRNA."""
+    cell_type = train.obs["cell_type"].cat
+    reference = reference_profiles(
+        train.X, cell_type.codes.to_numpy(), list(train.var_names), list(cell_type.categories)
+    )
+    content = rna_per_cell(RNA_PER_CELL, reference)
+    print_rna_per_cell(content)
+    weight = content["rna_per_cell"] / reference.mean.sum(axis=1)
+    return content.assign(weight=weight / np.average(weight, weights=reference.n_cells))
+
+
 def gene_lengths(adata: ad.AnnData) -> pd.Series:
     """Length of every gene in base pairs, NaN where the table of lengths lacks the gene."""
     if "gene_length_bp" not in adata.var:
@@ -84,16 +103,24 @@ def gene_lengths(adata: ad.AnnData) -> pd.Series:
     return lengths
 
 
-def write_test_mixtures(test: ad.AnnData, gene_length_bp: pd.Series | None, data: Path) -> list[Path]:
+def write_test_mixtures(
+    test: ad.AnnData, content: pd.DataFrame | None, gene_length_bp: pd.Series | None, data: Path
+) -> list[Path]:
     """Counts, TPM and true proportions of the mixtures of test cells, as csv."""
-    mixing = test_mixing_matrix(test.obs["cell_type"])
+    cell_type = test.obs["cell_type"]
+    mixing = test_mixing_matrix(cell_type)
+    weighted = pseudobulk.weighted(
+        mixing, cell_type.cat.codes.to_numpy(), None if content is None else content["weight"]
+    )
     names = [f"own_{i + 1}" for i in range(N_TEST_OWN)] + [f"dirichlet_{i + 1}" for i in range(N_TEST_DIRICHLET)]
-    index = pd.Index(names, name=pseudobulk.sample_header(test.uns["split_id"], gene_length_bp is not None))
-    counts = pd.DataFrame(pseudobulk.mix(mixing, test.X).astype(np.int64), index=index, columns=test.var_names)
+    header = pseudobulk.sample_header(test.uns["split_id"], gene_length_bp is not None, content is not None)
+    index = pd.Index(names, name=header)
+    mixed = np.rint(pseudobulk.mix(weighted, test.X)).astype(np.int64)
+    counts = pd.DataFrame(mixed, index=index, columns=test.var_names)
     tables = {
         "counts": counts,
         "tpm": to_tpm(counts, gene_length_bp),
-        "proportions": pseudobulk.true_proportions(mixing, test.obs["cell_type"]).set_axis(index),
+        "proportions": pseudobulk.true_proportions(mixing, cell_type).set_axis(index),
     }
     paths = []
     for name, table in tables.items():
@@ -132,7 +159,9 @@ def test_mixing_matrix(cell_type: pd.Series) -> sp.csr_matrix:
     return sp.vstack([sp.csr_matrix(own), pseudobulk.sample_cells(cells_per_type, codes, rng)], format="csr")
 
 
-def write_train_mixtures(train: ad.AnnData, gene_length_bp: pd.Series | None, path: Path) -> Path:
+def write_train_mixtures(
+    train: ad.AnnData, content: pd.DataFrame | None, gene_length_bp: pd.Series | None, path: Path
+) -> Path:
     """Thousands of mixtures of train cells, written block by block."""
     rng = np.random.default_rng([SEED, 1])
     counts = train.X[:] if n_entries(train.X) * 8 <= MEMORY_GB * 1e9 else train.X
@@ -152,9 +181,12 @@ def write_train_mixtures(train: ad.AnnData, gene_length_bp: pd.Series | None, pa
     )
     if gene_length_bp is not None:
         mixtures.var["gene_length_bp"] = gene_length_bp
+    if content is not None:
+        mixtures.uns["rna_per_cell"] = content["rna_per_cell"].to_numpy()
+    weight = None if content is None else content["weight"]
     blocks = chain(
-        pseudobulk.simulate(cells_per_type[:n_fit], fit_codes, counts, 2 * SEED, MIN_DISTINCT_CELLS),
-        pseudobulk.simulate(cells_per_type[n_fit:], validation_codes, counts, 2 * SEED + 1),
+        pseudobulk.simulate(cells_per_type[:n_fit], fit_codes, counts, 2 * SEED, MIN_DISTINCT_CELLS, weight),
+        pseudobulk.simulate(cells_per_type[n_fit:], validation_codes, counts, 2 * SEED + 1, None, weight),
     )
     pseudobulk.write_train_mixtures(mixtures, with_progress(blocks), path)
     return path

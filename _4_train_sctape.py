@@ -169,7 +169,7 @@ def description(
     model: ScTAPE | BulkEncoder, mixtures: ad.AnnData, genes: np.ndarray, mean_profile: np.ndarray
 ) -> dict[str, Any]:
     """What the checkpoints of both networks hold beside the weights."""
-    lengths = mixtures.var.get("gene_length_bp")
+    lengths, content = mixtures.var.get("gene_length_bp"), mixtures.uns.get("rna_per_cell")
     return {
         "stage": "_4_train_sctape.py",
         "arguments": model.arguments,
@@ -179,6 +179,7 @@ def description(
         "split_id": mixtures.uns["split_id"],
         "mean_profile": torch.from_numpy(mean_profile),
         "gene_length_bp": None if lengths is None else lengths.dropna().to_dict(),
+        "rna_per_cell": None if content is None else list(map(float, content)),
     }
 
 

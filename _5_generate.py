@@ -33,7 +33,7 @@ from lib.bulk.anndata_bulk import holds_cells
 from lib.bulk.cell_counts_table import read_cell_numbers, read_proportions
 from lib.bulk.deconvolution import Estimate
 from lib.bulk.pseudobulk import largest_remainder
-from lib.bulk.rna_content import SETTINGS, table_path
+from lib.bulk.rna_content import SETTINGS, print_rna_per_cell, rna_per_cell, table_path
 from lib.bulk.tables import read_bulk, read_gene_ids, to_tpm
 from lib.data.counts import read_split, row_blocks, write_blocks, write_counts, write_mtx
 from lib.data.embedding import in_large_clusters, load_pymde
@@ -190,9 +190,13 @@ def predict(models: Path, test: ad.AnnData, data: Path) -> Prediction:
     check_fits(checkpoint, models / f"{network}.pt", stage, checkpoint["gene_names"], test, data)
     lengths = checkpoint["gene_length_bp"]
     bulk = read_bulk_samples(test, None if lengths is None else pd.Series(lengths))
+    # a sum of cells has the RNA of its counts
     is_sum_of_cells = BULK_FILE is None or (RNA_PER_CELL == "auto" and holds_cells(user_path(BULK_FILE)))
-    rna_setting = "reference" if is_sum_of_cells else RNA_PER_CELL  # a sum of cells has the RNA of its counts
-    estimate = proportions.estimate(checkpoint, bulk, DECONVOLUTION, N_MEMBERS, SEED, rna_setting)
+    content = None
+    if not is_sum_of_cells and RNA_PER_CELL != "reference" and network == "sctape":
+        content = rna_per_cell(RNA_PER_CELL, proportions.scaled_reference(checkpoint))
+        print_rna_per_cell(content)
+    estimate = proportions.estimate(checkpoint, bulk, DECONVOLUTION, N_MEMBERS, SEED, content)
     return Prediction(checkpoint, bulk, estimate)
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from lib import parallel
 from lib.files import check_same_names, check_same_split, replacing, require
 
-CHECKPOINT_FORMAT = 2  # raised when checkpoints of older versions cannot be used any more
+CHECKPOINT_FORMAT = 3  # raised when checkpoints of older versions cannot be used any more
 SAVE_EVERY_S = 60
 FREE_TO_CHANGE = {
     "EPOCHS",

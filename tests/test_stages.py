@@ -26,9 +26,11 @@ from lib.training import load_checkpoint
 FILES = """
 data/counts.h5ad data/train.h5ad data/test.h5ad data/pseudobulk_test_tpm.csv data/pseudobulk_test_counts.csv
 data/pseudobulk_test_proportions.csv data/pseudobulk_train.h5ad data/generated.h5ad data/predicted_proportions.csv
-data/predicted_rna_proportions.csv data/predicted_spread.csv data/predicted_samples.csv data/signature_matrix.csv
+data/predicted_rna_proportions.csv data/predicted_rna_spread.csv data/predicted_merged.csv
+data/predicted_spread.csv data/predicted_samples.csv data/signature_matrix.csv
 models/gmvae.pt models/gmvae_last.pt models/gmvae_history.csv models/sctape.pt models/sctape_last.pt models/sctape_history.csv
-fig/umap_reference.png fig/gmvae_loss.png fig/sctape_loss.png fig/proportions.png fig/signature.png fig/umap_original_vs_generated.png
+fig/umap_reference.png fig/gmvae_loss.png fig/sctape_loss.png fig/proportions.png fig/proportions_of_bulk.png fig/signature.png
+fig/umap_original_vs_generated.png
 fig/umap_by_cell_type.png fig/gene_correlation.png fig/fidelity.png fig/metrics.csv
 """.split()
 

@@ -9,8 +9,8 @@ import pandas as pd
 
 from lib.bulk import bulk_encoder, sctape
 from lib.bulk.deconvolution import MODES, Estimate, deconvolve
-from lib.bulk.reference import Reference
-from lib.bulk.rna_content import print_rna_per_cell, rna_per_cell, to_cells, to_rna
+from lib.bulk.reference import Reference, nnls_on_markers
+from lib.bulk.rna_content import to_cells, to_rna
 from lib.files import replacing
 
 Method = Literal[
@@ -34,7 +34,7 @@ def estimate(
     method: str,
     n_members: int,
     seed: int,
-    rna_setting: str = "reference",
+    content: pd.DataFrame | None = None,
 ) -> Estimate:
     """Proportions of bulk samples, and what can be said about their reliability.
 
@@ -49,19 +49,15 @@ def estimate(
         "sctape-per-sample": adapted to all samples, or to each; "bulk_encoder". The networks give no spread.
     n_members
         Size of the ensemble that gives the spread; 0 for none.
-    rna_setting
-        RNA_PER_CELL of stage 5 (`rna_content.rna_per_cell`); "reference" is right for sums of cells like the train cells. The
-        bulk encoder ignores it.
+    content
+        mRNA per cell of the types (`rna_content.rna_per_cell`); None for sums of cells like the train cells, which have the RNA of
+        their counts. The bulk encoder ignores it.
     """
     if method == "bulk_encoder":
         shares = bulk_encoder.predict(checkpoint, bulk)
         unknown, samples = shares * np.nan, pd.DataFrame({"warning": ""}, shares.index)
         return Estimate(shares, unknown, unknown, unknown, pd.DataFrame(), samples, None, None)
     reference, coverage = scaled_reference(checkpoint), checkpoint["constants"]["MIN_GENE_COVERAGE"]
-    content = None
-    if rna_setting != "reference":
-        content = rna_per_cell(rna_setting, reference)
-        print_rna_per_cell(content)
     if method in MODES:
         return deconvolve(reference, bulk, method, n_members, seed, coverage, content)
     fitted = deconvolve(reference, bulk, "regression-unadapted", 0, seed, coverage, content)
@@ -74,15 +70,35 @@ def _by_network(
 ) -> Estimate:  # fmt: skip
     """Estimate of the scTAPE network; how well the reference explains a sample is taken from `fitted`, a regression."""
     predicted = sctape.predict(checkpoint, bulk, adaptation)
-    counts_per_cell = reference.mean.sum(axis=1)  # the network is trained on sums of the train cells' counts
-    rna = to_rna(predicted.proportions.to_numpy(), counts_per_cell)
-    cells = to_cells(rna, counts_per_cell if content is None else content["rna_per_cell"].to_numpy())
+    counts_per_cell = reference.mean.sum(axis=1)
+    in_mixtures = (
+        checkpoint.get("rna_per_cell") or counts_per_cell
+    )  # the RNA of the cells that the network is trained on
+    rna = to_rna(predicted.proportions.to_numpy(), np.asarray(in_mixtures))
+    cells = rna_to_cells(rna, reference, content)
     return fitted._replace(
         proportions=pd.DataFrame(cells, bulk.index, reference.cell_types),
         rna_proportions=pd.DataFrame(rna, bulk.index, reference.cell_types),
         signature=pd.DataFrame(predicted.signatures.mean(axis=0), checkpoint["cell_types"], checkpoint["gene_names"]),
         expression=predicted.signatures if adaptation == "per-sample" else None,
     )
+
+
+def nnls(checkpoint: dict[str, Any], bulk: pd.DataFrame, content: pd.DataFrame | None) -> pd.DataFrame:
+    """The baseline of `reference.nnls_on_markers`, shares of cells; arguments as in `estimate`."""
+    reference = scaled_reference(checkpoint)
+    rna = to_rna(nnls_on_markers(bulk, reference).to_numpy(), reference.mean.sum(axis=1))
+    return pd.DataFrame(rna_to_cells(rna, reference, content), bulk.index, reference.cell_types)
+
+
+def rna_to_cells(rna: np.ndarray, reference: Reference, content: pd.DataFrame | None) -> np.ndarray:
+    return to_cells(rna, reference.mean.sum(axis=1) if content is None else content["rna_per_cell"].to_numpy())
+
+
+def content_of_mixtures(checkpoint: dict[str, Any]) -> pd.DataFrame | None:
+    """mRNA per cell in the mixtures of stage 2, in the form of `rna_content.rna_per_cell`; None: the cells' own counts."""
+    known = checkpoint.get("rna_per_cell")
+    return None if known is None else pd.DataFrame({"rna_per_cell": known, "log_sd": 0.0}, checkpoint["cell_types"])
 
 
 def scaled_reference(checkpoint: dict[str, Any]) -> Reference:

@@ -132,6 +132,13 @@ def sample_cells(
     return sp.csr_matrix((ones, (row_idx, cell_idx)), shape=(n_samples, len(cell_type_idx)))
 
 
+def weighted(mixing: sp.csr_matrix, cell_type_idx: np.ndarray, weight: pd.Series | None) -> sp.csr_matrix:
+    """The mixing matrix with every cell times the weight of its type (1 for a cell of unknown type); None changes nothing."""
+    if weight is None:
+        return mixing
+    return (mixing @ sp.diags(np.append(weight, 1.0)[cell_type_idx].astype(np.float32))).tocsr()
+
+
 def mix(mixing: sp.csr_matrix, counts: sp.csr_matrix | CSRDataset) -> np.ndarray:
     """mixing @ counts: mixtures x genes, float32. Counts on disk are read once, in bands of cells."""
     mixed = np.zeros((mixing.shape[0], counts.shape[1]), np.float32)
@@ -153,11 +160,12 @@ def simulate(
     counts: sp.csr_matrix | CSRDataset,
     seed: int,
     min_distinct: int | None = None,
+    weight: pd.Series | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield the counts of random mixtures, several blocks at a time: samples x genes, float32.
 
     Each block of mixtures has its own random stream, so the result does not depend on the number of blocks at a time.
-    Parameters as in `sample_cells`.
+    Parameters as in `sample_cells` and `weighted`.
     """
     starts = range(0, len(cells_per_type), BLOCK)
     streams = [np.random.default_rng(stream) for stream in np.random.SeedSequence(seed).spawn(len(starts))]
@@ -165,7 +173,7 @@ def simulate(
     for first in range(0, len(blocks), BLOCKS_AT_ONCE):
         some = blocks[first : first + BLOCKS_AT_ONCE]
         sampled = [sample_cells(cells, cell_type_idx, rng, min_distinct) for cells, rng in some]
-        yield mix(sp.vstack(sampled, format="csr"), counts)
+        yield mix(weighted(sp.vstack(sampled, format="csr"), cell_type_idx, weight), counts)
 
 
 def true_proportions(mixing: sp.csr_matrix, cell_type: pd.Series) -> pd.DataFrame:
@@ -222,7 +230,8 @@ def read_train_mixtures(data_folder: Path) -> tuple[ad.AnnData, ad.AnnData]:
     """Mixtures of train cells (stage 2), and the train cells, both with counts on disk; refused if their splits differ.
 
     The first: X counts (mixtures x genes), obsm["proportions"] (columns: uns["cell_types"]), obs["role"] ("fit" or
-    "validation"), and var["gene_length_bp"] if the bulk profiles are divided by gene length.
+    "validation"), var["gene_length_bp"] if the bulk profiles are divided by gene length, and uns["rna_per_cell"] if the cells have
+    these mRNA contents.
     """
     path, train_path = data_folder / "pseudobulk_train.h5ad", data_folder / "train.h5ad"
     mixtures = ad.read_h5ad(require(path, "_2_make_pseudobulk.py"), backed="r")
@@ -242,19 +251,22 @@ def gene_lengths(mixtures: ad.AnnData, genes: np.ndarray | slice = ALL) -> np.nd
     return None if lengths is None else lengths.to_numpy()[genes]
 
 
-def read_test_mixtures(data_folder: Path, split_id: str, by_length: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
+def read_test_mixtures(
+    data_folder: Path, split_id: str, by_length: bool, by_content: bool
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """TPM and true proportions of the mixtures of test cells (stage 2); refused if their split or scale is another.
 
-    The header of the sample column names the split, and says whether TPM were divided by gene length.
+    The header of the sample column names the split, and says whether TPM were divided by gene length, and whether the cells have
+    the mRNA contents of RNA_PER_CELL.
 
     Parameters
     ----------
     split_id
         Split of the test cells.
-    by_length
-        Whether models/sctape.pt was trained on profiles divided by gene length.
+    by_length, by_content
+        Whether models/sctape.pt was trained on profiles divided by gene length, and on mixtures with these mRNA contents.
     """
-    expected = sample_header(split_id, by_length)
+    expected = sample_header(split_id, by_length, by_content)
 
     def read(name: str) -> pd.DataFrame:
         path = require(data_folder / f"pseudobulk_test_{name}.csv", "_2_make_pseudobulk.py")
@@ -269,6 +281,6 @@ def read_test_mixtures(data_folder: Path, split_id: str, by_length: bool) -> tup
     return read("tpm"), read("proportions")
 
 
-def sample_header(split_id: str, by_length: bool) -> str:
+def sample_header(split_id: str, by_length: bool, by_content: bool) -> str:
     """Header of the sample column in the tables of test mixtures."""
-    return f"sample of split {split_id}" + (" by gene length" if by_length else "")
+    return f"sample of split {split_id}" + " by gene length" * by_length + " with mRNA contents" * by_content

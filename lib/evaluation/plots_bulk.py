@@ -10,11 +10,13 @@ from matplotlib.figure import Figure, SubFigure
 from lib.evaluation.plots_style import dots, open_frame, palette, save, stacked_bars, type_legend
 
 MAX_BARS = 40  # bulk samples plotted
+FEW_SAMPLES = 3  # up to so many have a panel each; of more samples, each type has a panel
+MAX_COLUMNS = 5  # of panels
 
 
 def proportions(
     true: pd.DataFrame, estimate: pd.DataFrame, agreement: pd.DataFrame, baseline_mae: float, bulk_true: pd.DataFrame | None,
-    bulk_estimate: pd.DataFrame, bulk_spread: pd.DataFrame, path: Path,
+    bulk_estimate: pd.DataFrame, path: Path,
 ) -> None:  # fmt: skip
     """Left: predicted against true proportions of mixtures of test cells, one panel per type. Right: predicted proportions of the bulk.
 
@@ -28,8 +30,8 @@ def proportions(
         MAE of a constant estimate, the types' frequencies in the train cells.
     bulk_true
         Proportions of the bulk (samples x cell types), None where they are unknown.
-    bulk_estimate, bulk_spread
-        Predicted proportions of the bulk and their standard deviations (NaN where there are none).
+    bulk_estimate
+        Predicted proportions of the bulk.
     """
     n_columns = int(np.ceil(np.sqrt(true.shape[1])))
     n_rows = -(-true.shape[1] // n_columns)
@@ -48,14 +50,58 @@ def proportions(
     axes = right.subplots()
     stacked_bars(axes, bars, rotation=90)
     n_samples = len(bulk_estimate)
-    if n_samples <= MAX_BARS and bulk_spread.notna().any(axis=None):
-        axes.set_ylabel("proportion of cells (lines: standard deviation)")
-        places = np.arange(len(bars) - n_samples, len(bars))
-        tops = bars.iloc[-n_samples:].cumsum(axis=1)
-        for name in tops.columns.intersection(bulk_spread.columns):
-            axes.errorbar(places, tops[name], bulk_spread[name], fmt="none", ecolor="k", elinewidth=0.7)
     axes.set_title("the bulk" if n_samples <= MAX_BARS else f"first {MAX_BARS} of {n_samples} samples", fontsize=10)
     type_legend(right, axes, top_down=False)
+    save(figure, path)
+
+
+def intervals(estimates: dict[str, tuple[pd.DataFrame, pd.DataFrame]], path: Path) -> None:
+    """Estimates for the bulk with their intervals: one panel per type, or per sample where there are few samples.
+
+    Parameters
+    ----------
+    estimates
+        Name of the quantity ("cells", "RNA") -> proportions and their standard deviations (NaN: no interval), samples x types.
+    """
+    first = next(iter(estimates.values()))[0]
+    by_sample = len(first) <= FEW_SAMPLES
+    estimates = {
+        name: tuple(
+            (table.iloc[:MAX_BARS] if by_sample else table.iloc[:MAX_BARS].T).rename(columns=str, index=str)
+            for table in tables
+        )
+        for name, tables in estimates.items()
+    }
+    shown = next(iter(estimates.values()))[0]  # panels x rows
+    colours = palette(list(first.columns))
+    n_columns = min(len(shown), MAX_COLUMNS)
+    n_rows = -(-len(shown) // n_columns)
+    figure = Figure(figsize=(2 + 2.4 * n_columns, 0.9 + n_rows * (0.9 + 0.22 * shown.shape[1])), layout="constrained")
+    panels = np.ravel(figure.subplots(n_rows, n_columns, squeeze=False, sharey=True))
+    places = np.arange(shown.shape[1])
+    for axes, panel in zip(panels, shown.index):
+        for (table, spread), offset, filled in zip(estimates.values(), (-0.14, 0.14), (True, False)):
+            values, errors = table.loc[panel].to_numpy(), 2 * spread.loc[panel].to_numpy()
+            row_colours = [colours[row if by_sample else panel] for row in shown.columns]
+            low, high = np.maximum(values - errors, 0), np.minimum(values + errors, 1)
+            axes.hlines(places + offset, low, high, row_colours, lw=1.2)
+            faces = row_colours if filled else "w"
+            axes.scatter(
+                values, places + offset, s=22, marker="o" if filled else "D", c=faces, edgecolors=row_colours, zorder=3
+            )
+        axes.set_title(textwrap.fill(panel, 24), fontsize=9)
+        axes.set_xlim(left=0)
+        axes.set_yticks(places, shown.columns, fontsize=8)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.grid(axis="x", color="#DDDDDD", lw=0.6)
+        open_frame(axes)
+    panels[0].invert_yaxis()
+    for axes in panels[len(shown) :]:
+        axes.remove()
+    for name, marker, face in zip(estimates, "oD", ("#555555", "w")):
+        panels[0].scatter([], [], s=22, marker=marker, c=face, edgecolors="#555555", label=f"share of {name}")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False, fontsize=9)
+    figure.supxlabel("proportion in the bulk (lines: two standard deviations to each side)", fontsize=9)
     save(figure, path)
 
 

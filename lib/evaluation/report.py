@@ -17,7 +17,7 @@ from lib.baselines import registry
 from lib.bulk import proportions
 from lib.bulk.deconvolution import Estimate
 from lib.bulk.pseudobulk import read_test_mixtures
-from lib.bulk.reference import Reference, nnls_on_markers, signature_genes
+from lib.bulk.reference import Reference, signature_genes
 from lib.data.batches import CellDataset
 from lib.data.counts import select_cells
 from lib.data.embedding import embed, mde, principal_components, variable_genes
@@ -62,15 +62,17 @@ def evaluate_proportions(
 
     estimate, method: for the bulk at hand; of_test_cells: whether that bulk is the sum of the test cells.
     """
-    tpm, true = read_test_mixtures(data, test.uns["split_id"], checkpoint["gene_length_bp"] is not None)
+    content = proportions.content_of_mixtures(checkpoint)
+    by_length = checkpoint["gene_length_bp"] is not None
+    tpm, true = read_test_mixtures(data, test.uns["split_id"], by_length, content is not None)
     frequencies = train.obs["cell_type"].value_counts(normalize=True)[true.columns].to_numpy()
     baselines = {
         "constant: train frequencies": pd.DataFrame(np.tile(frequencies, (len(true), 1)), true.index, true.columns)
     }
     methods = [name for name in proportions.methods_of(checkpoint) if name == method or not name.startswith("sctape-")]
     if method != "bulk_encoder":
-        baselines["NNLS on markers"] = nnls_on_markers(tpm, proportions.scaled_reference(checkpoint))
-    estimates = {name: proportions.estimate(checkpoint, tpm, name, 0, seed).proportions for name in methods}
+        baselines["NNLS on markers"] = proportions.nnls(checkpoint, tpm, content)
+    estimates = {name: proportions.estimate(checkpoint, tpm, name, 0, seed, content).proportions for name in methods}
     rows = []
     for kind in ("own", "dirichlet"):
         of_kind = true.index.str.startswith(kind)
@@ -91,17 +93,21 @@ def evaluate_proportions(
     random = ~true.index.str.startswith("own")
     plots_bulk.proportions(
         true[random], estimates[method][random], metrics.proportion_agreement(true[random], estimates[method][random]),
-        metrics.mae(true[random], baselines["constant: train frequencies"][random]), truth, estimate.proportions, estimate.spread,
-        fig / "proportions.png",
+        metrics.mae(true[random], baselines["constant: train frequencies"][random]), truth, estimate.proportions, fig / "proportions.png",
     )  # fmt: skip
+    shares = {"cells": (estimate.proportions, estimate.spread), "RNA": (estimate.rna_proportions, estimate.rna_spread)}
+    if estimate.signature is None:  # the bulk encoder predicts shares of cells alone
+        del shares["RNA"]
+    plots_bulk.intervals(shares, fig / "proportions_of_bulk.png")
+    written = [fig / "proportions.png", fig / "proportions_of_bulk.png"]
     if estimate.signature is None:
-        return [fig / "proportions.png"]
+        return written
     reference = Reference.from_checkpoint(checkpoint["reference"])
     reference = reference.of_genes(signature_genes(reference))
     profiles = pd.DataFrame(reference.mean, reference.cell_types, reference.gene_names)
     markers = signature_markers(profiles, estimate.signature)
     plots_bulk.signature(profiles, estimate.signature, markers, fig / "signature.png")
-    return [fig / "proportions.png", fig / "signature.png"]
+    return [*written, fig / "signature.png"]
 
 
 def signature_markers(reference: pd.DataFrame, adapted: pd.DataFrame) -> list[str]:

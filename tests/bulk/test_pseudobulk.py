@@ -1,18 +1,23 @@
 """Mixtures equal the product of mixing matrix and counts; TPM by hand."""
 
+import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
-from helpers import STAGES, Workplace
+from helpers import STAGES, Workplace, simulated_dataset, split_only
 
-from lib.bulk import pseudobulk
+from lib.bulk import proportions, pseudobulk
 from lib.bulk.pseudobulk import (
     largest_remainder,
     sample_cells,
     sample_proportions,
     simulate,
     tpm,
+    weighted,
 )
+from lib.evaluation.metrics import mae
+from lib.training import load_checkpoint
 
 
 def test_largest_remainder_keeps_totals_exactly():
@@ -90,3 +95,34 @@ def test_tpm_by_hand():
 def test_impossible_shares_are_refused_before_any_work(tmp_path):
     with pytest.raises(ValueError, match=r"SPARSE_SHARE, RARE_SHARE, NEAR_SHARE = 0.6, 0.5, 0.25; expected shares"):
         Workplace(tmp_path).main(STAGES[2], SPARSE_SHARE=0.6, RARE_SHARE=0.5)
+
+
+def test_cells_are_weighted_by_their_type():
+    mixing = sp.csr_matrix([[1.0, 2.0, 0.0], [0.0, 1.0, 3.0]])
+    found = weighted(mixing, np.array([1, 0, -1]), pd.Series([2.0, 0.5]))
+    np.testing.assert_allclose(found.toarray(), [[0.5, 4.0, 0.0], [0.0, 2.0, 3.0]])
+    assert weighted(mixing, np.array([1, 0, -1]), None) is mixing
+
+
+def test_mixtures_with_mrna_contents_of_a_table(tmp_path):
+    place = split_only(tmp_path, simulated_dataset())
+    content = pd.Series({"type 0": 1.0, "type 1": 6.0, "type 2": 2.0})
+    content.rename("rna_per_cell").rename_axis("cell_type").to_csv(tmp_path / "content.csv")
+    place.main(STAGES[2], RNA_PER_CELL=str(tmp_path / "content.csv"), N_TRAIN_SAMPLES=400, CELLS_PER_SAMPLE=300)
+    mixtures = ad.read_h5ad(place.data / "pseudobulk_train.h5ad")
+    rna = np.linalg.lstsq(mixtures.obsm["proportions"], mixtures.X.sum(axis=1), rcond=None)[0]
+    np.testing.assert_allclose(rna / rna.sum(), content / content.sum(), rtol=0.1)
+    place.main(STAGES[4], EPOCHS=1)
+    checkpoint = load_checkpoint(place.models / "sctape.pt", STAGES[4])
+    table = proportions.content_of_mixtures(checkpoint)
+    assert dict(table["rna_per_cell"]) == dict(content)
+    tpm_, true = (
+        pd.read_csv(place.data / f"pseudobulk_test_{name}.csv", index_col=0) for name in ("tpm", "proportions")
+    )
+    assert tpm_.index.name.endswith("with mRNA contents")
+    with_contents, by_counts = (
+        proportions.estimate(checkpoint, tpm_, "regression-unadapted", 0, 0, known).proportions
+        for known in (table, None)
+    )
+    assert 2 * mae(true, with_contents) < mae(true, by_counts)
+    assert mae(true, proportions.nnls(checkpoint, tpm_, table)) < mae(true, proportions.nnls(checkpoint, tpm_, None))

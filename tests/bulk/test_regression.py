@@ -199,7 +199,8 @@ def test_spread_holds_platform_and_mrna_content_where_the_bulk_is_of_another_pla
     own = np.square(PLATFORM_TYPE_SD * p * (1 - p))
     others = np.square(PLATFORM_TYPE_SD * p) * (np.square(p).sum(axis=1, keepdims=True) - np.square(p))
     np.testing.assert_allclose(known.spread**2, sums.spread**2 + own + others, rtol=1e-6)
-    assert (unknown.spread[p > 0.01].stack() > 1.5 * known.spread[p > 0.01].stack()).all()
+    with_content = (own + others) * (PLATFORM_TYPE_SD**2 + 0.5**2) / PLATFORM_TYPE_SD**2
+    np.testing.assert_allclose(unknown.spread**2, sums.spread**2 + with_content, rtol=1e-6)
     pd.testing.assert_frame_equal(unknown.rna_spread, known.rna_spread)  # of RNA the content does not matter
 
 

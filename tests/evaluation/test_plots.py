@@ -76,21 +76,32 @@ def test_proportions_of_the_mixtures_and_of_the_bulk(saved, tmp_path):
     true, estimate = (pd.DataFrame(rng.dirichlet(np.ones(3), 6), columns=TYPES) for _ in range(2))
     agreement = metrics.proportion_agreement(true, estimate)
     bulk = estimate.iloc[:2].set_axis(["s1", "s2"])
-    for spread in (bulk * 0.1, bulk * np.nan):
-        plots_bulk.proportions(
-            true, estimate, agreement, 0.25, bulk.iloc[::-1], bulk, spread, tmp_path / "proportions.png"
-        )
+    plots_bulk.proportions(true, estimate, agreement, 0.25, bulk.iloc[::-1], bulk, tmp_path / "proportions.png")
     scatter, bars = saved[0].axes[0], saved[0].axes[-1]
     np.testing.assert_allclose(scatter.collections[0].get_offsets(), np.column_stack([true["B"], estimate["B"]]))
     assert scatter.get_title() == "B\nr {r:.2f}, CCC {CCC:.2f}".format(**agreement.loc["B"])
     labels = [label.get_text() for label in bars.get_xticklabels()]
     assert labels == ["s2, true", "s1, true", "s1, predicted", "s2, predicted"]
-    lines = bars.collections[0].get_segments()  # standard deviation of the first type, on the predicted bars
-    np.testing.assert_allclose([line[:, 1] for line in lines], np.outer(bulk["B"], [0.9, 1.1]))
-    assert "standard deviation" in bars.get_ylabel() and "standard" not in saved[1].axes[-1].get_ylabel()
     many = pd.concat([bulk] * 30)
-    plots_bulk.proportions(true, estimate, agreement, 0.25, None, many, many, tmp_path / "proportions.png")
-    assert saved[2].axes[-1].get_title() == "first 40 of 60 samples"
+    plots_bulk.proportions(true, estimate, agreement, 0.25, None, many, tmp_path / "proportions.png")
+    assert saved[1].axes[-1].get_title() == "first 40 of 60 samples"
+
+
+def test_intervals_of_shares_of_cells_and_of_rna(saved, tmp_path):
+    cells = pd.DataFrame(np.random.default_rng(0).dirichlet(np.ones(3), 5), [f"s{i}" for i in range(5)], TYPES)
+    rna = cells[::-1].set_axis(cells.index)
+    for n in (2, 5):  # a panel per sample, a panel per type
+        plots_bulk.intervals(
+            {"cells": (cells[:n], 0.1 * cells[:n]), "RNA": (rna[:n], np.nan * rna[:n])}, tmp_path / "bulk.png"
+        )
+    by_sample, by_type = (figure.axes for figure in saved)
+    assert [axes.get_title() for axes in by_sample] == ["s0", "s1"] and [axes.get_title() for axes in by_type] == TYPES
+    assert [label.get_text() for label in by_sample[0].get_yticklabels()] == TYPES
+    cell_lines, cell_dots, _, rna_dots = by_type[1].collections[:4]
+    np.testing.assert_allclose(cell_dots.get_offsets()[:, 0], cells[TYPES[1]])
+    np.testing.assert_allclose(rna_dots.get_offsets()[:, 0], rna[TYPES[1]])
+    ends = np.array([segment[:, 0] for segment in cell_lines.get_segments()])
+    np.testing.assert_allclose(ends, np.outer(cells[TYPES[1]], [0.8, 1.2]).clip(0, 1))
 
 
 def test_signature_shows_the_markers_of_each_type(saved, tmp_path):
