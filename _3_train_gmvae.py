@@ -54,10 +54,10 @@ PAPER = False  # True: model, prior and training as in the paper, except for con
 
 # Another generator instead of the GMVAE (lib/baselines); the constants above are the GMVAE's alone
 GENERATOR: Literal["gmvae", "beta_vae", "pca_cvae", "conv_cvae"] = "gmvae"  # gmvae: ours; others: lib/baselines
-OTHER_EPOCHS: int | None = None  # of another generator; none: as published (5000, 150 (ours), 50)
-OTHER_BATCH_SIZE: int | None = None  # the same; none: 512, 256 (ours), 32
-OTHER_LEARNING_RATE: float | None = None  # the same; none: 1e-4, 1e-3 (ours), 1e-3
-OTHER_PATIENCE: int | None = None  # the same, epochs without a better held-out loss; none: 50
+OTHER_EPOCHS: int | None = None  # of another generator; none: as published (5000, 100, 50)
+OTHER_BATCH_SIZE: int | None = None  # the same; none: 512, 5000, 32
+OTHER_LEARNING_RATE: float | None = None  # the same; none: 1e-4, 1e-3, 1e-3
+OTHER_PATIENCE: int | None = None  # the same, epochs without a better held-out loss; none: 50, 100, 50
 TOP_MARKERS: int | None = None  # beta_vae: marker genes per type that its encoder reads (omicverse: 200); none: all
 
 # Running

@@ -88,7 +88,7 @@ MDE = False  # the plots of the UMAP also by minimum-distortion embedding (Bulk2
 FOUR_STAGES = False  # four_stages.png: input, latent, reconstructed, generated cells (bulk2sc, scGMVAE); a minute more
 XGBOOST = False  # classifiers of types trained on real and on generated cells (Generative genomics): xgboost.csv
 XGBOOST_CELLS = (1000, 2000, 100)  # synthetic cells per type to test on, to train on, and for early stopping (theirs)
-CLASS_FILE: str | None = None  # csv or tsv of cell types and their coarse classes, which XGBOOST evaluates as well
+CLASS_FILE: str | None = None  # csv or tsv of cell types and coarse classes, for XGBOOST (lib/evaluation/classes_e_annd_5.csv)
 
 
 class Prediction(NamedTuple):

@@ -19,7 +19,7 @@ from torch import nn
 
 from lib.baselines import expression_sampling as sampling
 from lib.data.batches import Batch, CellDataset
-from lib.models.layers import SparseLinear
+from lib.models.layers import SparseLinear, scaled_columns
 from lib.models.likelihoods import standard_normal_kl
 from lib.models.profiles import log_fold_changes, top_genes, type_profiles
 
@@ -76,7 +76,7 @@ class BetaVAE(nn.Module):
 
     def q_z(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """q(z|x): mean and log-variance, each (n_cells, n_latent). x: sparse, n_cells x n_genes."""
-        hidden = self.from_genes(x if self.top_markers is None else _masked(x, self.is_used))
+        hidden = self.from_genes(x if self.top_markers is None else scaled_columns(x, self.is_used))
         mean, log_var = self.encoder(F.relu(hidden + self.from_genes_bias)).float().chunk(2, dim=1)
         return mean, log_var.clamp(-10, 6)
 
@@ -113,13 +113,6 @@ class BetaVAE(nn.Module):
 
 def _layers(sizes: tuple[int, ...]) -> list[nn.Module]:
     return [layer for n_in, n_out in pairwise(sizes) for layer in (nn.Linear(n_in, n_out), nn.ReLU())]
-
-
-def _masked(x: torch.Tensor, is_used: torch.Tensor) -> torch.Tensor:
-    """A sparse matrix with the values of some columns set to 0. is_used: (n_columns,), 1 or 0."""
-    return torch.sparse_csr_tensor(
-        x.crow_indices(), x.col_indices(), x.values() * is_used[x.col_indices()], x.shape, check_invariants=False
-    )
 
 
 def marker_genes(dataset: CellDataset, n_cell_types: int, n_markers: int) -> np.ndarray:

@@ -1,37 +1,45 @@
 """The conditional VAE of Generative genomics: it models principal components, which are transformed back to genes.
 
-    c        = components (log(1 + counts per 10,000) - mean)
+    c        principal components of standardised genes, log(1 + counts per 10,000) (lib/data/components.py)
     z | c, y ~ Normal(mean(c, y), variance(c, y))   label embedding 64; 2048-1024-512-256, to 512; GELU, dropout, LayerNorm
-    loss     = |c - decoder(z, y)|^2 + weight x KL(q(z|c,y) || Normal(0, 1)),  weight from 0.1 to 1
+    loss     = |c - decoder(z, y)|^2 + weight x KL(q(z|c,y) || Normal(0, 1)),  weight from 0.1 to 1 over ten epochs
 
-Batches are class-balanced: each type is sampled equally often. The learning rate follows one cycle. The principal components
-are fitted block by block (incremental PCA: Ross et al., IJCV 77, 2008), so the number of cells is not limited by memory.
-Source: the Generative genomics project (its README and the sizes of its model). Ours, where it gives none: the number of
-components, the learning rate, the number of epochs, the batch size, and how counts are sampled
-(lib/baselines/expression_sampling.py).
+Batches are class-balanced: each type is sampled equally often. The learning rate follows the first half of one cycle.
+Source: the Generative genomics project (RodMcN/generative-genomics: its README, configuration and sources), for 828,328 cells. Ours:
+fewer components and smaller batches where the data are smaller (`fitting_sizes`), the best of all epochs instead of stopping after
+five epochs without a lower loss, and how counts are sampled (lib/baselines/expression_sampling.py).
 """
 
-from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
-import numpy as np
-import scipy.sparse as sp
 import torch
-from sklearn.decomposition import IncrementalPCA
 from torch import nn
 
 from lib.baselines import expression_sampling as sampling
 from lib.data.batches import Batch, CellDataset
-from lib.data.counts import log_normalize
+from lib.data.components import fit_components, n_components
+from lib.models.layers import scaled_columns
 from lib.models.likelihoods import standard_normal_kl
 
 SETTINGS = {
-    "epochs": 150, "batch_size": 256, "learning_rate": 1e-3, "weight_decay": 1e-2, "patience": 50, "optimizer": "adamw",
-    "balanced": True, "one_cycle": True, "kl_weight": (0.1, 1.0), "kl_warmup_epochs": 50,
+    "epochs": 100, "batch_size": 5000, "learning_rate": 1e-3, "weight_decay": 1e-3, "patience": 100, "optimizer": "adamw",
+    "balanced": True, "cycle": 2.0, "kl_weight": (0.1, 1.0), "kl_warmup_epochs": 9,
 }  # fmt: skip
 HIDDEN = (2048, 1024, 512, 256)
-N_PCS = 100
-PCA_CELLS = 1024  # cells in one step of the incremental PCA, dense: 50-100 MB
+N_PCS = 2500
+MIN_BATCHES = 8  # of an epoch, at least: smaller data have smaller batches (ours)
+
+
+def fitting_sizes(
+    settings: dict[str, Any], arguments: dict[str, Any], train: CellDataset
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings and arguments with a batch size and a number of components that the train cells allow; messages say what changes."""
+    batch_size = max(1, min(settings["batch_size"], len(train) // MIN_BATCHES))
+    if batch_size < settings["batch_size"]:
+        print(f"batches of {batch_size:,} cells instead of {settings['batch_size']:,}: {len(train):,} train cells")
+    n_pcs = n_components(arguments.get("n_pcs", N_PCS), len(train), train.n_genes)
+    return settings | {"batch_size": batch_size}, arguments | {"n_pcs": n_pcs}
 
 
 class PCACVAE(nn.Module):
@@ -41,7 +49,7 @@ class PCACVAE(nn.Module):
     n_genes, n_cell_types
         Sizes of the data.
     n_pcs
-        Number of principal components; where there are fewer cells or genes, the remaining components are 0.
+        Number of principal components, at most as many as there are train cells and genes (`fitting_sizes`).
     n_latent, hidden, n_label, dropout
         Dimensions of z; hidden layers of the encoder, and of the decoder in reverse; dimensions of the label embedding; dropout
         probability.
@@ -49,7 +57,7 @@ class PCACVAE(nn.Module):
 
     components: torch.Tensor
     gene_mean: torch.Tensor
-    pc_scale: torch.Tensor
+    gene_scale: torch.Tensor
 
     def __init__(
         self, n_genes: int, n_cell_types: int, n_pcs: int = N_PCS, n_latent: int = 512, hidden: tuple[int, ...] = HIDDEN,
@@ -68,29 +76,23 @@ class PCACVAE(nn.Module):
         )
         self.register_buffer("components", torch.zeros(n_genes, n_pcs))
         self.register_buffer("gene_mean", torch.zeros(n_genes))
-        self.register_buffer("pc_scale", torch.ones(n_pcs))
+        self.register_buffer("gene_scale", torch.ones(n_genes))
         self.prior: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
     def initialise(self, dataset: CellDataset) -> None:
         """Fit the principal components to the train cells, block by block."""
-        blocks = _dense_blocks(dataset, len(self.pc_scale))
-        first = next(blocks)
-        pca = IncrementalPCA(min(len(self.pc_scale), *first.shape)).partial_fit(first)
-        for cells in blocks:
-            pca.partial_fit(cells)
-        found = pca.n_components_
-        self.components[:, :found] = torch.from_numpy(pca.components_.T.astype(np.float32))
-        self.gene_mean.copy_(torch.from_numpy(pca.mean_.astype(np.float32)))
-        self.pc_scale[:found] = torch.from_numpy(np.sqrt(pca.explained_variance_) + 1e-3)
+        found = fit_components(lambda: (counts for counts, _ in dataset.blocks()), self.components.shape[1])
+        for buffer, values in zip((self.gene_mean, self.gene_scale, self.components), found):
+            buffer.copy_(torch.from_numpy(values))
 
     def pcs(self, batch: Batch) -> torch.Tensor:
-        """Principal components of cells, each divided by its standard deviation: (n_cells, n_pcs)."""
-        pcs = batch.log_normalized(sampling.TARGET) @ self.components - self.gene_mean @ self.components
-        return pcs / self.pc_scale
+        """Principal components of cells: (n_cells, n_pcs)."""
+        x = scaled_columns(batch.log_normalized(sampling.TARGET), 1 / self.gene_scale)
+        return x @ self.components - (self.gene_mean / self.gene_scale) @ self.components
 
     def decode(self, z: torch.Tensor, cell_type_idx: torch.Tensor) -> torch.Tensor:
-        """Principal components, each divided by its standard deviation: (n_cells, n_pcs)."""
+        """Principal components: (n_cells, n_pcs)."""
         return self.decoder(torch.cat([z, self.label(cell_type_idx)], dim=1)).float()
 
     def forward(self, batch: Batch, epsilon: torch.Tensor, kl_weight: float = 1.0) -> dict[str, torch.Tensor]:
@@ -98,7 +100,7 @@ class PCACVAE(nn.Module):
         pcs = self.pcs(batch)
         mean, log_var = self.encoder(torch.cat([pcs, self.label(batch.cell_type_idx)], dim=1)).float().chunk(2, dim=1)
         log_var = log_var.clamp(-10, 6)
-        error = (self.decode(mean + (0.5 * log_var).exp() * epsilon, batch.cell_type_idx) - pcs) * self.pc_scale
+        error = self.decode(mean + (0.5 * log_var).exp() * epsilon, batch.cell_type_idx) - pcs
         reconstruction_loss = error.square().sum(dim=1).mean()
         kl_z = standard_normal_kl(mean, log_var).mean()
         loss = reconstruction_loss + kl_weight * kl_z
@@ -116,8 +118,8 @@ class PCACVAE(nn.Module):
         _, library_size = sampling.sample_train_cells(self.prior, cell_type_idx, generator)
         size = (len(cell_type_idx), self.n_latent)
         z = latent_spread * torch.randn(size, generator=generator, device=cell_type_idx.device)
-        pcs = self.decode(z, cell_type_idx) * self.pc_scale
-        return self.gene_mean + pcs @ self.components.T, library_size
+        standardised = self.decode(z, cell_type_idx) @ self.components.T
+        return self.gene_mean + self.gene_scale * standardised, library_size
 
     sample = sampling.sample_cells
 
@@ -126,18 +128,5 @@ def _layers(sizes: tuple[int, ...], dropout: float) -> list[nn.Module]:
     return [
         layer
         for n_in, n_out in pairwise(sizes)
-        for layer in (nn.Linear(n_in, n_out), nn.LayerNorm(n_out), nn.GELU(), nn.Dropout(dropout))
+        for layer in (nn.Linear(n_in, n_out), nn.GELU(), nn.Dropout(dropout), nn.LayerNorm(n_out))
     ]
-
-
-def _dense_blocks(dataset: CellDataset, n_pcs: int) -> Iterator[np.ndarray]:
-    """All cells as log(1 + counts per 10,000), in blocks with at least as many cells as components (if the data set has them)."""
-    rest = sp.csr_matrix((0, dataset.n_genes), dtype=np.float32)
-    for counts, _ in dataset.blocks():
-        rest = sp.vstack([rest, log_normalize(counts, sampling.TARGET)], format="csr")
-        while rest.shape[0] >= 2 * max(PCA_CELLS, n_pcs):
-            yield rest[:PCA_CELLS].toarray()
-            rest = rest[PCA_CELLS:]
-    n_blocks = max(1, rest.shape[0] // max(PCA_CELLS, n_pcs))
-    for rows in np.array_split(np.arange(rest.shape[0]), n_blocks):
-        yield rest[rows].toarray()

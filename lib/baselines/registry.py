@@ -79,11 +79,14 @@ def fit(
         Description of the data for the checkpoint: stage, constants, gene_names, cell_types, split_id.
     settings
         epochs, batch_size, learning_rate, weight_decay, patience and optimizer; optional: balanced (each type is sampled equally
-        often), one_cycle (learning rate; constant otherwise), kl_weight (first and last weight of the KL) and kl_warmup_epochs.
+        often), cycle (length of the learning rate's cycle, in trainings; constant without it), kl_weight (first and last weight of
+        the KL) and kl_warmup_epochs.
         Published values: `SETTINGS`.
     arguments
         Arguments of the model besides the sizes of the data; the defaults are the published ones.
     """
+    if name == "pca_cvae":
+        settings, arguments = pca_cvae.fitting_sizes(settings, arguments, train)
     torch.manual_seed(seed)
     model: Any = CLASSES[name](train.n_genes, len(about["cell_types"]), **arguments)
     model.initialise(train)
@@ -118,13 +121,14 @@ def make_optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Op
 
 
 def learning_rate(epoch: int, settings: dict[str, Any]) -> float:
-    """Learning rate of an epoch: constant, or one cycle (Smith and Topin 2019).
+    """Learning rate of an epoch: constant, or one cycle (Smith and Topin 2019), or the first part of one.
 
-    The cycle rises from 1/25 of `learning_rate` over the first 30 % of the epochs, then falls to 1e-5 of it, both along a cosine.
+    The cycle rises from 1/25 of `learning_rate` over its first 30 %, then falls to 1e-5 of it, both along a cosine. It is
+    `cycle` times as long as the training.
     """
-    if not settings.get("one_cycle"):
+    if not settings.get("cycle"):
         return settings["learning_rate"]
-    done, rise = (epoch + 0.5) / settings["epochs"], 0.3  # fractions of the training
+    done, rise = (epoch + 0.5) / (settings["cycle"] * settings["epochs"]), 0.3  # fractions of the cycle
     low, progress = (1 / 25, done / rise) if done < rise else (1e-5, (1 - done) / (1 - rise))
     return settings["learning_rate"] * (low + (1 - low) * (1 - math.cos(math.pi * progress)) / 2)
 

@@ -45,6 +45,13 @@ def sparse_linear(x: torch.Tensor, *layers: SparseLinear) -> torch.Tensor:
         return SparseProduct.apply(x, weight)
 
 
+def scaled_columns(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """A sparse matrix (CSR) with each column times its factor. factors: (n_columns,)."""
+    return torch.sparse_csr_tensor(
+        x.crow_indices(), x.col_indices(), x.values() * factors[x.col_indices()], x.shape, check_invariants=False
+    )
+
+
 def mlp(sizes: tuple[int, ...], dropout: float = 0.0) -> nn.Sequential:
     """Linear layers, each followed by LayerNorm, ReLU and dropout."""
     layers: list[nn.Module] = []

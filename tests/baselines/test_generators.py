@@ -7,7 +7,7 @@ import scipy.sparse as sp
 import torch
 from helpers import FEW, STAGES, simulated_cells
 
-from lib.baselines import beta_vae, expression_sampling, registry
+from lib.baselines import beta_vae, expression_sampling, pca_cvae, registry
 from lib.baselines.beta_vae import BetaVAE
 from lib.baselines.conv_cvae import ConvCVAE, extra_zeros
 from lib.baselines.pca_cvae import PCACVAE
@@ -31,7 +31,7 @@ FAST = {
 }
 SMALL = {
     "beta_vae": {"n_latent": 8, "hidden": (64, 32)},
-    "pca_cvae": {"n_pcs": 20, "n_latent": 8, "hidden": (64, 32), "n_label": 8},
+    "pca_cvae": {"n_pcs": 20, "n_latent": 8, "hidden": (64, 32), "n_label": 8, "dropout": 0.05},
     "conv_cvae": {},
 }
 
@@ -202,22 +202,35 @@ def test_the_encoder_uses_the_top_markers_only(data):
     assert beta_vae.marker_genes(train, 3, 60).tolist() == list(range(60))
 
 
-def test_components_fitted_block_by_block_are_those_of_all_cells(data, monkeypatch):
-    """Incremental PCA spans the same space as an exact PCA of all cells; with full rank it inverts to the genes exactly."""
+def test_the_cvae_has_generative_genomics_sizes_and_settings(data, capsys):
     train = data[0]
-    monkeypatch.setattr("lib.baselines.pca_cvae.PCA_CELLS", 100)
-    model = PCACVAE(60, 3, n_pcs=60)
+    model = PCACVAE(3000, 126)
+    for network, widths in (
+        (model.encoder, [2048, 1024, 512, 256, 2 * 512]),
+        (model.decoder, [256, 512, 1024, 2048, 2500]),
+    ):
+        assert [layer.out_features for layer in network if isinstance(layer, torch.nn.Linear)] == widths
+    assert model.label.weight.shape == (126, 64) and model.encoder[0].in_features == 2500 + 64
+    settings, arguments = pca_cvae.fitting_sizes(registry.SETTINGS["pca_cvae"], {}, train)
+    assert registry.SETTINGS["pca_cvae"]["batch_size"] == 5000 and settings["batch_size"] == len(train) // 8
+    assert arguments == {"n_pcs": 60}
+    out = capsys.readouterr().out
+    assert (
+        "60 principal components instead of 2,500" in out
+        and f"batches of {len(train) // 8} cells instead of 5,000" in out
+    )
+
+
+def test_generated_expression_is_the_inverse_of_the_components(data):
+    """With full rank, decoding a cell's own components gives its expression."""
+    train = data[0]
+    model = PCACVAE(60, 3, n_pcs=60, n_latent=4, hidden=(8,)).eval()
     model.initialise(train)
+    model.fit_prior(train, seed=0)
     batch = train.in_memory_cells.batch(np.arange(40))
-    x = batch.log_normalized(1e4).to_dense()
-    inverted = model.gene_mean + (model.pcs(batch) * model.pc_scale) @ model.components.T
-    torch.testing.assert_close(inverted, x, atol=2e-3, rtol=1e-3)
-    few = PCACVAE(60, 3, n_pcs=5)
-    few.initialise(train)
-    values = log_normalize(train.counts, 1e4).toarray()
-    exact = np.linalg.svd(values - values.mean(axis=0), full_matrices=False)[2][:3].T
-    overlap = np.linalg.svd(few.components.numpy().T @ exact)[1]
-    assert overlap.min() > 0.98
+    model.decode = lambda z, cell_type_idx: model.pcs(batch)
+    expression, _ = model.sample_expression(batch.cell_type_idx, 1.0, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(expression, batch.log_normalized(1e4).to_dense(), atol=2e-3, rtol=1e-3)
 
 
 def test_class_balanced_batches_sample_every_type_equally_often():
@@ -230,7 +243,7 @@ def test_class_balanced_batches_sample_every_type_equally_often():
 
 
 def test_one_cycle_rises_then_falls():
-    settings = {"learning_rate": 1e-3, "epochs": 100, "one_cycle": True}
+    settings = {"learning_rate": 1e-3, "epochs": 100, "cycle": 1.0}
     rates = np.array([registry.learning_rate(epoch, settings) for epoch in range(100)])
     peak = rates.argmax()
     assert 25 <= peak <= 33 and rates[peak] == pytest.approx(1e-3, rel=0.02) and rates[0] < 1e-4 and rates[-1] < 1e-5

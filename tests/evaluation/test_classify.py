@@ -1,14 +1,18 @@
 """The XGBoost tests of Generative genomics: good and mislabelled synthetic cells have different scores; scores by hand."""
 
+import json
+
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import FEW, STAGES, simulated_dataset
+from helpers import FEW, ROOT, STAGES, simulated_dataset
 
 pytest.importorskip("xgboost")
 
-from lib.evaluation.classifier_transfer import precision_recall_f1, read_classes, transfer_table
+import xgboost
+
+from lib.evaluation.classifier_transfer import precision_recall_f1, read_classes, train_classifier, transfer_table
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +78,32 @@ def test_the_table_of_classes(tmp_path):
     path.write_text("a,b,c\n1,2,3\n")
     with pytest.raises(ValueError, match=r"has 3 columns \(a, b, c\); expected two"):
         read_classes(path, ["T"])
+
+
+def test_the_classes_of_e_annd_5_are_shipped():
+    table = pd.read_csv(ROOT / "lib" / "evaluation" / "classes_e_annd_5.csv")
+    assert table["cell type"].is_unique and len(table) == 126 and table["class"].nunique() == 24
+    found = read_classes(ROOT / "lib" / "evaluation" / "classes_e_annd_5.csv", ["TREG", "NK", "FIBROBLAST_XVII"])
+    assert found == ["T Cells", "Innate Lymphoid Cells", "Fibroblasts"]
+
+
+def test_rare_types_weigh_as_much_as_frequent_ones(cells, monkeypatch):
+    """All cells of a type together have the same weight for each type, in training and in early stopping."""
+    weights = []
+
+    class Matrix(xgboost.DMatrix):
+        def __init__(self, data, label=None, weight=None):
+            super().__init__(data, label=label, weight=weight)
+            if label is not None:
+                weights.append([weight[label == k].sum() for k in np.unique(label)])
+
+    monkeypatch.setattr(xgboost, "DMatrix", Matrix)
+    types = np.repeat([0, 1, 2], [5, 50, 20])
+    features = np.random.default_rng(0).normal(size=(75, 4)) + types[:, None]
+    classifier = train_classifier(features, types, features[::3], types[::3], 3, seed=0)
+    assert len(weights) == 2 and all(np.allclose(found, found[0]) for found in weights)
+    settings = json.loads(classifier.save_config())["learner"]["gradient_booster"]["tree_train_param"]
+    assert (settings["max_depth"], float(settings["eta"]), float(settings["alpha"])) == ("6", pytest.approx(0.05), 1.0)
 
 
 @pytest.mark.slow
