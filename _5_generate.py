@@ -58,7 +58,7 @@ REPLICATES: str | None = None  # table of samples and groups: the samples of a g
 PROPORTIONS_FILE: str | None = None  # instead of a bulk: table of proportions of cells, samples x types
 CELL_COUNTS: str | None = None  # instead of a bulk: "test" (as the test cells), a number (of each type), or a table
 OUTPUT = "generated.h5ad"  # file name in DATA_DIR, or a path
-WRITE_MTX = False  # also write MTX, genes and clusters csv, in a folder with the name of OUTPUT
+WRITE_MTX = False  # also MTX (genes x cells), genes.csv, clusters.csv with integer partition (paper), in a folder named as OUTPUT
 
 # How to generate
 GENERATOR: Literal["gmvae", "beta_vae", "pca_cvae", "conv_cvae"] = "gmvae"  # one that stage 3 has trained
@@ -88,7 +88,9 @@ MDE = False  # the plots of the UMAP also by minimum-distortion embedding (Bulk2
 FOUR_STAGES = False  # four_stages.png: input, latent, reconstructed, generated cells (bulk2sc, scGMVAE); a minute more
 XGBOOST = False  # classifiers of types trained on real and on generated cells (Generative genomics): xgboost.csv
 XGBOOST_CELLS = (1000, 2000, 100)  # synthetic cells per type to test on, to train on, and for early stopping (theirs)
-CLASS_FILE: str | None = None  # csv or tsv of cell types and coarse classes, for XGBOOST (lib/evaluation/classes_e_annd_5.csv)
+CLASS_FILE: str | None = (
+    None  # csv or tsv of cell types and coarse classes, for XGBOOST (lib/evaluation/classes_e_annd_5.csv)
+)
 
 
 class Prediction(NamedTuple):

@@ -243,12 +243,18 @@ def log_normalize(counts: sp.csr_matrix, target: float) -> sp.csr_matrix:
 
 
 def write_mtx(cells: ad.AnnData, path: Path) -> Path:
-    """Write counts.mtx (cells x genes), genes.csv and clusters.csv to the folder `path`, which is returned."""
+    """Write counts in the form of the paper's code to the folder `path`, which is returned.
+
+    counts.mtx: genes x cells; genes.csv and clusters.csv: a row for each of its rows and columns. `partition` numbers the types from
+    0, in the order of the categories, as in the paper's cluster files; cell_type names them.
+    """
     path.mkdir(exist_ok=True)
     with replacing(path / "counts.mtx") as temporary:
-        scipy.io.mmwrite(temporary, cells.X.astype(np.int64))
+        scipy.io.mmwrite(temporary, cells.X.T.astype(np.int64))
     with replacing(path / "genes.csv") as temporary:
         pd.Series(cells.var_names, name="gene").to_csv(temporary, index=False)
+    clusters = cells.obs[["cell_type", "sample"]].copy()
+    clusters.insert(0, "partition", cells.obs["cell_type"].cat.codes)
     with replacing(path / "clusters.csv") as temporary:
-        cells.obs[["cell_type", "sample"]].to_csv(temporary, index_label="barcode")
+        clusters.to_csv(temporary, index_label="barcode")
     return path

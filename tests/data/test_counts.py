@@ -4,6 +4,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy as sc
 import scipy.sparse as sp
 from helpers import simulated_dataset
 
@@ -19,7 +20,9 @@ from lib.data.counts import (
     sum_duplicate_genes,
     to_counts,
     write_blocks,
+    write_mtx,
 )
+from lib.data.readers import read_dataset
 
 
 @pytest.mark.parametrize(
@@ -133,3 +136,21 @@ def test_hold_out_leaves_the_random_stream_where_select_per_type_does():
     a, b = np.random.default_rng(7), np.random.default_rng(7)
     select_per_type(TYPES, 0.25, a), hold_out(TYPES, 0.25, b)
     assert a.random() == b.random()
+
+
+def test_mtx_has_the_papers_form(tmp_path):
+    """Read as the paper's code reads it: scanpy's read_mtx and its transpose, integer clusters in the column `partition`."""
+    cells = simulated_dataset(n_cells=50)
+    cells.obs["sample"] = "A"
+    cells = cells[cells.obs["cell_type"] != "type 1"].copy()
+    cells.obs["cell_type"] = cells.obs["cell_type"].cat.set_categories(["type 0", "type 1", "type 2"])
+    folder = write_mtx(cells, tmp_path / "cells")
+    read = sc.read_mtx(folder / "counts.mtx").T
+    np.testing.assert_array_equal(read.X.toarray(), cells.X.toarray())
+    assert list(pd.read_csv(folder / "genes.csv")["gene"]) == list(cells.var_names)
+    clusters = pd.read_csv(folder / "clusters.csv")
+    assert clusters["partition"].dtype == np.int64 and list(clusters["barcode"]) == list(cells.obs_names)
+    assert [f"type {k}" for k in clusters["partition"]] == list(cells.obs["cell_type"]) == list(clusters["cell_type"])
+    again = read_dataset(folder)  # stage 0 takes it
+    np.testing.assert_array_equal(again.X.toarray(), cells.X.toarray())
+    assert list(again.obs["cell_type"]) == list(cells.obs["cell_type"])
