@@ -29,7 +29,7 @@ from lib.data.counts import (
     write_blocks,
 )
 from lib.data.embedding import embed, labels_of_neighbours, lazy, leiden, principal_components
-from lib.data.markers import MIN_SCORE, cluster_types, read_markers
+from lib.data.markers import MIN_SCORE, cluster_types, read_markers, with_genes_in
 from lib.evaluation import plots_cells
 from lib.files import folder, print_written, user_path
 
@@ -46,7 +46,10 @@ MAX_CELLS_SCRUBLET = 6_000  # in one run of Scrublet, about one capture; more ar
 
 # Cell types
 LABELS: Literal["auto", "author", "leiden", "markers"] = "auto"  # auto: author's labels if any, else Leiden clusters
-MARKERS_FILE: str | None = None  # for markers: csv or tsv with a row for each type: cell_type, positive, negative genes
+MARKERS_FILE: str | None = (
+    None  # for markers: csv, tsv or xlsx; columns cell_type, positive, negative genes, or scType's
+)
+MARKERS_TISSUE: str | None = None  # rows of MARKERS_FILE to use, if it is scType's database, such as "Immune system"
 UNLABELLED: Literal["drop", "keep"] = "drop"  # cells without an author's label; keep: as train cells without a type
 MIN_TYPE_CELLS = 4  # an author's type with fewer cells cannot be split
 SMALL_TYPES: Literal["error", "drop"] = "error"  # what to do with the cells of such a type
@@ -238,7 +241,10 @@ def types_by_markers(adata: ad.AnnData, rows: np.ndarray, clusters: np.ndarray) 
         If no cluster fits any type.
     """
     assert MARKERS_FILE is not None
-    types, scores = cluster_types(adata, rows, clusters, read_markers(user_path(MARKERS_FILE)))
+    markers = read_markers(user_path(MARKERS_FILE), MARKERS_TISSUE)
+    if MARKERS_TISSUE is not None:  # a database, not the user's own choice of types
+        markers = with_genes_in(markers, adata.var_names)
+    types, scores = cluster_types(adata, rows, clusters, markers)
     scores.insert(0, "type", pd.Series(types, clusters).groupby(level=0).first().reindex(scores.index).fillna("none"))
     print(
         "clusters by marker genes (mean score of a cell):\n"

@@ -8,7 +8,7 @@ import pandas as pd
 
 from lib.bulk.anndata_bulk import read_h5ad_bulk
 from lib.bulk.pseudobulk import tpm
-from lib.data.tables import read_header, separator
+from lib.data.tables import read_header, read_text_table, separator
 
 ENSEMBL = re.compile(r"^(ENS[A-Z]*G\d{6,})(\.\d+)?$")  # an Ensembl gene ID and its version
 SYMBOL_COLUMNS = ("gene name", "gene_name", "symbol", "gene_symbol", "hgnc_symbol", "external_gene_name", "gene")
@@ -93,8 +93,8 @@ def read_bulk(
 def read_strings(path: Path) -> pd.DataFrame:
     """Read a table as text: first column as index, first row as columns, names stripped of blanks and quotes."""
     if path.suffix.lower() in (".xlsx", ".xls"):
-        cells = pd.read_excel(path, header=None, dtype=str, keep_default_na=False)
-        table = cells.iloc[1:, 1:].set_axis(cells.iloc[1:, 0], axis=0).set_axis(cells.iloc[0, 1:], axis=1)
+        cells = read_text_table(path)
+        table = cells.iloc[:, 1:].set_axis(cells.iloc[:, 0], axis=0)
     else:
         header = read_header(path)
         table = pd.read_csv(

@@ -6,6 +6,7 @@ z_g is the z-score of a gene over all cells. s_g is its sensitivity: 1 if it is 
 types. A cluster gets the type with the largest mean score of its cells, or none if that score is below 0.25.
 """
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +16,9 @@ import pandas as pd
 import scipy.sparse as sp
 
 from lib.data.counts import log_normalize, selected_blocks
-from lib.data.tables import separator
+from lib.data.tables import read_text_table
 
+TISSUE_COLUMN = "tissueType"  # of scType's database
 SCTYPE_COLUMNS = ("cellName", "geneSymbolmore1", "geneSymbolmore2")
 COLUMNS = ("cell_type", "positive", "negative")
 MIN_SCORE = 0.25  # mean score of a cluster's cells (scType)
@@ -27,18 +29,23 @@ class Markers(NamedTuple):
     negative: list[str]
 
 
-def read_markers(path: Path) -> dict[str, Markers]:
-    """Read the marker genes of each type from a csv or tsv with one row for each type.
+def read_markers(path: Path, tissue: str | None = None) -> dict[str, Markers]:
+    """Read the marker genes of each type from a csv, tsv or xlsx with one row for each type.
 
-    The columns are cell_type, positive and (optional) negative, or scType's own. The genes of one field are separated by
-    commas, semicolons or blanks.
+    The columns are cell_type, positive and (optional) negative, or those of scType's database (ScTypeDB_full.xlsx). The genes of one
+    field are separated by commas, semicolons, slashes or blanks.
+
+    Parameters
+    ----------
+    tissue
+        The rows to use, by the column tissueType; None for a table of one tissue, or without this column.
 
     Raises
     ------
     ValueError
-        If the columns are others, or a type has two rows or no positive marker.
+        If the columns are others, the tissue is not in the table or must be given, or a type has two rows or no positive marker.
     """
-    table = pd.read_csv(path, sep=separator(path), dtype=str, keep_default_na=False)
+    table = read_text_table(path)
     table.columns = table.columns.str.strip()
     columns = [names for names in (SCTYPE_COLUMNS, COLUMNS) if set(names[:2]) <= set(table.columns)]
     if not columns:
@@ -48,9 +55,9 @@ def read_markers(path: Path) -> dict[str, Markers]:
         )
     name, positive, negative = columns[0]
     markers: dict[str, Markers] = {}
-    for row in table.to_dict("records"):
+    for row in _of_tissue(table, tissue, path).to_dict("records"):
         genes = [
-            [gene for gene in row.get(column, "").replace(";", " ").replace(",", " ").split() if gene]
+            [gene for gene in re.split(r"[\s,;/]+", row.get(column, "")) if gene and gene != "NA"]
             for column in (positive, negative)
         ]
         if row[name].strip() in markers or not genes[0]:
@@ -59,6 +66,30 @@ def read_markers(path: Path) -> dict[str, Markers]:
             )
         markers[row[name].strip()] = Markers(*genes)
     return markers
+
+
+def _of_tissue(table: pd.DataFrame, tissue: str | None, path: Path) -> pd.DataFrame:
+    """The rows of a tissue, without empty ones."""
+    table = table[(table != "").any(axis=1)]
+    listed = table[TISSUE_COLUMN].str.strip() if TISSUE_COLUMN in table else pd.Series("", table.index)
+    tissues = ", ".join(sorted(set(listed))) or "none"
+    if tissue is None and listed.nunique() > 1:
+        raise ValueError(f"{path} has the markers of several tissues; set MARKERS_TISSUE to one of {tissues}")
+    if tissue is not None and not (listed == tissue).any():
+        raise ValueError(
+            f"{path} has no markers of the tissue {tissue!r}; expected MARKERS_TISSUE to be one of its tissues: {tissues}"
+        )
+    return table if tissue is None else table[listed == tissue]
+
+
+def with_genes_in(markers: dict[str, Markers], gene_names: pd.Index) -> dict[str, Markers]:
+    """The types that have a positive marker among these genes; a message names the others."""
+    known = set(gene_names.str.upper())
+    found = {name: marker for name, marker in markers.items() if known & {gene.upper() for gene in marker.positive}}
+    without = [name for name in markers if name not in found]
+    if without:
+        print(f"types without a positive marker among the genes of the data, left out: {', '.join(without)}")
+    return found
 
 
 def cluster_types(

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from helpers import STAGES, Workplace, simulated_dataset, split_only
 
-from lib.data.markers import Markers, cell_scores, read_markers
+from lib.data.markers import Markers, cell_scores, read_markers, with_genes_in
 
 PBMC = {
     "B": "CD79A MS4A1 CD79B",
@@ -48,6 +48,54 @@ def test_both_forms_of_the_table_give_the_same_markers(tmp_path):
     plain.write_text("cell_type,positive\nB,CD79A\nB,MS4A1\n")
     with pytest.raises(ValueError, match="'B' has two rows or no positive marker"):
         read_markers(plain)
+
+
+SCTYPE = pd.DataFrame(  # in the form of ScTypeDB_full.xlsx
+    {
+        "tissueType": ["Immune system", "Immune system", "Liver", "Immune system"],
+        "cellName": ["B", "T", "B", "Unicorns"],
+        "geneSymbolmore1": ["CD79A,MS4A1", "CD3D///CD3E", "ALB", "HORN1"],
+        "geneSymbolmore2": ["CD3D", "NA", None, None],
+        "shortName": ["B", "T", "B", "U"],
+    }
+)
+
+
+@pytest.mark.parametrize("suffix", ["xlsx", "csv"])
+def test_sctypes_database_is_filtered_by_tissue(tmp_path, capsys, suffix):
+    path = tmp_path / f"ScTypeDB_full.{suffix}"
+    SCTYPE.to_excel(path, index=False) if suffix == "xlsx" else SCTYPE.to_csv(path, index=False)
+    immune = {"B": Markers(["CD79A", "MS4A1"], ["CD3D"]), "T": Markers(["CD3D", "CD3E"], [])}
+    found = read_markers(path, "Immune system")
+    assert found == immune | {"Unicorns": Markers(["HORN1"], [])}
+    assert with_genes_in(found, pd.Index(["Cd79a", "CD3E"])) == immune
+    assert "among the genes of the data, left out: Unicorns" in capsys.readouterr().out
+    assert read_markers(path, "Liver") == {"B": Markers(["ALB"], [])}
+    with pytest.raises(ValueError, match="several tissues; set MARKERS_TISSUE to one of Immune system, Liver"):
+        read_markers(path)
+    with pytest.raises(
+        ValueError, match="no markers of the tissue 'Lung'; expected .* one of its tissues: Immune system, Liver"
+    ):
+        read_markers(path, "Lung")
+
+
+@pytest.mark.slow
+def test_stage_1_names_clusters_by_an_xlsx_database(tmp_path, capsys):
+    cells = simulated_dataset(n_cells=300)
+    truth = cells.obs["cell_type"]
+    mean = pd.DataFrame(
+        {name: np.asarray(cells.X[(truth == name).to_numpy()].mean(axis=0)).ravel() for name in truth.cat.categories}
+    )
+    top = {name: (mean[name] / mean.drop(columns=name).max(axis=1)).nlargest(3).index for name in mean}
+    rows = [("A", name, ",".join(f"GENE{i}" for i in genes), "") for name, genes in top.items()]
+    rows += [("A", "absent", "HORN1", ""), ("B", "type 0", "GENE0", "")]
+    table = pd.DataFrame(rows, columns=["tissueType", "cellName", "geneSymbolmore1", "geneSymbolmore2"])
+    table.to_excel(tmp_path / "db.xlsx", index=False)
+    markers = {"LABELS": "markers", "MARKERS_FILE": str(tmp_path / "db.xlsx"), "MARKERS_TISSUE": "A"}
+    place = split_only(tmp_path / "place", cells, MIN_CLUSTER_CELLS=4, **markers)
+    found = ad.concat([ad.read_h5ad(place.data / f"{part}.h5ad") for part in ("train", "test")]).obs["cell_type"]
+    assert (found.astype(str) == truth[found.index].astype(str)).mean() > 0.8
+    assert "left out: absent" in capsys.readouterr().out
 
 
 @pytest.mark.slow
