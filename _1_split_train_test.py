@@ -38,6 +38,9 @@ MIN_GENES: int | None = 200  # a cell has at least so many detected genes
 MAX_GENES: int | None = 2500  # and fewer than this
 MAX_COUNTS: int | None = 6000  # a cell has fewer counts than this
 MAX_PCT_MT: float | None = 15.0  # a cell has less than this percentage of its counts in mitochondrial genes (MT-)
+TYPE_IQR: float | None = (
+    None  # cells so many interquartile ranges outside the quartiles of their type (Generative genomics: 1.5)
+)
 MIN_CELLS = 3  # a gene is detected in at least so many train cells (the original counts test cells too)
 
 # Doublets
@@ -87,6 +90,9 @@ def main() -> None:
     if not usable.all():  # with SPLIT_BY: test cells need a type, and train cells must not be of the test donors
         print(f"cells without a type among the test cells' {SPLIT_BY}: {np.sum(~usable):,} removed")
         obs, is_test = obs[usable], is_test[usable]
+    if TYPE_IQR is not None:
+        typical = within_type_ranges(*quality(adata)[1:], obs, is_test)
+        obs, is_test = obs[typical], is_test[typical]
     print(f"test cells: {is_test.sum():,} of {len(is_test):,} ({is_test.mean():.0%})")
     genes = n_cells_of_genes(adata, obs["row"][~is_test]) >= MIN_CELLS
     print(f"genes detected in fewer than {MIN_CELLS} train cells: {np.sum(~genes):,} removed, {genes.sum():,} left")
@@ -176,6 +182,30 @@ def quality(adata: ad.AnnData) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         n_genes[rows] = np.diff(counts.indptr)
         pct_mt[rows] = 100 * (counts @ mitochondrial.astype(np.float32)) / np.maximum(n_counts[rows], 1)
     return n_counts, n_genes, pct_mt
+
+
+def within_type_ranges(n_genes: np.ndarray, pct_mt: np.ndarray, obs: pd.DataFrame, is_test: np.ndarray) -> np.ndarray:
+    """Mask of the cells that are no outliers of their type; cells without a type stay.
+
+    An outlier has fewer detected genes than the first quartile - TYPE_IQR interquartile ranges, or more genes or a larger percentage
+    of mitochondrial counts than the third quartile + TYPE_IQR interquartile ranges. Quartiles are those of the type's train cells.
+
+    Parameters
+    ----------
+    n_genes, pct_mt
+        Of all cells of the data set (`quality`); `obs["row"]` says which of them each cell is.
+    """
+    assert TYPE_IQR is not None
+    keep = np.ones(len(obs), dtype=bool)
+    codes = obs["cell_type"].cat.codes.to_numpy()
+    for values, has_lower_limit in ((n_genes[obs["row"]], True), (pct_mt[obs["row"]], False)):
+        for k in np.unique(codes[codes >= 0]):
+            first, third = np.percentile(values[(codes == k) & ~is_test], [25, 75])
+            margin = TYPE_IQR * (third - first)
+            outlying = (values > third + margin) | (has_lower_limit & (values < first - margin))
+            keep &= ~(outlying & (codes == k))
+    print(f"TYPE_IQR = {TYPE_IQR}: {np.sum(~keep):,} cells removed, {keep.sum():,} left")
+    return keep
 
 
 def without_doublets(adata: ad.AnnData, rows: np.ndarray) -> np.ndarray:

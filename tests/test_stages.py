@@ -302,6 +302,24 @@ def test_a_table_of_cell_numbers_skips_the_prediction(pipeline, tmp_path):
             pipeline.main(STAGES[5], CELL_COUNTS=str(tmp_path / "wanted.csv"), **options)
 
 
+def test_outliers_of_a_type_are_found_by_its_train_cells(monkeypatch, capsys):
+    """Type a: train cells with 100, 110, 120, 130, 140 genes: quartiles 110 and 130, limits 80 and 160; 1 to 5 % mitochondrial:
+    quartiles 2 and 4, upper limit 7. Type b has ten times as many genes. A cell without a type stays."""
+    import _1_split_train_test as stage
+
+    monkeypatch.setattr(stage, "TYPE_IQR", 1.5)
+    n_genes = np.array([100, 110, 120, 130, 140, 79, 80, 160, 161, 120, 120, 1000, 1000, 160, 9])
+    pct_mt = np.array([1.0, 2, 3, 4, 5, 0, 0, 0, 0, 7, 7.1, 0, 0, 0, 99])
+    types = pd.Categorical(["a"] * 11 + ["b"] * 3 + [None])
+    is_test = np.arange(15) >= 5
+    is_test[11:13] = False  # both train cells of b have 1,000 genes
+    order = np.random.default_rng(0).permutation(15)  # rows of obs in another order than the data
+    obs = pd.DataFrame({"cell_type": types, "row": np.arange(15)}).iloc[order]
+    kept = stage.within_type_ranges(n_genes, pct_mt, obs, is_test[order])
+    assert set(np.arange(15)[order][~kept]) == {5, 8, 10, 13}
+    assert "TYPE_IQR = 1.5: 4 cells removed, 11 left" in capsys.readouterr().out
+
+
 def test_split_by_donor_shares_none(tmp_path):
     adata = simulated_dataset(n_cells=400)
     adata.obs["donor"] = [f"donor {i % 8}" for i in range(400)]
