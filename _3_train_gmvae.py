@@ -59,6 +59,14 @@ OTHER_BATCH_SIZE: int | None = None  # the same; none: 512, 5000, 32
 OTHER_LEARNING_RATE: float | None = None  # the same; none: 1e-4, 1e-3, 1e-3
 OTHER_PATIENCE: int | None = None  # the same, epochs without a better held-out loss; none: 50, 100, 50
 TOP_MARKERS: int | None = None  # beta_vae: marker genes per type that its encoder reads (omicverse: 200); none: all
+PCA_COMPONENTS = 2500  # pca_cvae: principal components that it models, if the data have so many (published)
+CONV_SIDE: int | None = (
+    None  # conv_cvae: side of the image of a cell, pixels (published: 144); none: the smallest for the genes
+)
+CONV_KERNEL = 3  # conv_cvae: side of the kernels, pixels, odd (published)
+CONV_STRIDES = 2  # conv_cvae: pixels from one position of a kernel to the next (published)
+CONV_FILTERS = 16  # conv_cvae: filters of the first convolution, half as many as of the second (published)
+CONV_N_LATENT = 2  # conv_cvae: dimensions of z (published)
 
 # Running
 RESUME = False  # continue from models/gmvae_last.pt
@@ -223,8 +231,16 @@ def train_other(train: CellDataset, held_out: CellDataset, about: dict[str, Any]
         "patience": OTHER_PATIENCE,
     }
     settings = registry.SETTINGS[GENERATOR] | {name: value for name, value in changed.items() if value is not None}
-    arguments = {"top_markers": TOP_MARKERS} if GENERATOR == "beta_vae" else {}
-    model, trainer = registry.fit(GENERATOR, train, held_out, about, settings, arguments, models, SEED, RESUME)
+    arguments: dict[str, dict[str, Any]] = {
+        "beta_vae": {"top_markers": TOP_MARKERS},
+        "pca_cvae": {"n_pcs": PCA_COMPONENTS},
+        "conv_cvae": {
+            "side": CONV_SIDE, "kernel": CONV_KERNEL, "strides": CONV_STRIDES, "filters": CONV_FILTERS, "n_latent": CONV_N_LATENT
+        },
+    }  # fmt: skip
+    model, trainer = registry.fit(
+        GENERATOR, train, held_out, about, settings, arguments[GENERATOR], models, SEED, RESUME
+    )
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"{GENERATOR}: {n_parameters:,} parameters; generate cells with _5_generate.py --generator {GENERATOR}")
     return trainer

@@ -1,17 +1,19 @@
 """DeepConvCVAE: a convolutional conditional VAE on cells arranged as square images, one pixel per gene.
 
     image        log(1 + counts per 10,000) / its largest value, genes in their order, padded with zeros to a square whose side is
-                 a multiple of 4
+                 a multiple of the square of the stride
     encoder      image and a label image (dense, K to pixels); conv 16 and 32, kernel 3, stride 2; dense 16; z of 2 dimensions
     decoder      z and label; dense to the encoder's last image; transposed conv 16, 8 (stride 2) and 1; sigmoid
     loss         mean squared error x pixels + KL(q(z|x,y) || Normal(0, 1));  RMSprop, batches of 32
 
-With 144 x 144 pixels and 11 types it has the published 1,503,877 parameters. Source: DeepConvCVAE of UMIche, 68k PBMC. Counts are
-sampled as in its later version: library sizes from real cells, counts from a zero-inflated negative binomial. Ours: theta is
-estimated by moments within the types (lib/models/profiles.py), and extra zeros by the excess over the negative binomial.
+Kernel, strides, filters, dimensions of z and side of the image are constants of stage 3. With 144 x 144 pixels and 11 types it has
+the published 1,503,877 parameters. Source: DeepConvCVAE of UMIche, 68k PBMC. Counts are sampled as in its later version: library
+sizes from real cells, counts from a zero-inflated negative binomial. Ours: theta is estimated by moments within the types
+(lib/models/profiles.py), and extra zeros by the excess over the negative binomial.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +31,8 @@ SETTINGS = {
 }  # fmt: skip
 FILTERS = 16
 KERNEL = 3
+STRIDES = 2
+N_LATENT = 2
 
 
 class ConvCVAE(nn.Module):
@@ -40,44 +44,47 @@ class ConvCVAE(nn.Module):
     n_latent, filters, n_dense
         Dimensions of z; filters of the first convolution (the second has twice as many); units between convolutions and z.
     side
-        Side of the image in pixels, a multiple of 4; None for the smallest image that holds the genes.
+        Side of the image in pixels, a multiple of strides^2; None for the smallest image that holds the genes.
+    kernel, strides
+        Of the convolutions: side of the kernel, odd; pixels from one position to the next.
 
     Raises
     ------
     ValueError
-        If `side` is not a multiple of 4 or the image has fewer pixels than there are genes.
+        If the kernel is even, `side` is not a multiple of strides^2, or the image has fewer pixels than there are genes.
     """
 
     largest: torch.Tensor
 
     def __init__(
-        self, n_genes: int, n_cell_types: int, n_latent: int = 2, filters: int = FILTERS, n_dense: int = 16, side: int | None = None
+        self, n_genes: int, n_cell_types: int, n_latent: int = N_LATENT, filters: int = FILTERS, n_dense: int = 16,
+        side: int | None = None, kernel: int = KERNEL, strides: int = STRIDES,
     ):  # fmt: skip
         super().__init__()
-        side = 4 * math.ceil(math.sqrt(n_genes) / 4) if side is None else side
-        if side % 4 or side**2 < n_genes:
-            raise ValueError(
-                f"an image of {side} x {side} pixels cannot hold {n_genes:,} genes; expected a side that is a multiple of 4 "
-                "and whose square is at least the number of genes: leave side at None"
-            )
+        side = image_side(n_genes, side, strides)
+        if kernel % 2 == 0:
+            raise ValueError(f"the kernel has a side of {kernel} pixels; expected an odd number, such as {KERNEL}")
         self.arguments = dict(
-            n_genes=n_genes, n_cell_types=n_cell_types, n_latent=n_latent, filters=filters, n_dense=n_dense, side=side
-        )
+            n_genes=n_genes, n_cell_types=n_cell_types, n_latent=n_latent, filters=filters, n_dense=n_dense, side=side,
+            kernel=kernel, strides=strides,
+        )  # fmt: skip
         self.n_genes, self.n_cell_types, self.n_latent, self.side = n_genes, n_cell_types, n_latent, side
-        encoded_shape = (2 * filters, side // 4, side // 4)
+        encoded_shape = (2 * filters, side // strides**2, side // strides**2)
         n_encoded = math.prod(encoded_shape)
+        same: dict[str, Any] = {"kernel_size": kernel, "padding": kernel // 2}  # Keras' "same" for an odd kernel
+        up: dict[str, Any] = same | {"stride": strides, "output_padding": strides - 1}
         self.label_image = nn.Linear(n_cell_types, side**2)
         self.encoder = nn.Sequential(
-            nn.Conv2d(2, filters, KERNEL, stride=2, padding=1), nn.ReLU(),
-            nn.Conv2d(filters, 2 * filters, KERNEL, stride=2, padding=1), nn.ReLU(),
+            nn.Conv2d(2, filters, stride=strides, **same), nn.ReLU(),
+            nn.Conv2d(filters, 2 * filters, stride=strides, **same), nn.ReLU(),
             nn.Flatten(), nn.Linear(n_encoded, n_dense), nn.ReLU(),
         )  # fmt: skip
         self.z_mean, self.z_log_var = nn.Linear(n_dense, n_latent), nn.Linear(n_dense, n_latent)
         self.decoder = nn.Sequential(
             nn.Linear(n_latent + n_cell_types, n_encoded), nn.ReLU(), nn.Unflatten(1, encoded_shape),
-            nn.ConvTranspose2d(2 * filters, filters, KERNEL, stride=2, padding=1, output_padding=1), nn.ReLU(),
-            nn.ConvTranspose2d(filters, filters // 2, KERNEL, stride=2, padding=1, output_padding=1), nn.ReLU(),
-            nn.ConvTranspose2d(filters // 2, 1, KERNEL, padding=1), nn.Sigmoid(),
+            nn.ConvTranspose2d(2 * filters, filters, **up), nn.ReLU(),
+            nn.ConvTranspose2d(filters, filters // 2, **up), nn.ReLU(),
+            nn.ConvTranspose2d(filters // 2, 1, **same), nn.Sigmoid(),
         )  # fmt: skip
         self.register_buffer("largest", torch.tensor(1.0))
         self.prior: dict[str, torch.Tensor] = {}
@@ -129,6 +136,24 @@ class ConvCVAE(nn.Module):
         return pixels * self.largest, library_size
 
     sample = sampling.sample_cells
+
+
+def image_side(n_genes: int, wanted: int | None, strides: int) -> int:
+    """Side of a square image that holds the genes: the one asked for, or the smallest that is a multiple of strides^2.
+
+    Raises
+    ------
+    ValueError
+        If the side asked for is not a multiple of strides^2, or its square is smaller than the number of genes.
+    """
+    multiple = strides**2
+    side = multiple * math.ceil(math.sqrt(n_genes) / multiple) if wanted is None else wanted
+    if side % multiple or side**2 < n_genes:
+        raise ValueError(
+            f"an image of {side} x {side} pixels cannot hold {n_genes:,} genes; expected a side that is a multiple of {multiple} "
+            "and whose square is at least the number of genes: leave CONV_SIDE at none"
+        )
+    return side
 
 
 def extra_zeros(dataset: CellDataset, marginals: GeneMarginals) -> np.ndarray:

@@ -160,7 +160,25 @@ def test_any_number_of_genes_fits_a_square_image(n_genes, side):
     assert model.decode(torch.zeros(2, 2), torch.tensor([0, 1])).shape == (2, 1, side, side)
 
 
+@pytest.mark.parametrize("kernel, strides, side", [(5, 2, 12), (3, 1, 10), (7, 3, 18)])
+def test_kernel_and_strides_may_be_others(kernel, strides, side):
+    """The shapes of Keras' "same" padding: each convolution divides the side by the stride, each transposed one multiplies it."""
+    model = ConvCVAE(100, 2, n_latent=3, filters=4, kernel=kernel, strides=strides)
+    assert model.side == side
+    images = [torch.zeros(5, 2, side, side)]
+    for layer in model.encoder[:4]:
+        images.append(layer(images[-1]))
+    assert [image.shape[1:] for image in images[1::2]] == [
+        (4, side // strides, side // strides),
+        (8, side // strides**2, side // strides**2),
+    ]
+    assert model.encoder[0].kernel_size == (kernel, kernel)
+    assert model.decode(torch.zeros(5, 3), torch.zeros(5, dtype=torch.int64)).shape == (5, 1, side, side)
+
+
 def test_a_too_small_image_is_refused():
+    with pytest.raises(ValueError, match="the kernel has a side of 4 pixels; expected an odd number"):
+        ConvCVAE(60, 2, kernel=4)
     with pytest.raises(ValueError, match="an image of 8 x 8 pixels cannot hold 65 genes"):
         ConvCVAE(65, 2, side=8)
 
@@ -273,7 +291,14 @@ def test_negative_expression_has_no_counts():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, options", [("beta_vae", {"TOP_MARKERS": 20}), ("pca_cvae", {}), ("conv_cvae", {})])
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("beta_vae", {"TOP_MARKERS": 20}),
+        ("pca_cvae", {"PCA_COMPONENTS": 50}),
+        ("conv_cvae", {"CONV_SIDE": 32, "CONV_FILTERS": 4}),
+    ],
+)
 def test_stages_3_and_5_run_the_baseline_that_a_constant_names(pipeline, tmp_path, name, options):
     models, fig = tmp_path / "models", tmp_path / "fig"
     pipeline.main(
