@@ -4,13 +4,13 @@ reads   data/counts.h5ad
 writes  data/train.h5ad, data/test.h5ad: raw counts of the same genes, obs["cell_type"]; fig/umap_reference.png
 run     python _1_split_train_test.py
 note    Scrublet and the clusters use all cells, before the split, as in the original: with LABELS = "leiden" the types are
-        clusters of train and test cells. Genes are selected after the split, by the train cells alone.
+        clusters of train and test cells. Genes are selected after the split, by the train cells alone (COUNT_TEST_CELLS).
 time    10,000 cells: 2 minutes; 700 cells: 20 seconds
 memory  3 GB for 200,000 cells, 2.5 GB for 50,000: the counts are read in blocks
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import anndata as ad
 import numpy as np
@@ -33,15 +33,19 @@ from lib.data.markers import MIN_SCORE, cluster_types, read_markers, with_genes_
 from lib.evaluation import plots_cells
 from lib.files import folder, print_written, user_path
 
+# Preset
+PRESET: Literal["ours", "paper"] = "ours"  # paper: the settings of the paper, except constants that you set yourself
+
 # Quality control (the original's thresholds; none switches one off)
 MIN_GENES: int | None = 200  # a cell has at least so many detected genes
 MAX_GENES: int | None = 2500  # and fewer than this
 MAX_COUNTS: int | None = 6000  # a cell has fewer counts than this
 MAX_PCT_MT: float | None = 15.0  # a cell has less than this percentage of its counts in mitochondrial genes (MT-)
 TYPE_IQR: float | None = (
-    None  # cells so many interquartile ranges outside the quartiles of their type (Generative genomics: 1.5)
+    None  # remove cells so many interquartile ranges outside their type's quartiles (Generative genomics: 1.5)
 )
-MIN_CELLS = 3  # a gene is detected in at least so many train cells (the original counts test cells too)
+MIN_CELLS = 3  # a gene is detected in at least so many train cells
+COUNT_TEST_CELLS = False  # MIN_CELLS counts test cells as well (paper: True): the test cells then select genes too
 
 # Doublets
 REMOVE_DOUBLETS = True  # by Scrublet (original)
@@ -67,6 +71,8 @@ N_TOP_GENES = 2000  # highly variable genes
 N_PCS = 50  # principal components
 N_NEIGHBORS = 15  # neighbours of a cell
 LEIDEN_RESOLUTION = 0.7  # higher: more clusters
+LEIDEN_ITERATIONS = 2  # of the Leiden algorithm (scanpy's recommendation; paper: 100)
+UMAP_MIN_DIST = 0.5  # smallest distance of cells in the UMAP (scanpy's default; paper: 0.25)
 MIN_CLUSTER_CELLS = 30  # smaller types are dropped, if the types are clusters
 MAX_CELLS_EMBEDDED = 50_000  # clustered and plotted; more cells take the cluster of their neighbours among these (ours)
 
@@ -76,6 +82,8 @@ FIG_DIR = "fig"  # folder
 
 
 def main() -> None:
+    if PRESET == "paper":
+        options.apply_preset(globals(), paper_preset())
     data, fig = folder(DATA_DIR), folder(FIG_DIR)
     adata = read_counts(data / "counts.h5ad", "_0_download_data.py")
     print(f"{adata.uns['dataset']}: {adata.n_obs:,} cells x {adata.n_vars:,} genes")
@@ -94,8 +102,9 @@ def main() -> None:
         typical = within_type_ranges(*quality(adata)[1:], obs, is_test)
         obs, is_test = obs[typical], is_test[typical]
     print(f"test cells: {is_test.sum():,} of {len(is_test):,} ({is_test.mean():.0%})")
-    genes = n_cells_of_genes(adata, obs["row"][~is_test]) >= MIN_CELLS
-    print(f"genes detected in fewer than {MIN_CELLS} train cells: {np.sum(~genes):,} removed, {genes.sum():,} left")
+    genes = n_cells_of_genes(adata, obs["row"][~is_test | COUNT_TEST_CELLS]) >= MIN_CELLS
+    counted = "" if COUNT_TEST_CELLS else "train "
+    print(f"genes detected in fewer than {MIN_CELLS} {counted}cells: {np.sum(~genes):,} removed, {genes.sum():,} left")
     has_counts = n_genes_of_cells(adata, obs["row"], genes) > 0
     if not has_counts.all():
         print(f"cells without any count in these genes: {np.sum(~has_counts):,} removed")
@@ -108,7 +117,18 @@ def main() -> None:
         umap[embedded], obs["cell_type"][embedded], is_test[embedded], fig / "umap_reference.png"
     )
     written = write_split(adata, obs, is_test, genes, data)
-    print_written("stage 1", [*written, fig / "umap_reference.png"], "python _2_make_pseudobulk.py")
+    print_written(
+        "stage 1",
+        [*written, fig / "umap_reference.png"],
+        f"python _2_make_pseudobulk.py{options.preset_option(PRESET)}",
+    )
+
+
+def paper_preset() -> dict[str, tuple[Any, Any]]:
+    """Constants that PRESET changes: default above, value in the paper (its code, where the text does not say)."""
+    return {
+        "LABELS": ("auto", "leiden"), "COUNT_TEST_CELLS": (False, True), "LEIDEN_ITERATIONS": (2, 100), "UMAP_MIN_DIST": (0.5, 0.25),
+    }  # fmt: skip
 
 
 def check_constants(obs: pd.DataFrame) -> None:
@@ -251,8 +271,9 @@ def cluster(adata: ad.AnnData, rows: np.ndarray) -> pd.DataFrame:
     obs = adata.obs.iloc[rows].copy()
     pcs = principal_components(lazy(adata, rows), N_TOP_GENES, N_PCS)
     embedded = np.sort(np.random.default_rng(SEED).permutation(len(rows))[:MAX_CELLS_EMBEDDED])
-    embedding = embed(pcs[embedded], N_NEIGHBORS, SEED)
-    clusters = labels_of_neighbours(pcs, embedded, leiden(embedding, LEIDEN_RESOLUTION, SEED), N_NEIGHBORS)
+    embedding = embed(pcs[embedded], N_NEIGHBORS, SEED, UMAP_MIN_DIST)
+    clusters = leiden(embedding, LEIDEN_RESOLUTION, SEED, LEIDEN_ITERATIONS)
+    clusters = labels_of_neighbours(pcs, embedded, clusters, N_NEIGHBORS)
     obs["leiden"] = pd.Categorical(clusters)
     obs[["umap_1", "umap_2"]] = np.nan
     obs.iloc[embedded, -2:] = embedding.obsm["X_umap"]

@@ -14,6 +14,7 @@ does not use them. Stage 5 evaluates the deconvolution on the mixtures of test c
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any, Literal
 
 import anndata as ad
 import numpy as np
@@ -28,17 +29,20 @@ from lib.bulk.rna_content import print_rna_per_cell, rna_per_cell
 from lib.data.counts import hold_out, n_entries, read_split
 from lib.files import folder, print_written, replacing
 
+# Preset
+PRESET: Literal["ours", "paper"] = "ours"  # paper: the settings of the paper, except constants that you set yourself
+
 # Mixtures of train cells, to train scTAPE
 N_TRAIN_SAMPLES = 15_000  # original code
 CELLS_PER_SAMPLE = 1_200  # original code; sampled with replacement
 MIN_DISTINCT_CELLS: int | None = 3  # smallest random subset that a type's cells come from; none: all cells (original)
-VALIDATION_FRACTION = 0.15  # share of train cells held out; the same share of mixtures is made of them (ours)
+VALIDATION_FRACTION = 0.15  # share of train cells held out; the same share of mixtures is made of them (ours; paper: 0)
 
 # Mixtures of test cells, to evaluate the deconvolution
 N_TEST_OWN = 5  # at the test set's own proportions: random 33-40 % of its cells each (original: nested subsets)
 N_TEST_DIRICHLET = 45  # at random proportions, with rare and absent types (ours)
 
-# How the proportions are sampled (ours): shares of the samples; the rest is uniform on the simplex
+# How the proportions are sampled (ours; paper: half sparse, half uniform): shares of the samples; the rest is uniform on the simplex
 SPARSE_SHARE = 0.25  # a random half of the types is absent
 RARE_SHARE = 0.25  # a random half of the types is rare
 NEAR_SHARE = 0.25  # close to the train cells' own proportions (mixtures of train cells only)
@@ -56,6 +60,8 @@ DATA_DIR = "data"  # folder
 
 
 def main() -> None:
+    if PRESET == "paper":
+        options.apply_preset(globals(), paper_preset())
     check_constants()
     data = folder(DATA_DIR)
     train, test = read_split(data)
@@ -63,14 +69,22 @@ def main() -> None:
     content = None if RNA_PER_CELL == "reference" else mrna_contents(train)
     written = write_test_mixtures(test, content, gene_length_bp, data)
     written.append(write_train_mixtures(train, content, gene_length_bp, data / "pseudobulk_train.h5ad"))
-    print_written("stage 2", written, "python _3_train_gmvae.py")
+    print_written("stage 2", written, f"python _3_train_gmvae.py{options.preset_option(PRESET)}")
+
+
+def paper_preset() -> dict[str, tuple[Any, Any]]:
+    """Constants that PRESET changes: default above, value in the paper (its code, and scTAPE's, where the text does not say)."""
+    return {
+        "MIN_DISTINCT_CELLS": (3, None), "VALIDATION_FRACTION": (0.15, 0.0), "USE_GENE_LENGTHS": (False, True),
+        "SPARSE_SHARE": (0.25, 0.5), "RARE_SHARE": (0.25, 0.0), "NEAR_SHARE": (0.25, 0.0),
+    }  # fmt: skip
 
 
 def check_constants() -> None:
-    if min(N_TRAIN_SAMPLES, N_TEST_OWN, N_TEST_DIRICHLET) < 1 or not 0 < VALIDATION_FRACTION < 1:
+    if min(N_TRAIN_SAMPLES, N_TEST_OWN, N_TEST_DIRICHLET) < 1 or not 0 <= VALIDATION_FRACTION < 1:
         raise ValueError(
             f"N_TRAIN_SAMPLES = {N_TRAIN_SAMPLES}, N_TEST_OWN = {N_TEST_OWN}, N_TEST_DIRICHLET = {N_TEST_DIRICHLET}, "
-            f"VALIDATION_FRACTION = {VALIDATION_FRACTION}; expected at least one of each, and a fraction between 0 and 1"
+            f"VALIDATION_FRACTION = {VALIDATION_FRACTION}; expected at least one of each, and a fraction of at least 0 and below 1"
         )
     shares = SPARSE_SHARE, RARE_SHARE, NEAR_SHARE
     if min(shares) < 0 or sum(shares) > 1:
@@ -203,8 +217,10 @@ def with_progress(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 def split_cells(codes: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Type of each cell for the mixtures to train on, and for the held-out ones; -1 for a cell of the other part.
 
-    A type's only cell is in both parts, so that the type can be learned.
+    A type's only cell is in both parts, so that the type can be learned. Without VALIDATION_FRACTION all cells are in the first.
     """
+    if VALIDATION_FRACTION == 0:
+        return codes, np.full_like(codes, -1)
     is_held_out = hold_out(codes, VALIDATION_FRACTION, rng)
     only_cell = ~np.isin(codes, codes[is_held_out])
     return np.where(is_held_out, -1, codes), np.where(is_held_out | only_cell, codes, -1)

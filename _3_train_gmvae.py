@@ -1,11 +1,13 @@
-"""Stage 3: train the Gaussian-mixture VAE (GMVAE) on the train cells, or another generator instead.
+"""Stage 3: train the Gaussian-mixture VAE (GMVAE) on the train cells, ours or the published one, or another generator instead.
 
 reads   data/train.h5ad
 writes  models/gmvae.pt (best on held-out train cells), gmvae_last.pt (to resume), gmvae_history.csv, tensorboard/gmvae;
-        fig/gmvae_loss.png. Files of another GENERATOR have its name
+        fig/gmvae_loss.png. Files of another GENERATOR have its name: paper_gmvae.pt with PRESET = "paper"
 run     python _3_train_gmvae.py                              (watch: tensorboard --logdir models/tensorboard)
+        python _3_train_gmvae.py --preset paper               the model and training of the paper
         torchrun --nproc-per-node 4 _3_train_gmvae.py         the same training, divided among four GPUs or processors
-time    2,000 cells x 13,000 genes: half a minute on two cores; 7,400 x 19,000: 5 minutes on one core
+time    2,000 cells x 13,000 genes: half a minute on two cores; 7,400 x 19,000: 5 minutes on one core;
+        PRESET = "paper": 4,000 epochs of 2,000 cells x 13,000 genes are days on a CPU
 """
 
 from pathlib import Path
@@ -28,32 +30,35 @@ from lib.models.initialise import initialise
 from lib.models.profiles import gene_marginals, nb_per_type_log_likelihood
 from lib.training import Trainer, clip_gradients, keep_freed_memory
 
-# Model (fig. 1 of the paper)
+# Preset
+PRESET: Literal["ours", "paper"] = "ours"  # paper: the settings of the paper, except constants that you set yourself
+
+# Model (ours; the paper's is fixed: lib/models/paper_gmvae.py)
 N_LATENT = 32  # dimensions of z (paper); for a linear decoder the upper limit: as many as held-out cells confirm (ours)
 HIDDEN = (128, 64)  # layers of q(z|x,y), and of an mlp decoder in reverse (paper)
-LIKELIHOOD: Literal["nb", "zinb"] = "nb"  # of counts: without (ours) or with zero inflation (paper)
-DECODER: Literal["linear", "mlp"] = "linear"  # z to log means: a matrix (ours) or layers (paper)
-DISPERSION: Literal["gene", "gene-type", "gene-cell"] = "gene-type"  # theta of (ours); gene-cell: a head (paper)
-PRIOR: Literal["copula", "gaussian"] = "copula"  # of z of new cells: fitted after training (ours), or p(z|y) (paper)
+LIKELIHOOD: Literal["nb", "zinb"] = "nb"  # of counts: without or with zero inflation
+DECODER: Literal["linear", "mlp"] = "linear"  # z to log means: a matrix or layers
+DISPERSION: Literal["gene", "gene-type"] = "gene-type"  # one theta for each gene, or for each gene and type
+PRIOR: Literal["copula", "gaussian"] = "copula"  # of z of new cells: fitted after training, or p(z|y) (as the paper)
 DROPOUT = 0.0  # in encoders and decoder; with dropout z stays unused (ours)
 
-# Training
-EPOCHS = 300  # maximum; early stopping usually ends training before (paper: 4000, without early stopping)
+# Training (of both GMVAEs)
+EPOCHS = 300  # maximum; early stopping usually ends training before (paper: 4000)
 BATCH_SIZE = 128  # cells (paper: 37)
 LEARNING_RATE = 5e-4  # AdamW (paper: Adam, 6e-6); reduced when the held-out loss does not improve
 DISPERSION_LEARNING_RATE = 2e-2  # of theta and of the loading ratios, which start far from their final values (ours)
 WEIGHT_DECAY = 5.0  # AdamW, times the learning rate per step; without it the decoder memorises the train cells (ours)
 KL_WARMUP_EPOCHS = 1  # over which the KL weight rises to 1; with an mlp decoder 50, or z stays unused (ours)
 MAX_GRADIENT_NORM = 100.0  # larger gradients are clipped; they measure 20-90 on pbmc3k (ours)
-VALIDATION_FRACTION = 0.1  # of the train cells of each type, held out for early stopping (ours)
+VALIDATION_FRACTION = 0.1  # of the train cells of each type, held out for early stopping (ours; paper: 0)
 MAX_VALIDATION_CELLS = 10_000  # held-out cells at most (ours)
-PATIENCE = 30  # epochs without a better held-out bound before training stops (ours)
+PATIENCE: int | None = 30  # epochs without a better held-out bound before training stops; none: last epoch (paper)
+KEEP_EVERY: int | None = None  # epochs between checkpoints of paper_gmvae that stay (paper: 1000)
 
-# Preset
-PAPER = False  # True: model, prior and training as in the paper, except for constants that you set yourself
+# Generator
+GENERATOR: registry.Name = "gmvae"  # gmvae: ours; paper_gmvae: the paper's; others: lib/baselines
 
-# Another generator instead of the GMVAE (lib/baselines); the constants above are the GMVAE's alone
-GENERATOR: Literal["gmvae", "beta_vae", "pca_cvae", "conv_cvae"] = "gmvae"  # gmvae: ours; others: lib/baselines
+# Training of the generators of other systems (lib/baselines)
 OTHER_EPOCHS: int | None = None  # of another generator; none: as published (5000, 100, 50)
 OTHER_BATCH_SIZE: int | None = None  # the same; none: 512, 5000, 32
 OTHER_LEARNING_RATE: float | None = None  # the same; none: 1e-4, 1e-3, 1e-3
@@ -79,7 +84,7 @@ FIG_DIR = "fig"  # folder
 
 
 def main() -> None:
-    if PAPER:
+    if PRESET == "paper" or GENERATOR == "paper_gmvae":
         options.apply_preset(globals(), paper_preset())
     data, models, fig = folder(DATA_DIR), folder(MODELS_DIR), folder(FIG_DIR)
     keep_freed_memory()
@@ -88,7 +93,8 @@ def main() -> None:
     cell_type = adata.obs["cell_type"].cat
     train, held_out = split_train(adata.X, cell_type.codes.to_numpy(dtype=np.int64), device)
     print(
-        f"{len(train):,} cells to train on{'' if train.in_memory_cells else ', read from disk'}, {len(held_out):,} held out; "
+        f"{len(train):,} cells to train on{'' if train.in_memory_cells else ', read from disk'}, "
+        f"{len(held_out) if held_out else 0:,} held out; "
         f"{adata.n_vars:,} genes, {len(cell_type.categories)} cell types; on {device}"
         + (f", {parallel.N_RANKS} processes" if parallel.N_RANKS > 1 else "")
     )
@@ -100,40 +106,54 @@ def main() -> None:
         "split_id": adata.uns["split_id"],
     }
     if GENERATOR == "gmvae":
+        assert held_out is not None
         trainer = train_gmvae(train, held_out, about, models)
-        unit = "nats per cell"
     else:
         trainer = train_other(train, held_out, about, models)
-        unit = "squared error, sum over a cell"
+    unit = "nats per cell" if GENERATOR.endswith("gmvae") else "squared error, sum over a cell"
     if parallel.IS_FIRST:
         figure = fig / f"{GENERATOR}_loss.png"
         plots_training.loss_curves(trainer.history_table(), trainer.best_epoch, unit, figure)
         print_written(
-            "stage 3", [trainer.best_path, trainer.last_path, trainer.history_path, figure], "python _4_train_sctape.py"
+            "stage 3",
+            [trainer.best_path, trainer.last_path, trainer.history_path, figure],
+            f"python _4_train_sctape.py{options.preset_option(PRESET)}",
         )
 
 
 def paper_preset() -> dict[str, tuple[Any, Any]]:
-    """Constants that PAPER changes: default above, value in the paper."""
+    """Constants that PRESET changes: default above, value in the paper."""
+    published = registry.SETTINGS["paper_gmvae"]
     return {
-        "LIKELIHOOD": ("nb", "zinb"), "DECODER": ("linear", "mlp"), "DISPERSION": ("gene-type", "gene-cell"),
-        "PRIOR": ("copula", "gaussian"), "EPOCHS": (300, 4000), "PATIENCE": (30, 4000), "BATCH_SIZE": (128, 37),
-        "LEARNING_RATE": (5e-4, 6e-6), "DISPERSION_LEARNING_RATE": (2e-2, 6e-6), "WEIGHT_DECAY": (5.0, 0.0),
+        "GENERATOR": ("gmvae", "paper_gmvae"), "EPOCHS": (300, published["epochs"]), "BATCH_SIZE": (128, published["batch_size"]),
+        "LEARNING_RATE": (5e-4, published["learning_rate"]), "VALIDATION_FRACTION": (0.1, 0.0),
+        "PATIENCE": (30, published["patience"]), "KEEP_EVERY": (None, published["keep_every"]),
     }  # fmt: skip
 
 
-def split_train(counts: CSRDataset, cell_type_idx: np.ndarray, device: torch.device) -> tuple[CellDataset, CellDataset]:
-    """Cells to train on and cells for early stopping, from every type; the only cell of a type is trained on."""
+def split_train(
+    counts: CSRDataset, cell_type_idx: np.ndarray, device: torch.device
+) -> tuple[CellDataset, CellDataset | None]:
+    """Cells to train on and cells for early stopping, from every type; the only cell of a type is trained on.
+
+    Only the published GMVAE without PATIENCE is trained without held-out cells (None).
+    """
     n_cells = np.bincount(cell_type_idx[cell_type_idx >= 0])
     fraction = min(VALIDATION_FRACTION, MAX_VALIDATION_CELLS / n_cells.sum())
-    is_held_out = hold_out(cell_type_idx, fraction, np.random.default_rng(SEED))
+    is_held_out = hold_out(cell_type_idx, fraction, np.random.default_rng(SEED)) & (fraction > 0)
+    fits = n_entries(counts) * 8 <= MEMORY_GB * 1e9
+    train = CellDataset(counts, cell_type_idx, device, np.flatnonzero(~is_held_out), in_memory=fits)
+    if VALIDATION_FRACTION == 0 and PATIENCE is None and GENERATOR == "paper_gmvae":
+        return train, None
+    if VALIDATION_FRACTION == 0:
+        raise ValueError(
+            f"VALIDATION_FRACTION is 0, but {GENERATOR} with PATIENCE = {PATIENCE} needs held-out cells; raise it, for example to 0.1"
+        )
     if not min(BATCH_SIZE, is_held_out.sum()) >= parallel.N_RANKS:
         raise ValueError(
             f"{parallel.N_RANKS} processes cannot share BATCH_SIZE = {BATCH_SIZE} cells and {is_held_out.sum()} held-out cells; "
             "start fewer processes"
         )
-    fits = n_entries(counts) * 8 <= MEMORY_GB * 1e9
-    train = CellDataset(counts, cell_type_idx, device, np.flatnonzero(~is_held_out), in_memory=fits)
     return train, CellDataset(counts, cell_type_idx, device, np.flatnonzero(is_held_out))
 
 
@@ -222,15 +242,15 @@ def validate(model: GMVAE, held_out: CellDataset) -> dict[str, float]:
     return means | {"stopping_criterion": -means["elbo"]}
 
 
-def train_other(train: CellDataset, held_out: CellDataset, about: dict[str, Any], models: Path) -> Trainer:
+def train_other(train: CellDataset, held_out: CellDataset | None, about: dict[str, Any], models: Path) -> Trainer:
     """Train another generator with its published settings, except for those that the constants change."""
-    changed = {
-        "epochs": OTHER_EPOCHS,
-        "batch_size": OTHER_BATCH_SIZE,
-        "learning_rate": OTHER_LEARNING_RATE,
-        "patience": OTHER_PATIENCE,
-    }
-    settings = registry.SETTINGS[GENERATOR] | {name: value for name, value in changed.items() if value is not None}
+    names = ("epochs", "batch_size", "learning_rate", "patience")
+    if GENERATOR == "paper_gmvae":
+        changed = dict(zip(names, (EPOCHS, BATCH_SIZE, LEARNING_RATE, PATIENCE))) | {"keep_every": KEEP_EVERY}
+    else:
+        others = zip(names, (OTHER_EPOCHS, OTHER_BATCH_SIZE, OTHER_LEARNING_RATE, OTHER_PATIENCE))
+        changed = {name: value for name, value in others if value is not None}
+    settings = registry.SETTINGS[GENERATOR] | changed
     arguments: dict[str, dict[str, Any]] = {
         "beta_vae": {"top_markers": TOP_MARKERS},
         "pca_cvae": {"n_pcs": PCA_COMPONENTS},
@@ -239,7 +259,7 @@ def train_other(train: CellDataset, held_out: CellDataset, about: dict[str, Any]
         },
     }  # fmt: skip
     model, trainer = registry.fit(
-        GENERATOR, train, held_out, about, settings, arguments[GENERATOR], models, SEED, RESUME
+        GENERATOR, train, held_out, about, settings, arguments.get(GENERATOR, {}), models, SEED, RESUME
     )
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"{GENERATOR}: {n_parameters:,} parameters; generate cells with _5_generate.py --generator {GENERATOR}")

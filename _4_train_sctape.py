@@ -30,7 +30,7 @@ from lib.bulk.bulk_encoder import BulkEncoder, weights_id
 from lib.bulk.bulk_states import explained, make_mixtures
 from lib.bulk.pseudobulk import gene_lengths, is_for_fit, read_train_mixtures
 from lib.bulk.reference import reference_profiles
-from lib.bulk.sctape import ScTAPE, read_profiles, select_genes
+from lib.bulk.sctape import ScTAPE, most_variable_genes, read_profiles, select_genes
 from lib.bulk.tables import read_bulk, read_gene_ids
 from lib.data.counts import select_cells
 from lib.evaluation import plots_training
@@ -38,11 +38,16 @@ from lib.files import folder, print_written, user_path
 from lib.models.gmvae import GMVAE
 from lib.training import Trainer, check_checkpoint, keep_freed_memory, load_checkpoint
 
+# Preset
+PRESET: Literal["ours", "paper"] = "ours"  # paper: the settings of the paper, except constants that you set yourself
+
 # Network
 NETWORK: Literal["sctape", "bulk_encoder"] = "sctape"  # to train: sctape, or bulk_encoder, which predicts states too
 
 # Genes of scTAPE (selected by the training mixtures alone)
-N_GENES = 1000  # genes whose expression the proportions explain best (ours; original code: the 85 % that vary most)
+N_GENES = 1000  # genes whose expression the proportions explain best (ours)
+VARIANCE_THRESHOLD: float | None = None  # instead, this share of the genes, those whose TPM vary most (paper: 0.85)
+SCALING: Literal["standard", "minmax"] = "standard"  # of the input: by gene (ours), or min-max by sample (paper)
 BULK_FILE: str | None = None  # a bulk table to be deconvolved later: select among its genes only
 GENE_IDS: str | None = None  # table of Ensembl IDs and gene names, for a BULK_FILE with IDs
 MIN_GENE_COVERAGE = 0.5  # least share of the selected (or signature) genes that a bulk of stage 5 must have (ours)
@@ -57,8 +62,8 @@ EPOCHS = 128  # at most; early stopping may end it sooner (original code: 640)
 BATCH_SIZE = 200  # mixtures (original code: 600)
 LEARNING_RATE = 1e-3  # Adam (original code: 1e-4); reduced when the held-out error does not improve
 DROPOUT = 0.1  # before the encoder's layers (original code: 0.5)
-MAX_GRADIENT_NORM = 1.0  # larger gradients are clipped to this norm (ours)
-PATIENCE = 15  # epochs without a lower held-out error before training stops (ours)
+MAX_GRADIENT_NORM: float | None = 1.0  # larger gradients are clipped to this norm (ours); none: never (paper)
+PATIENCE: int | None = 15  # epochs without a lower held-out error before training stops; none: last epoch (paper)
 
 # Bulk encoder, which also uses BULK_FILE, GENE_IDS, MIN_GENE_COVERAGE and the settings of "Training"
 N_STATE_GENES = 2000  # input genes: the most variable ones of the train cells (ours)
@@ -76,6 +81,8 @@ FIG_DIR = "fig"  # folder
 
 
 def main() -> None:
+    if PRESET == "paper":
+        options.apply_preset(globals(), paper_preset())
     data, models, fig = folder(DATA_DIR), folder(MODELS_DIR), folder(FIG_DIR)
     keep_freed_memory()
     device = parallel.start(DEVICE)
@@ -89,9 +96,19 @@ def main() -> None:
     figure = fig / f"{NETWORK}_loss.png"
     unit = "mean absolute error" if NETWORK == "sctape" else "error"
     plots_training.loss_curves(trainer.history_table(), trainer.best_epoch, unit, figure)
-    print(f"mixtures of held-out cells: {accuracy}")
-    following = "python _5_generate.py" + " --deconvolution bulk_encoder" * (NETWORK == "bulk_encoder")
+    print(f"mixtures of {accuracy}")
+    following = f"python _5_generate.py{options.preset_option(PRESET)}"
+    following += " --deconvolution bulk_encoder" * (NETWORK == "bulk_encoder")
     print_written("stage 4", [trainer.best_path, trainer.last_path, trainer.history_path, figure], following)
+
+
+def paper_preset() -> dict[str, tuple[Any, Any]]:
+    """Constants that PRESET changes: default above, value in the paper (its code, and scTAPE's, where the text does not say)."""
+    return {
+        "VARIANCE_THRESHOLD": (None, 0.85), "SCALING": ("standard", "minmax"), "PLATFORM_SD": (1.0, 0.0), "EPOCHS": (128, 640),
+        "BATCH_SIZE": (200, 600), "LEARNING_RATE": (1e-3, 1e-4), "DROPOUT": (0.1, 0.5), "MAX_GRADIENT_NORM": (1.0, None),
+        "PATIENCE": (15, None),
+    }  # fmt: skip
 
 
 def train_sctape(mixtures: ad.AnnData, train: ad.AnnData, models: Path, device: torch.device) -> tuple[Trainer, str]:
@@ -99,8 +116,11 @@ def train_sctape(mixtures: ad.AnnData, train: ad.AnnData, models: Path, device: 
     cell_types = list(mixtures.uns["cell_types"])
     codes = train.obs["cell_type"].cat.codes.to_numpy()
     reference = reference_profiles(train.X, codes, list(train.var_names), cell_types)
-    genes = select_genes(mixtures, usable_genes(mixtures), N_GENES)
-    profiles, mean_profile = read_profiles(mixtures, genes)
+    if VARIANCE_THRESHOLD is None:
+        genes = select_genes(mixtures, usable_genes(mixtures), N_GENES)
+    else:
+        genes = most_variable_genes(mixtures, usable_genes(mixtures), VARIANCE_THRESHOLD)
+    profiles, mean_profile = read_profiles(mixtures, genes, SCALING == "minmax")
     proportions = mixtures.obsm["proportions"].astype(np.float32)
     is_fit = is_for_fit(mixtures)
     fit, held_out = (
@@ -109,15 +129,17 @@ def train_sctape(mixtures: ad.AnnData, train: ad.AnnData, models: Path, device: 
     print_sizes(fit, held_out, len(genes), f"{len(cell_types)} cell types; on {device}")
 
     torch.manual_seed(SEED)
-    model = ScTAPE(len(genes), len(cell_types), DROPOUT, PLATFORM_SD)
+    model = ScTAPE(len(genes), len(cell_types), DROPOUT, PLATFORM_SD, SCALING == "minmax")
     model.initialise(fit[0])
     about = description(model, mixtures, genes, mean_profile) | {"reference": reference.to_checkpoint()}
     torch.manual_seed(SEED + parallel.RANK)  # each process has its own dropout
     trainer = train_network(model.to(device), about, fit, held_out, models)
-    constant = np.abs(proportions[~is_fit] - proportions[is_fit].mean(axis=0)).mean()
-    platforms = "on simulated platforms " if PLATFORM_SD else ""
+    cells, evaluated = ("held-out", held_out) if len(held_out[0]) else ("train", fit)
+    with torch.no_grad():
+        error = (model.cpu().eval().proportions(evaluated[0]) - evaluated[1]).abs().mean()
+    constant = np.abs(evaluated[1].numpy() - proportions[is_fit].mean(axis=0)).mean()
     accuracy = (
-        f"mean absolute error of the proportions {platforms}{trainer.best_criterion:.4f} by the scTAPE network, "
+        f"{cells} cells: mean absolute error of the proportions {error:.4f} by the scTAPE network, "
         f"{constant:.4f} by a constant (the mean of the training mixtures); the regression is evaluated in stage 5"
     )
     return trainer, accuracy
@@ -145,9 +167,9 @@ def train_bulk_encoder(
     trainer = train_network(model.to(device), about, made.fit, made.held_out, models)
     found = explained(model, made.held_out)
     accuracy = (
-        f"mean absolute error of the proportions {found['mae']:.4f}; share of the variation between mixtures that is explained: "
-        f"{found['means']:.0%} of the means and {found['scales']:.0%} of the log-scales for types of at least 5 % of a mixture, "
-        f"{found['means_rare']:.0%} and {found['scales_rare']:.0%} for rarer types"
+        f"held-out cells: mean absolute error of the proportions {found['mae']:.4f}; share of the variation between mixtures "
+        f"that is explained: {found['means']:.0%} of the means and {found['scales']:.0%} of the log-scales for types of at least 5 % of a "
+        f"mixture, {found['means_rare']:.0%} and {found['scales_rare']:.0%} for rarer types"
     )
     return trainer, accuracy
 
@@ -158,10 +180,17 @@ def train_network(
     """Train a network on mixtures with the settings above; it ends with the weights of the best epoch."""
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
     generator = torch.Generator().manual_seed(SEED)
+    if PATIENCE is not None and not len(held_out[0]):
+        raise ValueError(
+            f"PATIENCE is {PATIENCE}, but data/pseudobulk_train.h5ad has no mixtures of held-out cells; set PATIENCE to none, "
+            "or raise VALIDATION_FRACTION of stage 2 and run it again"
+        )
     trainer = Trainer(NETWORK, model, optimizer, generator, about, models, PATIENCE)
     if RESUME:
         trainer.resume()
-    sctape.fit(trainer, fit, held_out, EPOCHS, BATCH_SIZE, MAX_GRADIENT_NORM)
+    sctape.fit(
+        trainer, fit, held_out, EPOCHS, BATCH_SIZE, float("inf") if MAX_GRADIENT_NORM is None else MAX_GRADIENT_NORM
+    )
     return trainer
 
 

@@ -44,6 +44,9 @@ from lib.models.gmvae import GMVAE
 from lib.models.sampling import Shift, n_blocks
 from lib.training import check_checkpoint, keep_freed_memory, load_checkpoint
 
+# Preset
+PRESET: Literal["ours", "paper"] = "ours"  # paper: the settings of the paper, except constants that you set yourself
+
 # What to generate
 BULK_FILE: str | None = None  # bulk table: csv, tsv, xlsx or h5ad (cells are summed); none: sum of the test cells
 N_CELLS = 1000  # for each sample of BULK_FILE or PROPORTIONS_FILE; for the sum of the test cells, as many as test cells
@@ -61,7 +64,7 @@ OUTPUT = "generated.h5ad"  # file name in DATA_DIR, or a path
 WRITE_MTX = False  # also MTX (genes x cells), genes.csv, clusters.csv with integer partition (paper), in a folder named as OUTPUT
 
 # How to generate
-GENERATOR: Literal["gmvae", "beta_vae", "pca_cvae", "conv_cvae"] = "gmvae"  # one that stage 3 has trained
+GENERATOR: registry.Name = "gmvae"  # one that stage 3 has trained
 LATENT_SPREAD = 1.0  # of the cells of a type in z: 1 as learned, less for more typical cells (original code: factor)
 MIN_CLUSTER_CELLS: int | None = None  # small-cluster filter: smaller Leiden clusters are dropped (Bulk2Single: 25)
 LEIDEN_RESOLUTION = 1.0  # of these clusters (scanpy's default)
@@ -102,6 +105,8 @@ class Prediction(NamedTuple):
 
 
 def main() -> None:
+    if PRESET == "paper":
+        options.apply_preset(globals(), paper_preset())
     check_options()
     data, models = folder(DATA_DIR), folder(MODELS_DIR)
     output = output_path(data)
@@ -127,6 +132,13 @@ def main() -> None:
         written += evaluate(model, prediction, train, test, output, device)
     look_at = f"look at {FIG_DIR}/*.png, or " if EVALUATE else ""
     print_written("stage 5", written, f"{look_at}open the cells: scanpy.read_h5ad({str(output)!r})")
+
+
+def paper_preset() -> dict[str, tuple[Any, Any]]:
+    """Constants that PRESET changes: default above, value in the paper."""
+    return {
+        "GENERATOR": ("gmvae", "paper_gmvae"), "DECONVOLUTION": ("regression", "sctape"), "RNA_PER_CELL": ("auto", "reference"),
+    }  # fmt: skip
 
 
 def check_options() -> None:

@@ -89,6 +89,11 @@ def apply_preset(module: dict[str, Any], preset: dict[str, tuple[Any, Any]]) -> 
             module[name] = value
 
 
+def preset_option(preset: str) -> str:
+    """The option that continues with the same preset in the next stage; none for the default."""
+    return "" if preset == "ours" else f" --preset {preset}"
+
+
 def constants(module: dict[str, Any]) -> dict[str, Any]:
     """Present values of the constants of a script, to be stored with its output."""
     return {constant.name: module[constant.name] for constant in _declared(module)}

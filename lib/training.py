@@ -1,8 +1,8 @@
 """What all trainings share: epochs, early stopping, checkpoints to use and to resume, and the history.
 
 A checkpoint is a plain dict of tensors and builtins that loads with `weights_only=True`. `<name>.pt` holds the weights with the
-best held-out loss, to use. `<name>_last.pt` also holds the state of the optimizer and of the random generators, so that a resumed
-training gives the same result as an uninterrupted one.
+best held-out loss (without early stopping, those of the last epoch), to use. `<name>_last.pt` also holds the state of the optimizer
+and of the random generators, so that a resumed training gives the same result as an uninterrupted one.
 """
 
 import copy
@@ -28,6 +28,7 @@ SAVE_EVERY_S = 60
 FREE_TO_CHANGE = {
     "EPOCHS",
     "PATIENCE",
+    "KEEP_EVERY",
     "OTHER_EPOCHS",
     "OTHER_PATIENCE",
     "RESUME",
@@ -135,16 +136,19 @@ class Trainer:
         Description kept in the checkpoint: stage, model arguments, constants, gene names, cell types, split.
     patience
         Training stops after so many epochs without a better held-out loss; after a third of them the learning rate is multiplied by 0.3.
+        None: neither; all epochs are trained, and the last one is used.
+    keep_every
+        After so many epochs the weights are also written to `<name>_epoch<number>.pt`, which stays; None: never.
     """
 
     def __init__(
         self, name: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator,
-        about: dict[str, Any], models_dir: Path, patience: int,
+        about: dict[str, Any], models_dir: Path, patience: int | None, keep_every: int | None = None,
     ):  # fmt: skip
         self.name, self.model, self.optimizer, self.generator = name, model, optimizer, generator
-        self.about, self.models_dir, self.patience = about, models_dir, patience
+        self.about, self.models_dir, self.patience, self.keep_every = about, models_dir, patience, keep_every
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            optimizer, factor=0.3, patience=max(1, patience // 3)
+            optimizer, factor=0.3, patience=max(1, (patience or 0) // 3)
         )
         self.history: list[dict[str, float]] = []
         self.best_epoch, self.best_criterion = 0, float("inf")
@@ -203,7 +207,10 @@ class Trainer:
         print(f"resumed {self.name} after epoch {len(self.history)}")
 
     def fit(
-        self, epochs: int, train_epoch: Callable[[int], dict[str, float]], validate: Callable[[], dict[str, float]]
+        self,
+        epochs: int,
+        train_epoch: Callable[[int], dict[str, float]],
+        validate: Callable[[], dict[str, float]] | None,
     ) -> None:
         """Train until `epochs` are done or `patience` is exhausted.
 
@@ -212,7 +219,8 @@ class Trainer:
         train_epoch
             Takes the number of the epoch (from 0), trains on all data once and returns means over the epoch, including `loss`.
         validate
-            Returns the same means over held-out data, and `stopping_criterion`, which selects the best epoch (lowest).
+            Returns the same means over held-out data, and `stopping_criterion`, which selects the best epoch (lowest). None
+            without held-out data, which needs `patience` None.
         """
         if epochs < 1:
             raise ValueError(f"EPOCHS is {epochs}; expected at least 1")
@@ -228,12 +236,15 @@ class Trainer:
                 train = train_epoch(len(self.history))
                 self.model.eval()
                 with torch.no_grad():
-                    held_out = validate()
+                    held_out = {} if validate is None else validate()
                 self._record(train, held_out, time.monotonic() - started, writer)
                 progress.update()
-                progress.set_postfix(
-                    train=f"{train['loss']:.4g}", held_out=f"{held_out['loss']:.4g}", best_epoch=self.best_epoch
-                )
+                losses = {
+                    name: f"{part['loss']:.4g}" for name, part in (("train", train), ("held_out", held_out)) if part
+                }
+                progress.set_postfix(**losses, best_epoch=self.best_epoch)
+                if self.keep_every and len(self.history) % self.keep_every == 0 and parallel.IS_FIRST:
+                    self._write_best(self.models_dir / f"{self.name}_epoch{len(self.history)}.pt")
                 if len(self.history) == 1 or time.monotonic() - saved_at > SAVE_EVERY_S:
                     self.save()
                     saved_at = time.monotonic()
@@ -241,8 +252,9 @@ class Trainer:
             writer.close()
         self.save()
         why = "no improvement" if self.out_of_patience else "all epochs done"
-        best = f"{self.best_criterion:.5g} after epoch {self.best_epoch}"
-        print(f"{self.name}: {len(self.history)} epochs ({why}), {self.seconds:.0f} s; best on held-out data: {best}")
+        best = f"best on held-out data: {self.best_criterion:.5g} after epoch {self.best_epoch}"
+        used = best if self.patience is not None else "the last one is used"
+        print(f"{self.name}: {len(self.history)} epochs ({why}), {self.seconds:.0f} s; {used}")
         self.model.load_state_dict(self.best_weights)
 
     @property
@@ -251,7 +263,7 @@ class Trainer:
 
     @property
     def out_of_patience(self) -> bool:
-        return len(self.history) - self.best_epoch >= self.patience
+        return self.patience is not None and len(self.history) - self.best_epoch >= self.patience
 
     @property
     def seconds(self) -> float:
@@ -261,18 +273,21 @@ class Trainer:
         self, train: dict[str, float], held_out: dict[str, float], seconds: float, writer: SummaryWriter | None
     ) -> None:
         epoch = len(self.history) + 1
-        if not torch.isfinite(torch.tensor([train["loss"], held_out["loss"]])).all():
+        if not torch.isfinite(torch.tensor([part["loss"] for part in (train, held_out) if part])).all():
             raise ValueError(
                 f"{self.name}: the loss is {train['loss']} in epoch {epoch}, expected a finite number; lower LEARNING_RATE"
             )
         row = {"epoch": epoch, "seconds": seconds, "learning_rate": self.optimizer.param_groups[0]["lr"]}
         row |= {f"train_{k}": v for k, v in train.items()} | {f"held_out_{k}": v for k, v in held_out.items()}
         self.history.append(row)
-        criterion = held_out["stopping_criterion"]
-        self.scheduler.step(criterion)
-        if criterion < self.best_criterion:
-            self.best_epoch, self.best_criterion = epoch, criterion
-            self.best_weights = copy.deepcopy(self.model.state_dict())
+        if self.patience is None:
+            self.best_epoch, self.best_criterion, self.best_weights = epoch, train["loss"], self.model.state_dict()
+        else:
+            criterion = held_out["stopping_criterion"]
+            self.scheduler.step(criterion)
+            if criterion < self.best_criterion:
+                self.best_epoch, self.best_criterion = epoch, criterion
+                self.best_weights = copy.deepcopy(self.model.state_dict())
         for key, value in row.items():
             if writer is not None:
                 writer.add_scalar(key.replace("train_", "train/").replace("held_out_", "held_out/"), value, epoch)
@@ -303,8 +318,11 @@ class Trainer:
     def save_best(self, **more: Any) -> None:
         """Write the checkpoint to use; `more` is stored beside the weights."""
         if parallel.IS_FIRST:
-            with replacing(self.best_path) as temporary:
-                torch.save(self._about_best() | {"weights": self.best_weights} | more, temporary)
+            self._write_best(self.best_path, **more)
+
+    def _write_best(self, path: Path, **more: Any) -> None:
+        with replacing(path) as temporary:
+            torch.save(self._about_best() | {"weights": self.best_weights} | more, temporary)
 
     def history_table(self) -> pd.DataFrame:
         """One row per epoch: losses of training and held-out data, learning rate, seconds."""

@@ -175,11 +175,12 @@ def test_a_preset_changes_only_what_the_user_has_not_set(script, monkeypatch):
     )
 
 
-def test_the_defaults_of_the_papers_preset_are_those_of_stage_3():
-    stage = runpy.run_path(str(ROOT / STAGES[3]))
-    assert {name: default for name, (default, _) in stage["paper_preset"]().items()} == {
-        name: stage[name] for name in stage["paper_preset"]()
-    }
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_the_defaults_of_the_papers_preset_are_those_of_the_stage(stage):
+    module = runpy.run_path(str(ROOT / stage))
+    preset = module["paper_preset"]()
+    assert {name: default for name, (default, _) in preset.items()} == {name: module[name] for name in preset}
+    assert all(default != value for default, value in preset.values())
 
 
 def help_of(module, capsys) -> str:

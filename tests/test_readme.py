@@ -33,6 +33,7 @@ class Installation(NamedTuple):
 
 
 BY_PIPELINE = Elsewhere("tests/conftest.py::pipeline")
+BY_PAPER = Elsewhere("tests/test_paper.py::test_the_published_run_in_small")
 BY_CI = Elsewhere(".ci/run::test_command")
 FEW = "--max-cells-evaluated 60 --max-cells-plotted 100"
 
@@ -56,6 +57,8 @@ COMMANDS: dict[str, Run | Elsewhere | Installation] = {
     "python _0_download_data.py --dataset my_cells.h5ad --cell-type-key annotation": Run(),
     "python _5_generate.py --bulk-file my_bulk.csv --n-cells 2000": Run(FEW),
     "torchrun --nproc-per-node 4 _3_train_gmvae.py": Run("--epochs 2"),
+    # the run of the paper
+    **{f"python {stage} --preset paper": BY_PAPER for stage in STAGES[1:]},
     # the folders of lib
     "python _3_train_gmvae.py --generator beta_vae": Run("--other-epochs 1"),
     "python _5_generate.py --generator beta_vae": Run(FEW, ("python _3_train_gmvae.py --generator beta_vae",)),

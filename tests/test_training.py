@@ -97,13 +97,11 @@ def test_a_checkpoint_of_an_older_version_is_refused_with_its_remedy(uninterrupt
 
 def test_an_option_given_by_the_user_wins_over_the_papers_preset(tmp_path):
     place = workplace(tmp_path)
-    place.main(STAGE, **SMALL | {"PAPER": True, "EPOCHS": 2})
-    best = load_checkpoint(place.models / "gmvae_last.pt", STAGE)
-    assert (
-        len(best["history"]) == 2
-        and best["constants"]["BATCH_SIZE"] == 37
-        and best["arguments"]["likelihood"] == "zinb"
-    )
+    place.main(STAGE, PRESET="paper", EPOCHS=2, DEVICE="cpu")
+    last = load_checkpoint(place.models / "paper_gmvae_last.pt", STAGE)
+    assert len(last["history"]) == 2 and last["constants"]["BATCH_SIZE"] == 37
+    assert last["settings"]["learning_rate"] == 6e-6 and last["settings"]["patience"] is None
+    assert not any(name.startswith("held_out") for name in last["history"][0])  # all cells are trained on
 
 
 def test_resuming_with_other_data_or_constants_is_refused(uninterrupted, tmp_path):

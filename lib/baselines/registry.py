@@ -7,13 +7,13 @@ Each baseline has a file of its own and the same few methods:
     fit_prior(train, seed)                         after training: the distribution that new cells are sampled from
     sample(cell_type_idx, seed, latent_spread)     new cells, raw counts
 
-The GMVAE is trained by stage 3 itself.
+`paper_gmvae` is the GMVAE as published (lib/models/paper_gmvae.py). Our GMVAE is trained by stage 3 itself.
 """
 
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import scipy.sparse as sp
@@ -23,14 +23,20 @@ from torch import nn
 from lib import parallel
 from lib.baselines import beta_vae, conv_cvae, pca_cvae
 from lib.data.batches import Batch, CellDataset
-from lib.models import sampling
+from lib.models import paper_gmvae, sampling
 from lib.models.gmvae import GMVAE
 from lib.training import Trainer
 
+Name = Literal["gmvae", "paper_gmvae", "beta_vae", "pca_cvae", "conv_cvae"]
 CLASSES: dict[str, type[nn.Module]] = {
-    "gmvae": GMVAE, "beta_vae": beta_vae.BetaVAE, "pca_cvae": pca_cvae.PCACVAE, "conv_cvae": conv_cvae.ConvCVAE,
+    "gmvae": GMVAE, "paper_gmvae": paper_gmvae.PaperGMVAE, "beta_vae": beta_vae.BetaVAE, "pca_cvae": pca_cvae.PCACVAE,
+    "conv_cvae": conv_cvae.ConvCVAE,
 }  # fmt: skip
-SETTINGS = {"beta_vae": beta_vae.SETTINGS, "pca_cvae": pca_cvae.SETTINGS, "conv_cvae": conv_cvae.SETTINGS}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "paper_gmvae": paper_gmvae.SETTINGS, "beta_vae": beta_vae.SETTINGS, "pca_cvae": pca_cvae.SETTINGS,
+    "conv_cvae": conv_cvae.SETTINGS,
+}  # fmt: skip
+WITHOUT_PRIOR = ("gmvae", "paper_gmvae")  # sample cells without a prior that is fitted after training
 
 
 def load(checkpoint: dict[str, Any], device: torch.device) -> Any:
@@ -42,7 +48,7 @@ def load(checkpoint: dict[str, Any], device: torch.device) -> Any:
         If the training of a baseline was interrupted: what its cells are sampled from is fitted at the end.
     """
     name, prior = checkpoint.get("generator", "gmvae"), checkpoint.get("prior")
-    if name != "gmvae" and prior is None:
+    if name not in WITHOUT_PRIOR and prior is None:
         raise ValueError(
             f"the training of {name} was interrupted; finish it with _3_train_gmvae.py --generator {name} --resume"
         )
@@ -68,19 +74,21 @@ def generate(model: Any, cell_type_idx: np.ndarray, seed: int) -> sp.csr_matrix:
 
 
 def fit(
-    name: str, train: CellDataset, held_out: CellDataset, about: dict[str, Any], settings: dict[str, Any],
+    name: str, train: CellDataset, held_out: CellDataset | None, about: dict[str, Any], settings: dict[str, Any],
     arguments: dict[str, Any], models_dir: Path, seed: int, resume: bool = False,
 ) -> tuple[Any, Trainer]:  # fmt: skip
     """Train a baseline with early stopping on held-out cells, and write its best weights to models/<name>.pt.
 
     Parameters
     ----------
+    held_out
+        None for a generator that is trained without early stopping (patience None).
     about
         Description of the data for the checkpoint: stage, constants, gene_names, cell_types, split_id.
     settings
         epochs, batch_size, learning_rate, weight_decay, patience and optimizer; optional: balanced (each type is sampled equally
         often), cycle (length of the learning rate's cycle, in trainings; constant without it), kl_weight (first and last weight of
-        the KL) and kl_warmup_epochs.
+        the KL), kl_warmup_epochs and keep_every (epochs between checkpoints that stay).
         Published values: `SETTINGS`.
     arguments
         Arguments of the model besides the sizes of the data; the defaults are the published ones.
@@ -95,15 +103,17 @@ def fit(
     about = about | {"generator": name, "arguments": model.arguments, "settings": settings}
     generator = torch.Generator(train.device).manual_seed(seed)
     # while the weight of the KL rises, the held-out loss at full weight need not improve
-    patience = settings["patience"] + settings.get("kl_warmup_epochs", 0)
-    trainer = Trainer(name, model, optimizer, generator, about, models_dir, patience)
+    patience = settings["patience"]
+    if patience is not None:
+        patience += settings.get("kl_warmup_epochs", 0)
+    trainer = Trainer(name, model, optimizer, generator, about, models_dir, patience, settings.get("keep_every"))
     if resume:
         trainer.resume()
     shared = parallel.shared(model)
     trainer.fit(
         settings["epochs"],
         lambda epoch: train_epoch(shared, optimizer, train, epoch, settings, generator),
-        lambda: validate(model, held_out, settings["batch_size"], seed),
+        None if held_out is None else lambda: validate(model, held_out, settings["batch_size"], seed),
     )
     if parallel.IS_FIRST:
         model.eval()
@@ -170,12 +180,13 @@ def validate(model: nn.Module, held_out: CellDataset, batch_size: int, seed: int
 
 
 def sample_epsilon(batch: Batch, model: nn.Module, generator: torch.Generator) -> torch.Tensor:
-    """Standard normal epsilon, (n_cells, n_latent), of this process's cells.
+    """Standard normal epsilon, (n_cells, n_latent), of this process's cells; more where the model has an `epsilon_shape`.
 
     It is sampled for the cells of all processes, so that any number of processes trains the same model.
     """
-    n_latent: Any = getattr(model, "module", model).n_latent
-    epsilon = torch.randn(batch.n_global, n_latent, generator=generator, device=generator.device)
+    inner: Any = getattr(model, "module", model)
+    shape = getattr(inner, "epsilon_shape", (inner.n_latent,))
+    epsilon = torch.randn(batch.n_global, *shape, generator=generator, device=generator.device)
     return epsilon[parallel.RANK :: parallel.N_RANKS]
 
 

@@ -42,16 +42,23 @@ class ScTAPE(nn.Module):
         Rate before every layer of the encoder except the last.
     platform_sd
         Augmentation (`augment`); 0: none.
+    minmax
+        Whether the input is scaled to 0..1 within each sample, as published, instead of standardised for each gene; without
+        augmentation only.
     """
 
     gene_mean: torch.Tensor  # (n_genes,) over the training mixtures
     gene_scale: torch.Tensor  # (n_genes,) standard deviation over the training mixtures, plus 0.01
     mean_share: torch.Tensor  # (n_genes,) share of a gene in a training mixture
 
-    def __init__(self, n_genes: int, n_cell_types: int, dropout: float, platform_sd: float = 0.0):
+    def __init__(self, n_genes: int, n_cell_types: int, dropout: float, platform_sd: float = 0.0, minmax: bool = False):
         super().__init__()
+        if minmax and platform_sd:
+            raise ValueError(
+                f"PLATFORM_SD is {platform_sd} with SCALING minmax, whose profiles do not show how many transcripts a gene has; expected 0"
+            )
         self.arguments: dict[str, Any] = dict(
-            n_genes=n_genes, n_cell_types=n_cell_types, dropout=dropout, platform_sd=platform_sd
+            n_genes=n_genes, n_cell_types=n_cell_types, dropout=dropout, platform_sd=platform_sd, minmax=minmax
         )
         self.platform_sd = platform_sd
         layers: list[nn.Module] = []
@@ -72,6 +79,8 @@ class ScTAPE(nn.Module):
 
     def initialise(self, profiles: torch.Tensor) -> None:
         """Store each gene's mean and standard deviation over the training mixtures, to standardise the input."""
+        if self.arguments["minmax"]:
+            return
         self.gene_mean.copy_(profiles.mean(dim=0))
         self.gene_scale.copy_(profiles.std(dim=0) + 0.01)
         self.mean_share.copy_(torch.expm1(profiles).mean(dim=0) / 1e4)
@@ -196,11 +205,11 @@ def adapt(model: ScTAPE, profiles: torch.Tensor) -> ScTAPE:
 # --- the input of both networks, scTAPE and the bulk encoder
 
 
-def scale(tpm: np.ndarray) -> np.ndarray:
+def scale(tpm: np.ndarray, minmax: bool = False) -> np.ndarray:
     """The network's input: log(1 + transcripts per 10,000 of the network's genes).
 
-    The original takes log(1 + TPM), scaled to 0..1 within each sample. With transcripts per million, genes with a few counts
-    weigh as much as genes with thousands, which costs a third of the accuracy on held-out cells of pbmc3k's train part.
+    minmax: as in the original, log(1 + TPM), scaled to 0..1 within each sample. With transcripts per million, genes with a few
+    counts weigh as much as genes with thousands, which costs a third of the accuracy on held-out cells of pbmc3k's train part.
 
     Parameters
     ----------
@@ -217,7 +226,11 @@ def scale(tpm: np.ndarray) -> np.ndarray:
     ValueError
         If a sample has no expression in these genes.
     """
-    return np.log1p(tpm / sample_totals(tpm) * 1e4).astype(np.float32)
+    logs = np.log1p(tpm / sample_totals(tpm) * (1e6 if minmax else 1e4))
+    if minmax:
+        low = logs.min(axis=1, keepdims=True)
+        logs = (logs - low) / (logs.max(axis=1, keepdims=True) - low)
+    return logs.astype(np.float32)
 
 
 def complete(bulk: pd.DataFrame, gene_names: list[str], mean_profile: np.ndarray) -> np.ndarray:
@@ -271,7 +284,7 @@ class Prediction(NamedTuple):
     """What the network predicts for bulk samples."""
 
     proportions: pd.DataFrame  # samples x types, of cells by the counts of the train cells; rows sum to 1
-    signatures: np.ndarray  # 1 or samples x types x genes: transcripts per 10,000 of the network's genes
+    signatures: np.ndarray  # 1 or samples x types x genes: per 10,000 transcripts of these genes (minmax: as the input)
 
 
 def predict(checkpoint: dict[str, Any], bulk: pd.DataFrame, adaptation: Adaptation = "none") -> Prediction:
@@ -298,15 +311,18 @@ def predict(checkpoint: dict[str, Any], bulk: pd.DataFrame, adaptation: Adaptati
             f"the bulk has {coverage:.1%} of scTAPE's {len(gene_names):,} genes; "
             "the others take their mean share in the training mixtures"
         )
-    profiles = torch.from_numpy(scale(complete(bulk, gene_names, checkpoint["mean_profile"].numpy())))
     model = ScTAPE.from_checkpoint(checkpoint)
+    values = complete(bulk, gene_names, checkpoint["mean_profile"].numpy())
+    profiles = torch.from_numpy(scale(values, model.arguments["minmax"]))
     groups = profiles.split(1) if adaptation == "per-sample" else (profiles,)
     models = [model]
     if adaptation != "none":
         models = [adapt(model, group) for group in tqdm(groups, desc="adapting scTAPE", leave=False)]
     with torch.no_grad():
         proportions = torch.cat([model.proportions(group) for model, group in zip(models, groups)])
-        signatures = torch.stack([torch.expm1(model.signature_matrix()) for model in models])
+        signatures = torch.stack([model.signature_matrix() for model in models])
+    if not model.arguments["minmax"]:
+        signatures = torch.expm1(signatures)
     table = pd.DataFrame(proportions.numpy(), index=bulk.index, columns=checkpoint["cell_types"])
     return Prediction(table, signatures.numpy())
 
@@ -357,14 +373,28 @@ def select_genes(mixtures: ad.AnnData, usable: np.ndarray, n_genes: int) -> np.n
     return np.sort(np.flatnonzero(usable)[np.argsort(-score, kind="stable")[:n_genes]])
 
 
-def read_profiles(mixtures: ad.AnnData, genes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def most_variable_genes(mixtures: ad.AnnData, usable: np.ndarray, share: float) -> np.ndarray:
+    """Select this share of the usable genes, those whose TPM vary most over the mixtures to train on (published); ascending.
+
+    The original also asks that the genes vary as much in the bulk to be predicted, which was made of the test cells.
+    """
+    is_fit, lengths = is_for_fit(mixtures), gene_lengths(mixtures, usable)
+    squares, total = np.zeros(usable.sum()), np.zeros(usable.sum())
+    for rows, counts in blocks(mixtures, "selecting genes"):
+        values = tpm(counts[is_fit[rows]][:, usable], lengths)
+        squares, total = squares + np.square(values).sum(axis=0), total + values.sum(axis=0)
+    variance = squares / is_fit.sum() - (total / is_fit.sum()) ** 2
+    return np.sort(np.flatnonzero(usable)[np.argsort(-variance, kind="stable")[: int(share * len(variance))]])
+
+
+def read_profiles(mixtures: ad.AnnData, genes: np.ndarray, minmax: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """The network's input for all mixtures, (n_mixtures, n_genes), and each gene's mean share of a mixture to train on."""
     is_fit, lengths = is_for_fit(mixtures), gene_lengths(mixtures, genes)
     profiles = np.empty((mixtures.n_obs, len(genes)), np.float32)
     share = np.zeros(len(genes))
     for rows, counts in blocks(mixtures, "profiles"):
         values = tpm(counts[:, genes], lengths)
-        profiles[rows] = scale(values)
+        profiles[rows] = scale(values, minmax)
         share += values[is_fit[rows]].sum(axis=0)
     return profiles, share / share.sum()
 
@@ -382,7 +412,8 @@ def fit(
 ) -> None:  # fmt: skip
     """Train scTAPE or the bulk encoder on mixtures; the model's `validate` on mixtures of held-out cells decides when to stop.
 
-    train, held_out: the arguments of the model's `forward`, one mixture per row.
+    train, held_out: the arguments of the model's `forward`, one mixture per row. Without held-out mixtures the trainer must not
+    stop early.
     """
     model: Any = trainer.model  # has a method `validate`
     device = next(model.parameters()).device
@@ -391,5 +422,5 @@ def fit(
     trainer.fit(
         epochs,
         lambda _: tensor_epoch(shared, trainer.optimizer, train, batch_size, max_gradient_norm, trainer.generator),
-        lambda: {name: float(value) for name, value in model.validate(*held_out).items()},
+        None if not len(held_out[0]) else lambda: {n: float(value) for n, value in model.validate(*held_out).items()},
     )

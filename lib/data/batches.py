@@ -40,22 +40,28 @@ class Batch:
     def n_cells(self) -> int:
         return len(self.library_size)
 
+    def raw(self) -> torch.Tensor:
+        """Counts, sparse, n_cells x n_genes."""
+        return _csr(self.indptr, self.genes, self.counts, (self.n_cells, self.n_genes))
+
     def log_normalized(self, target: float | torch.Tensor) -> torch.Tensor:
         """log(1 + count x target / library size), sparse, n_cells x n_genes: the encoder's input."""
         values = torch.log1p(self.counts * (target / self.library_size)[self.cells])
         return _csr(self.indptr, self.genes, values, (self.n_cells, self.n_genes))
 
     def select(self, chosen: torch.Tensor) -> "Batch":
-        """The cells of a mask (n_cells,)."""
-        entries = chosen[self.cells]
-        new_index = chosen.cumsum(0) - 1
+        """The cells of a mask (n_cells,) or of indices, which may repeat."""
+        chosen = chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen
         n_entries = self.indptr.diff()[chosen]
+        indptr = F.pad(n_entries.cumsum(0), (1, 0))
+        cells = torch.repeat_interleave(n_entries)
+        entries = torch.arange(len(cells), device=cells.device) + (self.indptr[chosen] - indptr[:-1])[cells]
         return replace(
             self,
-            indptr=F.pad(n_entries.cumsum(0), (1, 0)),
+            indptr=indptr,
             genes=self.genes[entries],
             counts=self.counts[entries],
-            cells=new_index[self.cells[entries]],
+            cells=cells,
             library_size=self.library_size[chosen],
             log_factorials=self.log_factorials[chosen],
             cell_type_idx=self.cell_type_idx[chosen],

@@ -1,6 +1,7 @@
 """Principal components, UMAP, MDE and Leiden clusters of cells, computed in the same way for real and generated cells."""
 
 from types import ModuleType
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -68,10 +69,10 @@ def neighbour_graph(pcs: np.ndarray, n_neighbors: int, seed: int) -> ad.AnnData:
     return graph
 
 
-def embed(pcs: np.ndarray, n_neighbors: int, seed: int) -> ad.AnnData:
-    """Neighbour graph and UMAP (scanpy) of cells x principal components: `obsp`, `obsm["X_umap"]`."""
+def embed(pcs: np.ndarray, n_neighbors: int, seed: int, min_dist: float = 0.5) -> ad.AnnData:
+    """Neighbour graph and UMAP (scanpy) of cells x principal components: `obsp`, `obsm["X_umap"]`. min_dist: scanpy's."""
     graph = neighbour_graph(pcs, n_neighbors, seed)
-    sc.tl.umap(graph, random_state=seed)
+    sc.tl.umap(graph, min_dist=min_dist, random_state=seed)
     return graph
 
 
@@ -102,9 +103,10 @@ def load_pymde() -> ModuleType:
     return pymde
 
 
-def leiden(graph: ad.AnnData, resolution: float, seed: int) -> np.ndarray:
+def leiden(graph: ad.AnnData, resolution: float, seed: int, n_iterations: int = 2) -> np.ndarray:
     """Leiden cluster of each cell of a neighbour graph (igraph), as text."""
-    sc.tl.leiden(graph, resolution=resolution, flavor="igraph", n_iterations=2, directed=False, random_state=seed)
+    settings: dict[str, Any] = {"flavor": "igraph", "n_iterations": n_iterations, "directed": False}
+    sc.tl.leiden(graph, resolution=resolution, random_state=seed, **settings)
     return graph.obs["leiden"].astype(str).to_numpy()
 
 

@@ -48,9 +48,9 @@ class GMVAE(nn.Module):
     likelihood
         "nb" or "zinb".
     decoder
-        "linear" or "mlp" (paper).
+        "linear" or "mlp".
     dispersion
-        "gene": one theta per gene; "gene-type": one per gene and type; "gene-cell": a head of the decoder (paper).
+        "gene": one theta per gene; "gene-type": one per gene and type.
     dropout
         In the encoders and in an mlp decoder.
 
@@ -88,7 +88,6 @@ class GMVAE(nn.Module):
         n_features = n_latent if linear else hidden[0]
         self.p_x_zyl_log_mean = nn.Linear(n_features, n_genes)
         self.p_x_zyl_zi_logits = nn.Linear(n_features, n_genes) if likelihood == "zinb" else None
-        self.p_x_zyl_log_theta = nn.Linear(n_features, n_genes) if dispersion == "gene-cell" else None
         self.log_loading_ratio = nn.Parameter(torch.zeros(n_cell_types, n_genes)) if linear else None  # log a(y)
         self.log_theta = nn.Parameter(torch.zeros(n_genes))
         self.log_theta_ratio = nn.Parameter(torch.zeros(n_cell_types, n_genes)) if dispersion == "gene-type" else None
@@ -156,8 +155,6 @@ class GMVAE(nn.Module):
         log_theta: torch.Tensor = self.log_theta
         if self.log_theta_ratio is not None:
             log_theta = log_theta + y @ self.log_theta_ratio
-        if self.p_x_zyl_log_theta is not None:
-            log_theta = log_theta + self.p_x_zyl_log_theta(h).float()
         zi_logits = None if self.p_x_zyl_zi_logits is None else self.p_x_zyl_zi_logits(h).float()
         return Likelihood(logits, library_size.log(), log_theta.clamp(*LOG_THETA_RANGE), zi_logits)
 

@@ -34,10 +34,9 @@ def initialise(model: GMVAE, dataset: CellDataset, marginals: GeneMarginals, axe
     model.p_x_zyl_log_mean.weight.mul_(0.1)
     model.log_theta.copy_(torch.from_numpy(marginals.log_theta))
     model.log_theta_mean.fill_(float(mean_profile @ marginals.log_theta))
-    for head, bias in ((model.p_x_zyl_log_theta, 0.0), (model.p_x_zyl_zi_logits, -4.0)):
-        if head is not None:
-            nn.init.zeros_(head.weight)
-            nn.init.constant_(head.bias, bias)
+    if model.p_x_zyl_zi_logits is not None:
+        nn.init.zeros_(model.p_x_zyl_zi_logits.weight)
+        nn.init.constant_(model.p_x_zyl_zi_logits.bias, -4.0)
     nn.init.zeros_(model.p_l_zy_mean.bias)
     model.p_l_zy_log_scale.fill_(float(np.log(np.log(library_size).std() + 1e-2)))
     if axes is not None:

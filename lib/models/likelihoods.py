@@ -23,8 +23,10 @@ from lib.data.batches import Batch
 CACHED_ENTRIES = 2**18  # entries of a dense matrix processed at a time on a CPU: 1 MB, about the size of a core's cache
 
 
-def nb_log_prob(batch: Batch, logits: torch.Tensor, log_library: torch.Tensor, log_theta: torch.Tensor) -> torch.Tensor:
-    """log NB(x; mu, theta) per cell, summed over genes; mu = library x softmax(logits).
+def nb_log_prob(
+    batch: Batch, logits: torch.Tensor, log_library: torch.Tensor | None, log_theta: torch.Tensor
+) -> torch.Tensor:
+    """log NB(x; mu, theta) per cell, summed over genes; mu = library x softmax(logits), or exp(logits) without a library.
 
     With r = mu / theta, log NB of one entry is
 
@@ -39,7 +41,7 @@ def nb_log_prob(batch: Batch, logits: torch.Tensor, log_library: torch.Tensor, l
     logits
         (n_cells, n_genes).
     log_library
-        (n_cells,) log of the sum of mu over genes.
+        (n_cells,) log of the sum of mu over genes; None: `logits` are log mu.
     log_theta
         (n_genes,) or (n_cells, n_genes).
 
@@ -51,7 +53,11 @@ def nb_log_prob(batch: Batch, logits: torch.Tensor, log_library: torch.Tensor, l
 
 
 def zinb_log_prob(
-    batch: Batch, logits: torch.Tensor, log_library: torch.Tensor, log_theta: torch.Tensor, zi_logits: torch.Tensor
+    batch: Batch,
+    logits: torch.Tensor,
+    log_library: torch.Tensor | None,
+    log_theta: torch.Tensor,
+    zi_logits: torch.Tensor,
 ) -> torch.Tensor:
     """log ZINB(x; mu, theta, pi) per cell, summed over genes; pi = sigmoid(zi_logits) is the probability of an extra zero.
 
@@ -69,12 +75,16 @@ class _LogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, log_library, log_theta, zi_logits, batch, with_gradient):
-        theta, library = log_theta.exp(), log_library.exp()
+        theta, library = log_theta.exp(), None if log_library is None else log_library.exp()
         ratio = torch.empty_like(logits)
         log_prob = -batch.log_factorials
         for rows in _row_blocks(logits):
-            r = torch.sub(logits[rows], logits[rows].amax(dim=1, keepdim=True), out=ratio[rows]).exp_()
-            r.mul_((library[rows] / r.sum(dim=1))[:, None]).div_(_rows(theta, rows))
+            if library is None:
+                r = torch.exp(logits[rows], out=ratio[rows])
+            else:
+                r = torch.sub(logits[rows], logits[rows].amax(dim=1, keepdim=True), out=ratio[rows]).exp_()
+                r.mul_((library[rows] / r.sum(dim=1))[:, None])
+            r.div_(_rows(theta, rows))
             nb_zero = r.log1p().mul_(_rows(theta, rows)).neg_()
             if zi_logits is not None:
                 nb_zero = torch.logaddexp(zi_logits[rows], nb_zero).sub_(F.softplus(zi_logits[rows]))
@@ -101,7 +111,9 @@ class _LogProb(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        """Gradients with respect to log mu and log theta, then d / d logits = d / d log mu - softmax(logits) x its sum over genes.
+        """Gradients with respect to log mu and log theta, and of these to logits.
+
+        With a library, d / d logits = d / d log mu - softmax(logits) x its sum over genes.
 
         With s = r / (1 + r): d nb_zero / d log mu = -theta s, d nb_zero / d log theta = theta (s - log(1 + r)).
         """
@@ -118,8 +130,9 @@ class _LogProb(torch.autograd.Function):
         grad_theta_x = grad_lgamma - grad_mu_x
         if zi_logits is not None:  # a non-zero count is no extra zero: cancel the gradient of the dense part here
             grad_mu_x = grad_mu_x - p_extra_x * theta_x * s_x
-            grad_theta_x = grad_theta_x + p_extra_x * theta_x * (s_x + (-s_x).log1p())  # log(1 + r) = -log(1 - s)
-        grad_library = torch.zeros_like(g).index_add_(0, cells, g_x * grad_mu_x)
+            log1p_r_x = ratio.view(-1)[entries].log1p()
+            grad_theta_x = grad_theta_x + p_extra_x * theta_x * (s_x - log1p_r_x)
+        grad_library = None if library is None else torch.zeros_like(g).index_add_(0, cells, g_x * grad_mu_x)
 
         grad_logits, grad_zi = torch.empty_like(ratio), None if zi_logits is None else torch.empty_like(ratio)
         grad_theta = torch.zeros_like(theta)
@@ -139,9 +152,10 @@ class _LogProb(torch.autograd.Function):
             else:
                 grad_theta += (weight * log1p_r.sub_(s)).sum(dim=0).neg_()
             s.mul_(weight).mul_(theta_r).neg_()  # d / d log mu
-            grad_library[rows] += s.sum(dim=1)
-            # softmax(logits) = mu / library = r theta / library
-            s.addcmul_(r * theta_r, (grad_library[rows] / library[rows])[:, None], value=-1)
+            if grad_library is not None:
+                grad_library[rows] += s.sum(dim=1)
+                # softmax(logits) = mu / library = r theta / library
+                s.addcmul_(r * theta_r, (grad_library[rows] / library[rows])[:, None], value=-1)
         if theta.dim() == 1:
             grad_theta *= theta
         if grad_zi is not None:
@@ -188,15 +202,15 @@ def gaussian_log_prob(x: torch.Tensor, mean: torch.Tensor, log_var: torch.Tensor
 
 @dataclass
 class Likelihood:
-    """Parameters of p(x|z,y,l) for some cells."""
+    """Parameters of p(x|z,y,l), or of p(x|z) of a model without library sizes, for some cells."""
 
-    logits: torch.Tensor  # (n_cells, n_genes), mu = library x softmax(logits)
-    log_library: torch.Tensor  # (n_cells,) log of the sum of mu over genes
+    logits: torch.Tensor  # (n_cells, n_genes), mu = library x softmax(logits), or exp(logits) without a library
+    log_library: torch.Tensor | None  # (n_cells,) log of the sum of mu over genes; None: no library
     log_theta: torch.Tensor  # (n_genes,), or (n_cells, n_genes) where theta depends on the cell
     zi_logits: torch.Tensor | None  # (n_cells, n_genes); None for NB
 
     def log_prob(self, batch: Batch) -> torch.Tensor:
-        """log p(x|z,y,l) per cell, summed over genes, in nats."""
+        """log p(x|...) per cell, summed over genes, in nats."""
         if self.zi_logits is None:
             return nb_log_prob(batch, self.logits, self.log_library, self.log_theta)
         return zinb_log_prob(batch, self.logits, self.log_library, self.log_theta, self.zi_logits)
@@ -204,7 +218,10 @@ class Likelihood:
     def sample(self, generator: torch.Generator) -> sp.csr_matrix:
         """Sample counts, n_cells x n_genes: first, for every gene, whether its count is above 0; then, for those genes, the count."""
         theta = self.log_theta.exp()
-        ratio = F.softmax(self.logits, dim=1).mul_(self.log_library.exp()[:, None]).div_(theta)  # mu / theta
+        if self.log_library is None:
+            ratio = self.logits.exp().div_(theta)  # mu / theta
+        else:
+            ratio = F.softmax(self.logits, dim=1).mul_(self.log_library.exp()[:, None]).div_(theta)
         p_positive = torch.expm1(ratio.log1p().mul_(-theta)).neg_()  # P(x > 0)
         if self.zi_logits is not None:
             p_positive *= torch.sigmoid(-self.zi_logits)

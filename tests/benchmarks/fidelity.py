@@ -38,14 +38,12 @@ from lib.models.profiles import gene_marginals
 from lib.training import load_checkpoint
 
 N_NEIGHBORS = 15  # of the UMAP of --plot, as in stage 5
-PAPER_EPOCHS = 200  # of the paper's 4,000, which would take hours
 VARIANTS: dict[str, dict[str, object]] = {
     "ours": {},
     "zero-inflated": {"LIKELIHOOD": "zinb"},
     "theta per gene": {"DISPERSION": "gene"},
     "Gaussian p(z|y)": {"PRIOR": "gaussian"},
     "mlp decoder": {"DECODER": "mlp", "KL_WARMUP_EPOCHS": 50},
-    f"the paper's ({PAPER_EPOCHS} epochs)": {"PAPER": True, "EPOCHS": PAPER_EPOCHS},
 }
 Generator = Callable[[ad.AnnData, np.ndarray, int], sp.csr_matrix]  # train cells, types of the new cells, seed: counts
 

@@ -9,7 +9,17 @@ import pytest
 import torch
 
 from lib.bulk import sctape
-from lib.bulk.sctape import ScTAPE, adapt, augment, complete, predict, read_profiles, scale, select_genes
+from lib.bulk.sctape import (
+    ScTAPE,
+    adapt,
+    augment,
+    complete,
+    most_variable_genes,
+    predict,
+    read_profiles,
+    scale,
+    select_genes,
+)
 
 
 def test_scale_by_hand_in_any_unit():
@@ -18,6 +28,25 @@ def test_scale_by_hand_in_any_unit():
     np.testing.assert_allclose(scale(profile * 123), scale(profile), rtol=1e-6)
     with pytest.raises(ValueError, match="1 of 1 bulk samples have no expression"):
         scale(np.zeros((1, 3)))
+
+
+def test_the_published_scale_by_hand():
+    """log(1 + TPM), the smallest value of each sample 0 and the largest 1."""
+    profiles = np.array([[1.0, 3.0, 0.0, 4.0], [5.0, 3.0, 1.0, 1.0]])
+    low, high = np.log1p(1e5), np.log1p(5e5)
+    expected = [np.log1p([1.25e5, 3.75e5, 0, 5e5]) / high, (np.log1p([5e5, 3e5, 1e5, 1e5]) - low) / (high - low)]
+    np.testing.assert_allclose(scale(profiles * 7, minmax=True), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_published_gene_selection_takes_the_most_variable_share_of_the_training_mixtures():
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(rng.lognormal(3, 1.5, (30, 12))).astype(np.float32)
+    role = np.where(np.arange(30) < 20, "fit", "validation")
+    mixtures = ad.AnnData(counts, obs=pd.DataFrame({"role": role}, index=[str(i) for i in range(30)]))
+    usable = np.arange(12) != 5
+    tpm = counts[:20, usable] / counts[:20, usable].sum(axis=1, keepdims=True) * 1e6
+    expected = np.flatnonzero(usable)[np.argsort(tpm.var(axis=0))[-9:]]  # 0.85 of 11 genes
+    assert most_variable_genes(mixtures, usable, 0.85).tolist() == sorted(expected)
 
 
 def test_genes_that_a_bulk_lacks_get_their_mean_share():

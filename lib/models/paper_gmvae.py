@@ -1,0 +1,182 @@
+"""The Gaussian-mixture VAE as published (bulk2sc_GMVAE, fig. 1), without any change of ours. `PRESET = "paper"` trains it.
+
+    q(y|x)      Categorical                             genes-128-K
+    q(z|x,y)    Normal(mean(x,y), variance(x,y))        two towers (genes + K)-128-64-32
+    p(z|y)      Normal(mean(y), variance(y))            two towers K-128-32
+    p(x|z)      ZINB(mean(z), theta(z), extra zeros(z)) 32-64, then three towers 64-128-genes
+
+x are raw counts; there is no library size. Layers are followed by ReLU; mean and theta are ELU + 1 of their towers, and the
+probability of an extra zero is the sigmoid of its own. The loss of a cell with label c is the exact sum over all K types
+
+    sum over y of q(y|x) [KL(q(z|x,y) || p(z|y)) - log p(x|z_y)] + KL(q(y|x) || c),   one sample z_y ~ q(z|x,y) for each type.
+
+In KL(q(y|x) || c), the label has probability 1 and every other type 1e-10 (the constant that the published loss adds in its
+logarithms). The published loss adds the same constant to mean and theta; here they are at least 1e-10. It is summed over the
+cells of a batch, here it is their mean: Adam takes the same steps for both.
+
+Facts that the paper's text leaves open (ReLU, ELU + 1, one sample, 1e-10) are those of the authors' ZINB sources (wdnlotm/
+bulk2sc_GMVAE_NB). Sources that describe the method: Kingma et al. 2014 (arXiv:1406.5298) and Jiang et al. 2017 (VaDE).
+"""
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lib.data.batches import Batch, CellDataset
+from lib.models.layers import SparseLinear
+from lib.models.likelihoods import Likelihood, gaussian_kl, gaussian_log_prob
+from lib.models.sampling import random_streams
+
+SETTINGS = {
+    "epochs": 4000, "batch_size": 37, "learning_rate": 6e-6, "weight_decay": 0.0, "patience": None, "optimizer": "adamw",
+    "keep_every": 1000,
+}  # fmt: skip
+LOG_EPSILON = math.log(1e-10)  # of the published loss
+NEGLIGIBLE = 2.0**-25  # half the distance of float32 numbers below 1: a type with smaller q(y|x) is not decoded
+
+
+class PaperGMVAE(nn.Module):
+    """
+    Parameters
+    ----------
+    n_genes, n_cell_types
+        Sizes of the data.
+    n_latent
+        Dimensions of z.
+    hidden
+        Layers of q(z|x,y) from the genes down, and of p(x|z) in reverse.
+    """
+
+    def __init__(self, n_genes: int, n_cell_types: int, n_latent: int = 32, hidden: tuple[int, int] = (128, 64)):
+        super().__init__()
+        self.arguments = dict(n_genes=n_genes, n_cell_types=n_cell_types, n_latent=n_latent, hidden=tuple(hidden))
+        self.n_cell_types, self.n_latent = n_cell_types, n_latent
+        self.epsilon_shape = (n_cell_types, n_latent)  # a sample of z for each type
+        wide, narrow = hidden
+        # First layers of q(y|x) and of the two towers of q(z|x,y): one product with the genes, and what is added to it
+        self.q_genes = SparseLinear(n_genes, 3 * wide)
+        self.q_y_x_bias = nn.Parameter(torch.empty(wide))
+        self.q_z_xy_types = nn.Linear(n_cell_types, 2 * wide)
+        for parameter in (self.q_genes.weight, self.q_y_x_bias, *self.q_z_xy_types.parameters()):
+            nn.init.uniform_(parameter, -(n_genes**-0.5), n_genes**-0.5)  # torch's start of a dense layer
+        self.q_y_x = nn.Linear(wide, n_cell_types)
+        self.q_z_xy_mean = tower(wide, narrow, n_latent)
+        self.q_z_xy_log_var = tower(wide, narrow, n_latent)
+        self.p_z_y_mean = tower(n_cell_types, wide, n_latent)
+        self.p_z_y_log_var = tower(n_cell_types, wide, n_latent)
+        self.p_x_z_trunk = nn.Sequential(nn.Linear(n_latent, narrow), nn.ReLU())
+        self.p_x_z_zeros = tower(narrow, wide, n_genes)
+        self.p_x_z_mean = tower(narrow, wide, n_genes)
+        self.p_x_z_theta = tower(narrow, wide, n_genes)
+        self.prior: dict[str, torch.Tensor] = {}  # nothing: new cells come from p(z|y)
+
+    def q(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """log q(y|x), (n_cells, K), and mean and log-variance of q(z|x,y) for every type y, each (n_cells, K, n_latent)."""
+        for_y, for_z = self.q_genes(batch.raw()).split([len(self.q_y_x_bias), 2 * len(self.q_y_x_bias)], dim=1)
+        log_q_y = F.log_softmax(self.q_y_x(F.relu(for_y + self.q_y_x_bias)), dim=1)
+        for_mean, for_log_var = (for_z[:, None] + self.q_z_xy_types(self.types)).relu().chunk(2, dim=2)
+        return log_q_y, self.q_z_xy_mean(for_mean), self.q_z_xy_log_var(for_log_var)
+
+    def p_z(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """p(z|y) of every type: mean and log-variance, each (K, n_latent)."""
+        return self.p_z_y_mean(self.types), self.p_z_y_log_var(self.types)
+
+    def p_x(self, z: torch.Tensor) -> Likelihood:
+        """p(x|z). z: (n_cells, n_latent)."""
+        h = self.p_x_z_trunk(z)
+        log_mean, log_theta = (_LogOfELUPlusOne.apply(net(h)) for net in (self.p_x_z_mean, self.p_x_z_theta))
+        return Likelihood(log_mean, None, log_theta, self.p_x_z_zeros(h))
+
+    @property
+    def types(self) -> torch.Tensor:
+        """One-hot vectors of the types, (K, K)."""
+        return torch.eye(self.n_cell_types, dtype=self.q_y_x_bias.dtype, device=self.q_y_x_bias.device)
+
+    def forward(self, batch: Batch, epsilon: torch.Tensor, kl_weight: float = 1.0) -> dict[str, torch.Tensor]:
+        """Mean loss per cell and its parts, in nats. epsilon: (n_cells, K, n_latent), standard normal.
+
+        The published code decodes every type. Here a type is decoded for a cell only if its weight q(y|x) is at least `NEGLIGIBLE`;
+        the others count as the weighted mean of the decoded ones. Neither the loss nor its gradient change in float32.
+        """
+        log_q_y, q_mean, q_log_var = self.q(batch)
+        q_y = log_q_y.exp()
+        kl_z = (q_y * gaussian_kl(q_mean, q_log_var, *self.p_z())).sum(dim=1)
+        z = q_mean + (0.5 * q_log_var).exp() * epsilon
+        cells, types = (q_y >= NEGLIGIBLE).nonzero(as_tuple=True)
+        weights = q_y[cells, types] / torch.zeros_like(kl_z).index_add(0, cells, q_y[cells, types])[cells]
+        log_p_x = self.p_x(z[cells, types]).log_prob(batch.select(cells))
+        reconstruction_loss = -(weights * log_p_x).sum() / batch.n_cells
+        label = self.types[batch.cell_type_idx]
+        kl_y = (q_y * (log_q_y - LOG_EPSILON * (1 - label))).sum(dim=1)
+        parts = {"reconstruction_loss": reconstruction_loss, "kl_z": kl_z.mean(), "kl_y": kl_y.mean()}
+        loss = reconstruction_loss + kl_weight * (parts["kl_z"] + parts["kl_y"])
+        return {"loss": loss} | {name: value.detach() for name, value in parts.items()}
+
+    def initialise(self, dataset: CellDataset) -> None:
+        """Nothing: the weights start at random."""
+
+    def fit_prior(self, dataset: CellDataset, seed: int) -> None:
+        """Nothing: new cells come from p(z|y)."""
+
+    @torch.no_grad()
+    def sample(
+        self, cell_type_idx: np.ndarray, seed: int, latent_spread: float = 1.0, blocks: range | None = None
+    ) -> Iterator[sp.csr_matrix]:
+        """New cells of the given types: z ~ p(z|y), x ~ p(x|z). Parameters and yields as in `lib.models.sampling.sample`.
+
+        latent_spread is the factor of the standard deviation of z that is published as noise factor.
+        """
+        mean, log_var = self.p_z()
+        for rows, generator in random_streams(len(cell_type_idx), seed, blocks, mean.device):
+            y = torch.from_numpy(np.asarray(cell_type_idx[rows], dtype=np.int64)).to(mean.device)
+            noise = torch.randn(len(y), self.n_latent, generator=generator, device=mean.device)
+            yield self.p_x(mean[y] + latent_spread * (0.5 * log_var[y]).exp() * noise).sample(generator)
+
+    @torch.no_grad()
+    def log_likelihood(
+        self, dataset: CellDataset, n_samples: int = 50, batch_size: int = 128, seed: int = 0
+    ) -> np.ndarray:
+        """log p(x|y) of every cell of known type, in nats, (n_cells,), as in `GMVAE.log_likelihood`."""
+        generator = torch.Generator(dataset.device).manual_seed(seed)
+        parts = []
+        for batch in dataset.in_order(batch_size):
+            batch = batch.select(batch.cell_type_idx >= 0)
+            y, rows = batch.cell_type_idx, torch.arange(batch.n_cells, device=dataset.device)
+            _, q_mean, q_log_var = self.q(batch)
+            q, p = (q_mean[rows, y], q_log_var[rows, y]), tuple(part[y] for part in self.p_z())
+            weights = []
+            for _ in range(n_samples):
+                z = q[0] + (0.5 * q[1]).exp() * torch.randn(q[0].shape, generator=generator, device=dataset.device)
+                log_ratio = (gaussian_log_prob(z, *p) - gaussian_log_prob(z, *q)).sum(dim=1)
+                weights.append(self.p_x(z).log_prob(batch) + log_ratio)
+            parts.append(torch.logsumexp(torch.stack(weights), dim=0) - math.log(n_samples))
+        return torch.cat(parts).cpu().numpy()
+
+
+def tower(*sizes: int) -> nn.Sequential:
+    """Linear layers with ReLU between them."""
+    layers = [layer for n_in, n_out in pairwise(sizes) for layer in (nn.Linear(n_in, n_out), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+class _LogOfELUPlusOne(torch.autograd.Function):
+    """log(ELU(h) + 1), which is h below 0 and log(1 + h) above, at least `LOG_EPSILON`.
+
+    The gradient is written by hand: these are the largest matrices of the model.
+    """
+
+    @staticmethod
+    def forward(ctx, h):
+        ctx.save_for_backward(h)
+        return h.clamp(min=0).log1p_().add_(h.clamp(LOG_EPSILON, 0))
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (h,) = ctx.saved_tensors
+        return h.clamp(min=0).add_(1).reciprocal_().mul_(upstream).masked_fill_(h < LOG_EPSILON, 0)

@@ -1,0 +1,45 @@
+"""The six commands of the published run (README), in small."""
+
+import anndata as ad
+import pandas as pd
+import pytest
+import torch
+from helpers import FEW, STAGES, Workplace
+
+from lib.data.datasets import load as load_dataset
+from lib.training import load_checkpoint
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Workplace:
+    """All stages with PRESET = "paper" and few epochs; every gene has a length, as almost all of GSE130148 have."""
+    place = Workplace(tmp_path_factory.mktemp("published"))
+    genes = load_dataset("pbmc68k_reduced", place.path, "", None).adata.var_names
+    lengths = pd.DataFrame({"gene": genes, "bp": range(500, 500 + len(genes))})
+    lengths.to_csv(place.path / "lengths.csv", index=False)
+    few = [word for name, value in FEW.items() for word in ("--" + name.lower().replace("_", "-"), str(value))]
+    place.run(STAGES[0], "--dataset", "pbmc68k_reduced", "--gene-lengths", str(place.path / "lengths.csv"))
+    place.run(STAGES[1], "--preset", "paper", "--min-cluster-cells", "20")
+    place.run(STAGES[2], "--preset", "paper", "--n-train-samples", "600", "--cells-per-sample", "100")
+    place.run(STAGES[3], "--preset", "paper", "--epochs", "3")
+    place.run(STAGES[4], "--preset", "paper", "--epochs", "2")
+    place.output = place.run(STAGES[5], "--preset", "paper", *few).stdout
+    return place
+
+
+@pytest.mark.slow
+def test_the_published_run_in_small(published):
+    train, generated = ad.read_h5ad(published.data / "train.h5ad"), ad.read_h5ad(published.data / "generated.h5ad")
+    test = ad.read_h5ad(published.data / "test.h5ad")
+    assert all(name.startswith("cluster ") for name in train.obs["cell_type"].cat.categories)
+    assert generated.uns["generator"] == "paper_gmvae" and generated.n_obs == test.n_obs
+    assert generated.obs["cell_type"].nunique() > 1 and (generated.X.data == generated.X.data.round()).all()
+    mixtures = ad.read_h5ad(published.data / "pseudobulk_train.h5ad", backed="r")
+    assert (mixtures.obs["role"] == "fit").all() and "gene_length_bp" in mixtures.var
+    sctape = load_checkpoint(published.models / "sctape.pt", STAGES[4])
+    assert sctape["arguments"]["minmax"] and sctape["arguments"]["dropout"] == 0.5 and sctape["epoch"] == 2
+    assert len(sctape["gene_names"]) == int(0.85 * train.n_vars)
+    assert torch.equal(sctape["weights"]["gene_scale"], torch.ones(len(sctape["gene_names"])))
+    gmvae = load_checkpoint(published.models / "paper_gmvae.pt", STAGES[3])
+    assert gmvae["epoch"] == 3 and gmvae["settings"]["batch_size"] == 37
+    assert "sctape" in published.output
