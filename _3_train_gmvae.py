@@ -100,6 +100,7 @@ def main() -> None:
     )
     about = {
         "stage": "_3_train_gmvae.py",
+        "dataset": adata.uns["dataset"],
         "constants": options.constants(globals()),
         "gene_names": list(adata.var_names),
         "cell_types": list(cell_type.categories),

@@ -4,8 +4,8 @@ By default the proportions come from a regression on the mean profiles of the tr
 DECONVOLUTION = "sctape". A bulk shows shares of RNA; RNA_PER_CELL turns them into shares of cells. The GMVAE (or another
 GENERATOR) generates the cells. EVALUATE = False: cells only, no figures.
 
-reads   models/gmvae.pt (or that of another GENERATOR), models/sctape.pt (or bulk_encoder.pt), data/train.h5ad, data/test.h5ad,
-        BULK_FILE; with EVALUATE also data/pseudobulk_test_*.csv
+reads   models/gmvae.pt (or that of another GENERATOR), models/sctape.pt (or bulk_encoder.pt), BULK_FILE; data/train.h5ad and
+        test.h5ad, if they are there; with EVALUATE also data/pseudobulk_test_*.csv
 writes  data/generated.h5ad: raw counts, obs["cell_type"], obs["sample"], obs["library_size"]; data/predicted_proportions.csv,
         predicted_rna_proportions.csv, predicted_spread.csv, predicted_samples.csv, signature_matrix.csv; with EVALUATE figures and
         metrics.csv in fig/
@@ -79,7 +79,7 @@ MODELS_DIR = "models"  # folder
 FIG_DIR = "fig"  # folder
 
 # Evaluation
-EVALUATE = True  # compare proportions and cells with the test cells; False: no figures and metrics, much faster
+EVALUATE = True  # compare proportions and cells with the test cells, if there are any; False: no figures and metrics, much faster
 MAX_CELLS_EVALUATED = 2500  # test cells, at most, compared with as many generated and train cells: a random selection
 MAX_CELLS_PLOTTED = 5000  # generated, test and train cells in the plots, of each at most: a random selection
 N_CORRELATION_GENES = 145  # most variable genes of the train cells, in gene_correlation.png (paper)
@@ -112,12 +112,13 @@ def main() -> None:
     output = output_path(data)
     keep_freed_memory()
     device = parallel.start(DEVICE)
-    train, test = read_split(data)
-    model = load_generator(GENERATOR, models, test, data, device)
+    cells = read_cells(data)
+    test = None if cells is None else cells[1]
+    about, model = load_generator(GENERATOR, models, test, data, device)
 
-    prediction = None if CELL_COUNTS or PROPORTIONS_FILE else predict(models, test, data)
-    cells_per_type = cells_to_generate(prediction, test)
-    generate(model, cells_per_type, test, output, shift_of(prediction, model, test))
+    prediction = None if CELL_COUNTS or PROPORTIONS_FILE else predict(models, about, test)
+    cells_per_type = cells_to_generate(prediction, about["cell_types"], test)
+    generate(model, cells_per_type, about, output, shift_of(prediction, model, about["gene_names"]))
     if not parallel.IS_FIRST:
         return
 
@@ -128,9 +129,10 @@ def main() -> None:
         drop_small_clusters(output, MIN_CLUSTER_CELLS)
     if WRITE_MTX:
         written.append(write_mtx(ad.read_h5ad(output), output.with_suffix("")))
-    if EVALUATE:
-        written += evaluate(model, prediction, train, test, output, device)
-    look_at = f"look at {FIG_DIR}/*.png, or " if EVALUATE else ""
+    look_at = ""
+    if EVALUATE and cells is not None:
+        written += evaluate(model, prediction, *cells, output, device)
+        look_at = f"look at {FIG_DIR}/*.png, or "
     print_written("stage 5", written, f"{look_at}open the cells: scanpy.read_h5ad({str(output)!r})")
 
 
@@ -181,29 +183,49 @@ def output_path(data: Path) -> Path:
     return path
 
 
-def load_generator(name: str, models: Path, test: ad.AnnData, data: Path, device: torch.device) -> torch.nn.Module:
-    """A generator that stage 3 has trained, refused if it was trained on other cells."""
+def read_cells(data: Path) -> tuple[ad.AnnData, ad.AnnData] | None:
+    """Train cells and test cells; None where `data` holds neither: models of somebody else generate without them.
+
+    Raises
+    ------
+    FileNotFoundError
+        If they are missing, and the sum of the test cells is to be the bulk, or their numbers are wanted.
+    """
+    if any((data / f"{part}.h5ad").exists() for part in ("train", "test")):
+        return read_split(data)
+    if CELL_COUNTS == "test" or not (BULK_FILE or PROPORTIONS_FILE or CELL_COUNTS):
+        raise FileNotFoundError(
+            f"{data / 'test.h5ad'} is missing: run _1_split_train_test.py first, or generate without test cells, "
+            "with BULK_FILE, PROPORTIONS_FILE or numbers in CELL_COUNTS"
+        )
+    print(f"no train and test cells in {data}: cells are generated, but nothing is evaluated")
+    return None
+
+
+def load_generator(
+    name: str, models: Path, test: ad.AnnData | None, data: Path, device: torch.device
+) -> tuple[dict[str, Any], torch.nn.Module]:
+    """The checkpoint and the model of a generator that stage 3 has trained, refused if it was trained on other cells."""
     stage = "_3_train_gmvae.py" + f" --generator {name}" * (name != "gmvae")
-    checkpoint = load_checkpoint(models / f"{name}.pt", stage)
-    check_fits(checkpoint, models / f"{name}.pt", stage, list(test.var_names), test, data)
-    return registry.load(checkpoint, device)
+    path = models / f"{name}.pt"
+    checkpoint = load_checkpoint(path, stage)
+    if test is not None:
+        cell_types = list(test.obs["cell_type"].cat.categories)
+        source = data / "test.h5ad"
+        check_checkpoint(checkpoint, path, stage, list(test.var_names), cell_types, test.uns["split_id"], source)
+    return checkpoint, registry.load(checkpoint, device)
 
 
-def check_fits(
-    checkpoint: dict[str, Any], path: Path, stage: str, gene_names: list[str], test: ad.AnnData, data: Path
-) -> None:
-    cell_types = list(test.obs["cell_type"].cat.categories)
-    check_checkpoint(checkpoint, path, stage, gene_names, cell_types, test.uns["split_id"], data / "test.h5ad")
-
-
-def predict(models: Path, test: ad.AnnData, data: Path) -> Prediction:
-    """Proportions of the cell types in BULK_FILE, or in the sum of the test cells."""
+def predict(models: Path, about: dict[str, Any], test: ad.AnnData | None) -> Prediction:
+    """Proportions of the cell types in BULK_FILE, or in the sum of the test cells. about: checkpoint of the generator."""
     network = "bulk_encoder" if DECONVOLUTION == "bulk_encoder" else "sctape"
     stage = "_4_train_sctape.py" + f" --network {network}" * (network != "sctape")
-    checkpoint = load_checkpoint(models / f"{network}.pt", stage)
-    check_fits(checkpoint, models / f"{network}.pt", stage, checkpoint["gene_names"], test, data)
+    path = models / f"{network}.pt"
+    checkpoint = load_checkpoint(path, stage)
+    own_genes, generator = checkpoint["gene_names"], models / f"{GENERATOR}.pt"
+    check_checkpoint(checkpoint, path, stage, own_genes, about["cell_types"], about["split_id"], generator)
     lengths = checkpoint["gene_length_bp"]
-    bulk = read_bulk_samples(test, None if lengths is None else pd.Series(lengths))
+    bulk = read_bulk_samples(about["gene_names"], test, None if lengths is None else pd.Series(lengths))
     # a sum of cells has the RNA of its counts
     is_sum_of_cells = BULK_FILE is None or (RNA_PER_CELL == "auto" and holds_cells(user_path(BULK_FILE)))
     content = None
@@ -214,35 +236,40 @@ def predict(models: Path, test: ad.AnnData, data: Path) -> Prediction:
     return Prediction(checkpoint, bulk, estimate)
 
 
-def read_bulk_samples(test: ad.AnnData, gene_length_bp: pd.Series | None) -> pd.DataFrame:
+def read_bulk_samples(gene_names: list[str], test: ad.AnnData | None, gene_length_bp: pd.Series | None) -> pd.DataFrame:
     """Samples x genes, TPM."""
     if BULK_FILE is None:
+        assert test is not None
         summed = sum(np.asarray(counts.sum(axis=0), dtype=np.float64) for _, counts in row_blocks(test.X))
-        total = pd.DataFrame(np.reshape(summed, (1, -1)), index=["test_cells"], columns=test.var_names)
+        total = pd.DataFrame(np.reshape(summed, (1, -1)), index=["test_cells"], columns=gene_names)
         return to_tpm(total, "counts", gene_length_bp)
     gene_ids = read_gene_ids(user_path(GENE_IDS)) if GENE_IDS else None
-    bulk = read_bulk(user_path(BULK_FILE), list(test.var_names), gene_ids, BULK_GROUP)
+    bulk = read_bulk(user_path(BULK_FILE), gene_names, gene_ids, BULK_GROUP)
     return to_tpm(bulk, BULK_UNITS, gene_length_bp, user_path(REPLICATES) if REPLICATES else None)
 
 
-def cells_to_generate(prediction: Prediction | None, test: ad.AnnData) -> pd.DataFrame:
+def cells_to_generate(prediction: Prediction | None, types: list[str], test: ad.AnnData | None) -> pd.DataFrame:
     """Samples x cell types: numbers of cells, from the prediction, PROPORTIONS_FILE or CELL_COUNTS."""
-    cell_type = test.obs["cell_type"]
-    types = list(cell_type.cat.categories)
     if CELL_COUNTS == "test":
-        return pd.DataFrame([cell_type.value_counts()[types].to_numpy()], index=["test_cells"], columns=types)
+        assert test is not None
+        n_cells = test.obs["cell_type"].value_counts()[types].to_numpy()
+        return pd.DataFrame([n_cells], index=["test_cells"], columns=types)
     if CELL_COUNTS is not None and CELL_COUNTS.isdigit():
         return pd.DataFrame(int(CELL_COUNTS), index=["cells"], columns=types)
     if CELL_COUNTS is not None:
         return read_cell_numbers(user_path(CELL_COUNTS), types)
+    total = N_CELLS
     if prediction is None:
-        shares, total = read_proportions(user_path(str(PROPORTIONS_FILE)), types), N_CELLS
+        shares = read_proportions(user_path(str(PROPORTIONS_FILE)), types)
     else:
-        shares, total = prediction.estimate.proportions, test.n_obs if BULK_FILE is None else N_CELLS
+        shares = prediction.estimate.proportions
+        if BULK_FILE is None:
+            assert test is not None
+            total = test.n_obs
     return pd.DataFrame(largest_remainder(shares.to_numpy(), total), shares.index, types)
 
 
-def shift_of(prediction: Prediction | None, model: torch.nn.Module, test: ad.AnnData) -> Shift | None:
+def shift_of(prediction: Prediction | None, model: torch.nn.Module, gene_names: list[str]) -> Shift | None:
     """How the bulk encoder moves the cells of each sample and type; None for all other methods."""
     if prediction is None or DECONVOLUTION != "bulk_encoder":
         return None
@@ -256,14 +283,17 @@ def shift_of(prediction: Prediction | None, model: torch.nn.Module, test: ad.Ann
     shift = bulk_encoder.shift(checkpoint, bulk)
     if MOVE_GENES:
         shares, lengths = estimate.proportions.to_numpy(), checkpoint["gene_length_bp"]
-        shift = bulk_encoder.with_genes(shift, model, list(test.var_names), lengths, shares, bulk, SEED)
+        shift = bulk_encoder.with_genes(shift, model, gene_names, lengths, shares, bulk, SEED)
     return shift
 
 
 def generate(
-    model: torch.nn.Module, cells_per_type: pd.DataFrame, test: ad.AnnData, output: Path, shift: Shift | None
+    model: torch.nn.Module, cells_per_type: pd.DataFrame, about: dict[str, Any], output: Path, shift: Shift | None
 ) -> None:
-    """Generate the cells of all samples, sample by sample and type by type, and write them block by block."""
+    """Generate the cells of all samples, sample by sample and type by type, and write them block by block.
+
+    about: checkpoint of the generator.
+    """
     n_cells = cells_per_type.to_numpy()
     types = np.tile(np.arange(n_cells.shape[1]), len(n_cells)).repeat(n_cells.ravel())
     samples = np.repeat(cells_per_type.index.astype(str).to_numpy(), n_cells.sum(axis=1))
@@ -276,9 +306,9 @@ def generate(
         },
         index=[f"generated_{i + 1}" for i in range(len(types))],
     )
-    uns = {"dataset": test.uns["dataset"], "split_id": test.uns["split_id"], "seed": SEED}
+    uns = {"dataset": about["dataset"], "split_id": about["split_id"], "seed": SEED}
     uns |= {"latent_spread": LATENT_SPREAD, "generator": GENERATOR}
-    cells = ad.AnnData(obs=obs, var=pd.DataFrame(index=test.var_names), uns=uns)
+    cells = ad.AnnData(obs=obs, var=pd.DataFrame(index=about["gene_names"]), uns=uns)
     edges = np.linspace(0, n_blocks(len(types)), parallel.N_RANKS + 1).astype(int)  # blocks of each process
     numbers = range(*edges[parallel.RANK :][:2])
     groups = np.arange(n_cells.size).repeat(n_cells.ravel())  # sample x type, as in the shift
@@ -369,7 +399,7 @@ def other_generators(models: Path, test: ad.AnnData, data: Path, device: torch.d
     for name in registry.CLASSES:
         if name != GENERATOR and (models / f"{name}.pt").exists():
             try:
-                others[name] = load_generator(name, models, test, data, device)
+                others[name] = load_generator(name, models, test, data, device)[1]
             except ValueError as error:
                 print(f"{name} is left out of the comparison: {error}")
     return others

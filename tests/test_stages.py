@@ -320,6 +320,50 @@ def test_outliers_of_a_type_are_found_by_its_train_cells(monkeypatch, capsys):
     assert "TYPE_IQR = 1.5: 4 cells removed, 11 left" in capsys.readouterr().out
 
 
+def test_models_of_somebody_else_generate_without_any_cells(pipeline, tmp_path, capsys):
+    """In a folder with models/ and a bulk, stage 5 writes the same proportions and cells as where the cells are."""
+    place = Workplace(tmp_path / "place")
+    place.models.mkdir(parents=True)
+    for name in ("gmvae.pt", "sctape.pt"):
+        shutil.copy(pipeline.models / name, place.models)
+    tpm = pd.read_csv(pipeline.data / "pseudobulk_test_tpm.csv", index_col=0, comment="#").iloc[:2].rename_axis(None)
+    tpm.to_csv(tmp_path / "bulk.csv")
+    with pytest.raises(
+        FileNotFoundError, match="test.h5ad is missing: run _1_.* or generate without test cells, with BULK_FILE"
+    ):
+        place.main(STAGES[5])
+    bulk = {"BULK_FILE": str(tmp_path / "bulk.csv"), "N_CELLS": 30}
+    place.main(STAGES[5], **bulk)
+    assert (
+        f"no train and test cells in {place.data}: cells are generated, but nothing is evaluated"
+        in capsys.readouterr().out
+    )
+    assert not list(place.fig.glob("*"))
+    full = copy_of(pipeline, tmp_path / "full")
+    full.main(STAGES[5], EVALUATE=False, **bulk)
+    files = [folder.data / "predicted_proportions.csv" for folder in (place, full)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    cells, expected = (ad.read_h5ad(folder.data / "generated.h5ad") for folder in (place, full))
+    assert (cells.X != expected.X).nnz == 0 and list(cells.var_names) == list(expected.var_names)
+    assert cells.uns["dataset"] == "pbmc68k_reduced" and cells.uns["split_id"] == expected.uns["split_id"]
+    place.main(STAGES[5], PROPORTIONS_FILE=str(files[0]), N_CELLS=30)
+    by_table = ad.read_h5ad(place.data / "generated.h5ad").obs["cell_type"].value_counts(sort=False)
+    pd.testing.assert_series_equal(by_table, expected.obs["cell_type"].value_counts(sort=False))
+    place.main(STAGES[5], CELL_COUNTS="2")
+    assert (ad.read_h5ad(place.data / "generated.h5ad").obs["cell_type"].value_counts() == 2).all()
+
+
+def test_models_of_two_splits_are_refused_without_cells(pipeline, tmp_path):
+    place = Workplace(tmp_path / "place")
+    place.models.mkdir(parents=True)
+    shutil.copy(pipeline.models / "gmvae.pt", place.models)
+    other = torch.load(pipeline.models / "sctape.pt", weights_only=True) | {"split_id": "000000000000"}
+    torch.save(other, place.models / "sctape.pt")
+    (tmp_path / "bulk.csv").write_text("no table is read")
+    with pytest.raises(ValueError, match="sctape.pt does not belong to .*gmvae.pt: it comes from split 000000000000"):
+        place.main(STAGES[5], BULK_FILE=str(tmp_path / "bulk.csv"))
+
+
 def test_split_by_donor_shares_none(tmp_path):
     adata = simulated_dataset(n_cells=400)
     adata.obs["donor"] = [f"donor {i % 8}" for i in range(400)]
