@@ -8,11 +8,13 @@ cells themselves, not only their numbers. The encoder minimises squared errors, 
 the mean of the train cells. Only DECONVOLUTION = "bulk_encoder" uses it.
 
 Source: bulk2sc (scGMVAE, bulk encoder), an older system of the same authors (Kang et al.), whose bulk encoder learns mean,
-variance and proportion of each component of a Gaussian mixture. The layer sizes and Adam at 1e-3 are theirs. Ours: the
+variance and proportion of each component of a Gaussian mixture. The layer sizes (hidden 600, latent 300) and Adam at 1e-3 are those
+of its current code. Ours: batch size, dropout and early stopping (constants of stage 4; theirs: 200 + 1,000 epochs), the
 training mixtures, axes in place of single dimensions of z, and `with_genes`, which changes single genes where bulk and
 generated cells differ more than genes do in general; z cannot express a state that the GMVAE was not trained on.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from torch import nn
 from lib.bulk.pseudobulk import largest_remainder, tpm
 from lib.bulk.sctape import check_coverage, complete, scale
 from lib.data.counts import digest
+from lib.files import replacing
 from lib.models.gmvae import GMVAE
 from lib.models.layers import mlp
 from lib.models.sampling import Shift, generate
@@ -145,6 +148,27 @@ def read(checkpoint: dict[str, Any], bulk: pd.DataFrame) -> tuple[np.ndarray, np
 def predict(checkpoint: dict[str, Any], bulk: pd.DataFrame) -> pd.DataFrame:
     """Predict cell-type proportions: samples x cell types, rows sum to 1. bulk: samples x genes, TPM."""
     return pd.DataFrame(read(checkpoint, bulk)[0], index=bulk.index, columns=checkpoint["cell_types"])
+
+
+def states(checkpoint: dict[str, Any], bulk: pd.DataFrame) -> pd.DataFrame:
+    """The states of the cells as a table: one row for each sample, cell type and state axis.
+
+    Columns: sample, cell_type, axis (1, 2, ...; the first varies most between train cells), mean and spread of the type's cells on
+    this axis. The unit is the standard deviation of the type's train cells, whose mean is 0 and whose spread is 1.
+    """
+    _, mean, log_scale = read(checkpoint, bulk)
+    axes = range(1, mean.shape[2] + 1)
+    rows = pd.MultiIndex.from_product(
+        [bulk.index, checkpoint["cell_types"], axes], names=["sample", "cell_type", "axis"]
+    )
+    return pd.DataFrame({"mean": mean.ravel(), "spread": np.exp(log_scale).ravel()}, index=rows).reset_index()
+
+
+def write_states(checkpoint: dict[str, Any], bulk: pd.DataFrame, path: Path) -> Path:
+    """Write the table of `states` as csv to `path`, which is returned."""
+    with replacing(path) as temporary:
+        states(checkpoint, bulk).to_csv(temporary, index=False, float_format="%.6f")
+    return path
 
 
 def shift(checkpoint: dict[str, Any], bulk: pd.DataFrame) -> Shift:

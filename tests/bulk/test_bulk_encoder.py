@@ -168,6 +168,29 @@ def test_a_shift_changes_z_on_the_axes_alone(fitted, monkeypatch):
     assert (unshifted != identity).nnz < 0.001 * unshifted.nnz  # the identity, up to rounding
 
 
+def test_the_table_of_states_holds_the_shift_of_the_cells(fitted, tmp_path):
+    """Cells shifted with the table, by hand, are those of `shift`; spread 1 and mean 0 are the train cells."""
+    _, checkpoint, _, made = fitted
+    bulk = bulk_of(two_state_cells(300, np.zeros(300), 5), two_state_cells(300, np.ones(300), 6)).set_axis(
+        ["rest", "response"]
+    )
+    table = pd.read_csv(bulk_encoder.write_states(checkpoint, bulk, tmp_path / "predicted_states.csv"))
+    n_axes = made.axes["axes"].shape[1]
+    assert (
+        list(table.columns) == ["sample", "cell_type", "axis", "mean", "spread"] and len(table) == 2 * N_TYPES * n_axes
+    )
+    of_type = (
+        table[(table["sample"] == "response") & (table["cell_type"] == "c")].set_index("axis").loc[range(1, n_axes + 1)]
+    )
+    vectors, spread, middle = made.axes["axes"].numpy(), made.axes["spread"].numpy(), made.axes["middle"][2].numpy()
+    matrix, offset, _ = bulk_encoder.shift(checkpoint, bulk)
+    z = np.random.default_rng(0).normal(size=vectors.shape[0]).astype(np.float32)
+    moved = matrix[N_TYPES + 2].numpy() @ z + offset[N_TYPES + 2].numpy()
+    before, after = ((v - middle) @ vectors / spread for v in (z, moved))
+    np.testing.assert_allclose(after, before * of_type["spread"] + of_type["mean"], atol=1e-3)
+    assert (table["mean"].abs() > 0.2).any() and (table["spread"] > 0).all()
+
+
 def test_rare_and_absent_types_do_not_enter_the_loss(fitted):
     _, _, _, made = fitted
     n_axes = made.axes["axes"].shape[1]
@@ -203,6 +226,10 @@ def test_stages_4_and_5_use_it_by_a_constant(pipeline, tmp_path):
         pipeline.main(STAGES[5], **options, **few)
         generated = ad.read_h5ad(tmp_path / "cells.h5ad")
         assert generated.n_obs == ad.read_h5ad(pipeline.data / "test.h5ad").n_obs
+        states = pd.read_csv(pipeline.data / "predicted_states.csv")
+        assert set(states["sample"]) == {"test_cells"} and set(states["cell_type"]) == set(
+            generated.obs["cell_type"].cat.categories
+        )
         checkpoint = torch.load(pipeline.models / "bulk_encoder.pt", weights_only=True)
         torch.save(checkpoint | {"gmvae_id": "of another"}, pipeline.models / "bulk_encoder.pt")
         with pytest.raises(ValueError, match="bulk_encoder.pt was trained for another model than models/gmvae.pt"):
