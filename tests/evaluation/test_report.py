@@ -111,7 +111,7 @@ def test_replicates_are_one_sample(pipeline, tmp_path):
         str(tmp_path / "groups.csv"),
     )
     test = ad.read_h5ad(pipeline.data / "test.h5ad")
-    bulk = stage.read_bulk_samples(test, None)
+    bulk = stage.read_bulk_samples(list(test.var_names), test, None)
     stage.BULK_FILE = stage.REPLICATES = None
     np.testing.assert_allclose(bulk.loc["together"], tpm.iloc[[0, 2]].mean(), rtol=1e-3, atol=0.01)
 
