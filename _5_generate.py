@@ -37,7 +37,7 @@ from lib.bulk.rna_content import SETTINGS, print_rna_per_cell, rna_per_cell, tab
 from lib.bulk.tables import read_bulk, read_gene_ids, to_tpm
 from lib.data.counts import read_split, row_blocks, write_blocks, write_counts, write_mtx
 from lib.data.embedding import in_large_clusters, load_pymde
-from lib.evaluation import report
+from lib.evaluation import paper_figures, report
 from lib.evaluation.classifier_transfer import read_classes
 from lib.files import ROOT, folder, print_written, user_path
 from lib.models.gmvae import GMVAE
@@ -82,7 +82,7 @@ FIG_DIR = "fig"  # folder
 EVALUATE = True  # compare proportions and cells with the test cells, if there are any; False: no figures and metrics, much faster
 MAX_CELLS_EVALUATED = 2500  # test cells, at most, compared with as many generated and train cells: a random selection
 MAX_CELLS_PLOTTED = 5000  # generated, test and train cells in the plots, of each at most: a random selection
-N_CORRELATION_GENES = 145  # most variable genes of the train cells, in gene_correlation.png (paper)
+N_CORRELATION_GENES = 145  # most variable genes of the train cells, in paper_fig4.png (paper)
 N_TYPE_MARKERS = 200  # marker genes of each type in type_correlation.png (Bulk2Single)
 N_TOP_GENES = 2000  # highly variable genes for the UMAP and the small-cluster filter
 N_PCS = 50  # principal components for both
@@ -380,10 +380,17 @@ def evaluate(
         written += report.evaluate_proportions(
             checkpoint, estimate, DECONVOLUTION, train, test, BULK_FILE is None, data, fig, SEED
         )
+    deconvolution = None
+    if prediction is not None:
+        deconvolution = paper_figures.Deconvolution(
+            DECONVOLUTION, prediction.checkpoint, prediction.estimate, BULK_FILE is None
+        )
+    generated = ad.read_h5ad(output, backed="r")
+    written += paper_figures.write(model, deconvolution, test, generated, MAX_CELLS_PLOTTED, fig, SEED)
     settings = report.PlotSettings(
         MAX_CELLS_PLOTTED, N_TOP_GENES, N_PCS, N_NEIGHBORS, N_CORRELATION_GENES, N_TYPE_MARKERS, MDE, FOUR_STAGES, SEED
     )
-    written += report.plot_cells(model, train, test, ad.read_h5ad(output, backed="r"), settings, fig)
+    written += report.plot_cells(model, train, test, generated, settings, fig)
     evaluation = report.select_evaluation_cells(train, test, MAX_CELLS_EVALUATED, MAX_CELLS_PLOTTED, SEED)
     pooled, files = report.evaluate_generator(model, evaluation, fig)
     written += files

@@ -78,6 +78,7 @@ COMMANDS: dict[str, Run | Elsewhere | Installation] = {
         "--seeds 1 --only real ours nb --plot fig/test.png"
     ),
     "python tests/benchmarks/generators.py --data data/counts.h5ad": Run("--only gmvae conv_cvae --epochs 1"),
+    "python tests/benchmarks/paper.py --data data/counts.h5ad": Run("--epochs 1 2 --sctape-epochs 1"),
     "python tests/benchmarks/bulk_states.py --data data/counts.h5ad": Run(),
     "python tests/benchmarks/deconvolution.py --data data/counts.h5ad --cases a b": Run(
         "--seeds 0 --only regression nnls constant true-rna"

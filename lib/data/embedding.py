@@ -22,13 +22,15 @@ def lazy(adata: ad.AnnData, rows: np.ndarray) -> ad.AnnData:
     return ad.AnnData(counts[rows], var=adata.var[[]].copy())
 
 
-def principal_components(counts: ad.AnnData, n_top_genes: int, n_pcs: int) -> np.ndarray:
+def principal_components(counts: ad.AnnData, n_top_genes: int | None, n_pcs: int) -> np.ndarray:
     """Normalise to the median library size, log1p, select highly variable genes, PCA (scanpy), all cells together.
 
     Parameters
     ----------
     counts
         Cells x genes, raw counts, sparse, in memory or as a dask array.
+    n_top_genes
+        Number of highly variable genes; None for all genes.
 
     Returns
     -------
@@ -44,11 +46,12 @@ def principal_components(counts: ad.AnnData, n_top_genes: int, n_pcs: int) -> np
     adata = ad.AnnData(counts.X.copy(), var=counts.var[[]].copy())
     sc.pp.normalize_total(adata)
     sc.pp.log1p(adata)
-    if adata.n_vars > n_top_genes:
+    if n_top_genes is not None and adata.n_vars > n_top_genes:
         sc.pp.highly_variable_genes(adata, n_top_genes=n_top_genes)
         adata = adata[:, adata.var["highly_variable"]].copy()
     n_comps = min(n_pcs, adata.n_obs - 1, adata.n_vars - 1)
-    sc.pp.pca(adata, n_comps=n_comps, svd_solver="covariance_eigh")  # deterministic
+    # both are deterministic; the covariance of all genes would be too large
+    sc.pp.pca(adata, n_comps=n_comps, svd_solver="arpack" if n_top_genes is None else "covariance_eigh")
     return np.asarray(adata.obsm["X_pca"], dtype=np.float32)
 
 

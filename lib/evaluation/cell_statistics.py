@@ -9,7 +9,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import squareform
 
 from lib.data.counts import log_normalize
@@ -34,11 +34,11 @@ def gene_correlation(cells: ad.AnnData, genes: np.ndarray) -> np.ndarray:
     return values.T @ values
 
 
-def cluster_order(correlation: np.ndarray) -> np.ndarray:
-    """Order of the genes that puts correlated genes next to each other: average linkage on 1 - r."""
+def cluster_tree(correlation: np.ndarray) -> np.ndarray:
+    """Linkage (scipy) of the genes that puts correlated genes next to each other: average linkage on 1 - r."""
     distance = np.clip(1 - correlation, 0, 2)
     np.fill_diagonal(distance, 0)
-    return leaves_list(linkage(squareform(distance, checks=False), method="average", optimal_ordering=True))
+    return linkage(squareform(distance, checks=False), method="average", optimal_ordering=True)
 
 
 def log_fold_changes(cells: ad.AnnData) -> pd.DataFrame:

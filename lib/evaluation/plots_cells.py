@@ -137,37 +137,6 @@ def type_correlation(correlation: pd.DataFrame, n_genes: int, path: Path) -> Non
     save(figure, path)
 
 
-def gene_correlation(
-    test: np.ndarray, generated: np.ndarray, order: np.ndarray, r_generated: float, r_reference: float, path: Path
-) -> None:
-    """Heat maps of the correlations between genes in test cells and in generated cells, in the same order of genes.
-
-    Parameters
-    ----------
-    test, generated
-        Genes x genes, from `gene_correlation`.
-    order
-        Of the genes, from `cluster_order` of the test cells' matrix.
-    r_generated, r_reference
-        Agreement with the test cells over all pairs of genes (`correlation_agreement`): of generated cells, of train cells.
-    """
-    limit = max(0.1, np.quantile(np.abs(test[np.triu_indices(len(test), k=1)]), 0.99))
-    figure = Figure(figsize=(11.5, 6), layout="constrained")
-    panels = figure.subplots(1, 2)
-    titles = (
-        "test cells",
-        f"generated cells\nagreement with test cells: r = {r_generated:.2f} (train cells: {r_reference:.2f})",
-    )
-    for axes, matrix, title in zip(panels, (test, generated), titles):
-        ordered = matrix[np.ix_(order, order)]
-        image = axes.imshow(ordered, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
-        axes.set_title(title, fontsize=10)
-        axes.set(xlabel=f"{len(test)} most variable genes", xticks=[], yticks=[])
-    panels[0].set_ylabel("the same genes, in the same order")
-    figure.colorbar(image, ax=panels, label="correlation between genes (Pearson's r)", shrink=0.8, extend="both")
-    save(figure, path)
-
-
 def fidelity(
     table: pd.DataFrame, statistics: dict[str, CellStatistics], mean_r: float, cell_types: list[str], path: Path
 ) -> None:

@@ -21,7 +21,7 @@ from lib.bulk.reference import Reference, signature_genes
 from lib.data.batches import CellDataset
 from lib.data.counts import select_cells
 from lib.data.embedding import embed, mde, principal_components, variable_genes
-from lib.evaluation import cell_statistics, classifier_transfer, metrics, plots_bulk, plots_cells
+from lib.evaluation import cell_statistics, classifier_transfer, metrics, plots_bulk, plots_cells, plots_paper
 from lib.files import replacing
 from lib.models.gmvae import GMVAE
 from lib.models.profiles import log_fold_changes, nb_per_type_log_likelihood, top_genes
@@ -153,9 +153,11 @@ def plot_cells(
     r_generated, r_reference = (
         metrics.correlation_agreement(of_test, matrix)[0] for matrix in (of_generated, of_train)
     )
-    order = cell_statistics.cluster_order(of_test)
-    plots_cells.gene_correlation(of_test, of_generated, order, r_generated, r_reference, fig / "gene_correlation.png")
-    written += [fig / f"{name}.png" for name in ("composition", "type_correlation", "gene_correlation")]
+    plots_paper.figure_4(
+        of_test, of_generated, list(train.var_names[genes]), cell_statistics.cluster_tree(of_test), r_generated, r_reference,
+        fig / "paper_fig4.png",
+    )  # fmt: skip
+    written += [fig / f"{name}.png" for name in ("composition", "type_correlation", "paper_fig4")]
     if settings.four_stages:
         assert isinstance(model, GMVAE)
         _plot_four_stages(model, test_part, generated_part, settings, fig / "four_stages.png")

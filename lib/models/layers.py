@@ -1,4 +1,4 @@
-"""Layers of the GMVAE and of the beta-VAE: products with sparse counts, and multilayer perceptrons."""
+"""Layers of the GMVAEs and of the beta-VAE: products with sparse counts, and multilayer perceptrons."""
 
 import math
 from itertools import pairwise

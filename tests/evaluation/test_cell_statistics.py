@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 from helpers import simulated_dataset
+from scipy.cluster.hierarchy import leaves_list
 
 from lib.evaluation import cell_statistics
 from lib.models.profiles import log_fold_changes, top_genes
@@ -52,7 +53,7 @@ def test_fold_changes_of_profiles_weight_the_other_types():
 
 def test_clusters_of_genes_are_next_to_each_other():
     group = np.array([0, 1, 0, 1, 0, 1])
-    order = cell_statistics.cluster_order(np.where(group[:, None] == group, 0.9, 0.0) + 0.1 * np.eye(6))
+    order = leaves_list(cell_statistics.cluster_tree(np.where(group[:, None] == group, 0.9, 0.0) + 0.1 * np.eye(6)))
     assert sorted(order) == list(range(6)) and np.abs(np.diff(group[order])).sum() == 1
 
 

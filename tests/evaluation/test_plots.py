@@ -6,8 +6,21 @@ import pytest
 from helpers import simulated_dataset
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from scipy.cluster.hierarchy import leaves_list
 
-from lib.evaluation import cell_statistics, metrics, plots_bulk, plots_cells, plots_style, plots_training, report
+from lib.evaluation import (
+    cell_statistics,
+    metrics,
+    paper_figures,
+    plots_bulk,
+    plots_cells,
+    plots_paper,
+    plots_style,
+    plots_training,
+    report,
+)
+from lib.models.gmvae import GMVAE
+from lib.models.paper_gmvae import PaperGMVAE
 
 TYPES = ["B", "NK", "T"]
 
@@ -16,8 +29,8 @@ TYPES = ["B", "NK", "T"]
 def saved(monkeypatch) -> list[Figure]:
     """The figures that would be saved."""
     figures = []
-    for module in (plots_cells, plots_bulk, plots_training):
-        monkeypatch.setattr(module, "save", lambda figure, path: figures.append(figure))
+    for module in (plots_cells, plots_bulk, plots_training, plots_paper):
+        monkeypatch.setattr(module, "save", lambda figure, path, *_: figures.append(figure))
     return figures
 
 
@@ -133,12 +146,51 @@ def test_fidelity_shows_auc_below_one_half_and_every_type(saved, tmp_path):
     assert colours == {colour.lower() for colour in plots_style.palette(types).values()}
 
 
-def test_correlations_of_genes_are_in_one_order(saved, tmp_path):
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes"),
+    [
+        (PaperGMVAE(1234, 17), {"1,234": 7, "17": 4, "128": 13, "64": 4, "32": 8, "48": 1}),
+        (GMVAE(1234, 17, n_latent=21), {"1,234": 5, "17": 4, "128": 7, "64": 2, "21": 8, "1": 2, "48": 1}),
+    ],
+)  # fmt: skip
+def test_figure_1_shows_the_sizes_of_all_layers(model, sizes, saved, tmp_path):
+    plots_paper.figure_1(paper_figures.architecture_of(model), ("regression", (48, 17)), tmp_path / "paper_fig1.png")
+    shown = [text for text in texts(saved[0]) if text.replace(",", "").isdigit()]
+    assert {size: shown.count(size) for size in set(shown)} == sizes
+
+
+def test_figure_3_shows_each_type_once_and_all_cells(saved, tmp_path):
+    shares = pd.DataFrame({"predicted": [0.5, 0.3, 0.2], "true": [0.6, 0.3, 0.1]}, index=TYPES)
+    umap, is_generated = np.random.default_rng(0).normal(size=(30, 2)), np.arange(30) >= 12
+    cell_type = pd.Series(pd.Categorical(np.resize(TYPES, 30), categories=TYPES))
+    plots_paper.figure_3(shares, 0.0667, umap, is_generated, cell_type, tmp_path / "paper_fig3.png")
+    scatter, both, _, original, generated, _ = saved[0].axes
+    np.testing.assert_array_equal(scatter.collections[0].get_offsets(), shares[["predicted", "true"]])
+    line = scatter.lines[0].get_xydata()
+    np.testing.assert_array_equal(line[:, 0], line[:, 1])
+    assert "MAE: 0.0667" in scatter.get_title() and scatter.get_xlabel() == "predicted proportion"
+    np.testing.assert_array_equal(original.collections[0].get_offsets(), umap[:12])
+    np.testing.assert_array_equal(generated.collections[0].get_offsets(), umap[12:])
+    assert both.get_xlim() == original.get_xlim() == generated.get_xlim()
+    plots_paper.figure_3(None, np.nan, umap, is_generated, cell_type, tmp_path / "paper_fig3.png")
+    assert "were not predicted" in texts(saved[1])[0]
+
+
+def test_figure_4_shows_both_sets_in_the_order_of_one_tree_with_all_names(saved, tmp_path):
     a, b = (np.corrcoef(np.random.default_rng(i).normal(size=(5, 20))) for i in range(2))
-    order = np.array([4, 2, 0, 1, 3])
-    plots_cells.gene_correlation(a, b, order, 0.5, 0.75, tmp_path / "gene_correlation.png")
-    for axes, matrix in zip(saved[0].axes, (a, b)):
+    tree = cell_statistics.cluster_tree(a)
+    plots_paper.figure_4(a, b, list("ABCDE"), tree, 0.5, 0.75, tmp_path / "paper_fig4.png")
+    order = leaves_list(tree)
+    maps = [axes for axes in saved[0].axes if axes.images]
+    for axes, matrix in zip(maps, (a, b), strict=True):
         np.testing.assert_array_equal(axes.images[0].get_array(), matrix[order][:, order])
+        assert axes.images[0].get_clim() == (-1, 1)
+        for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+            assert [label.get_text() for label in labels] == ["ABCDE"[i] for i in order]
     assert "r = 0.50 (train cells: 0.75)" in titles(saved[0])
 
 
