@@ -14,12 +14,14 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
+import torch.nn.functional as F
 
 import lib.options
 from lib.data.batches import CellDataset
 from lib.models.axes import within_type_axes
 from lib.models.gmvae import GMVAE
 from lib.models.initialise import initialise
+from lib.models.paper_gmvae import PaperGMVAE
 from lib.models.profiles import gene_marginals
 
 CPU = torch.device("cpu")
@@ -141,3 +143,41 @@ def trained_gmvae(counts, cell_type_idx, epochs: int = 150, seed: int = 0, on_ax
             ].backward()
             optimizer.step()
     return model.eval()
+
+
+def plain_log_zinb(x: torch.Tensor, mu: torch.Tensor, theta: torch.Tensor, pi: torch.Tensor) -> torch.Tensor:
+    """log ZINB(x; mu, theta, pi), elementwise, as it is written in a paper."""
+    log_nb = torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
+    log_nb = log_nb + theta * (theta / (theta + mu)).log() + x * (mu / (theta + mu)).log()
+    return torch.where(x == 0, (pi + (1 - pi) * log_nb.exp()).log(), (1 - pi).log() + log_nb)
+
+
+def plain_paper_loss(model: PaperGMVAE, x: torch.Tensor, types: torch.Tensor, epsilon: torch.Tensor) -> torch.Tensor:
+    """The loss of the paper as it is written: dense counts x, every type decoded, one type after the other.
+
+    types: (n_cells,) labels; epsilon: (n_cells, K, n_latent), standard normal.
+    """
+
+    def elu_plus_one(h: torch.Tensor) -> torch.Tensor:
+        return F.elu(h) + 1
+
+    wide = len(model.q_y_x_bias)
+    genes_y, *genes_z = model.q_genes.weight.T.split(wide)  # the genes' part of the first layers
+    q_y = F.softmax(model.q_y_x(F.relu(F.linear(x, genes_y, model.q_y_x_bias))), dim=1)
+    total = torch.zeros(len(x), dtype=x.dtype)
+    for k in range(model.n_cell_types):
+        y = F.one_hot(torch.full((len(x),), k), model.n_cell_types).to(x.dtype)
+        xy, q_z = torch.cat([x, y], dim=1), []
+        towers = zip((model.q_z_xy_mean, model.q_z_xy_log_var), genes_z, model.q_z_xy_types.weight.split(wide),
+                     model.q_z_xy_types.bias.split(wide))  # fmt: skip
+        for tower, of_genes, of_types, bias in towers:
+            q_z.append(tower(F.relu(F.linear(xy, torch.cat([of_genes, of_types], dim=1), bias))))
+        std = (q_z[1] / 2).exp()
+        p = torch.distributions.Normal(model.p_z_y_mean(y), (model.p_z_y_log_var(y) / 2).exp())
+        kl_z = torch.distributions.kl_divergence(torch.distributions.Normal(q_z[0], std), p).sum(dim=1)
+        h = model.p_x_z_trunk(q_z[0] + std * epsilon[:, k])
+        mu, theta = elu_plus_one(model.p_x_z_mean(h)), elu_plus_one(model.p_x_z_theta(h))
+        log_p_x = plain_log_zinb(x, mu, theta, torch.sigmoid(model.p_x_z_zeros(h))).sum(dim=1)
+        kl_y = q_y[:, k].log() - ((types == k).to(x.dtype) + 1e-10).log()
+        total = total + q_y[:, k] * (kl_z - log_p_x + kl_y)
+    return total.mean()

@@ -192,7 +192,7 @@ def figure_3(
         scatter_by_type(axes, umap[mask], cell_type[mask])
         axes.set_title(f"{title}, by type", fontsize=11)
     low, high = umap.min(axis=0), umap.max(axis=0)
-    margin = 0.04 * (high - low)
+    margin = 0.08 * (high - low)
     for axes in (both, original, generated, test_types, generated_types):
         embedding_axes(axes)
         axes.set(
