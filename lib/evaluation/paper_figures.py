@@ -12,7 +12,7 @@ import pandas as pd
 from torch import nn
 
 from lib.bulk.bulk_encoder import BulkEncoder
-from lib.bulk.regression import Estimate
+from lib.bulk.deconvolution import Estimate
 from lib.bulk.sctape import ScTAPE
 from lib.data.counts import select_cells
 from lib.data.embedding import embed, principal_components
