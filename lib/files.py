@@ -1,18 +1,37 @@
-"""Files of the stages: where they are, how they are replaced without loss, and whether two of them belong together."""
+"""Files of the stages: where they are, how they are read and replaced without loss, and whether two of them belong together."""
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from lib import records, runs
+from lib.records import Unusable
+from lib.runs import ROOT
+
+PROBE_BYTES = 1 << 20  # written after an error, to find out whether the disk is full
+UNPACKED_RATIO = 200  # of a file's unpacked size to its size; tables of counts have 10-100, a compression bomb 1,000
+UNPACKED_BYTES = 1e9  # that any file may have, however small it is
 
 
 def folder(name: str) -> Path:
-    """Path of a folder that a stage writes to, created if missing; a relative name starts at the project's folder, not the shell's."""
-    path = ROOT / name
-    path.mkdir(parents=True, exist_ok=True)
+    """Path of a folder that a stage writes to, created if missing; a relative name starts at the project's folder, not the shell's.
+
+    Raises
+    ------
+    OSError
+        If it cannot be made.
+    ValueError
+        If another run uses it.
+    """
+    path = ROOT / Path(name).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"{path} is not a folder and cannot be made one ({error.strerror or error}); choose another"
+        ) from error
+    runs.hold(path)
     return path
 
 
@@ -26,50 +45,141 @@ def user_path(name: str) -> Path:
     """
     for path in (Path(name).expanduser(), ROOT / name):
         if path.exists():
+            with reading(path, "a file that may be read"):
+                records.note_input(path.resolve())
             return path.resolve()
     raise FileNotFoundError(f"{name} does not exist: looked in {Path.cwd()} and {ROOT}")
 
 
 def require(path: Path, stage: str) -> Path:
-    """Return the path if an earlier stage has written it.
+    """Return the path if an earlier stage has written it and nothing has changed it since.
 
     Raises
     ------
     FileNotFoundError
         If it is missing; the message names the stage to run first.
+    Unusable
+        If it does not fit its record (`lib.records`).
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: run {stage} first")
+    with reading(path):
+        records.check(path, f"run {stage} again")
     return path
 
 
 @contextlib.contextmanager
+def reading(path: Path, expected: str = "a complete file") -> Iterator[None]:
+    """Turn every error of the library that reads a file in this block into one line.
+
+    Raises
+    ------
+    Unusable
+        It names the file, the library's reason, what was expected, and the stage that makes the file, if that is known.
+    """
+    try:
+        yield
+    except (Unusable, MemoryError):
+        raise
+    except Exception as error:
+        maker = records.maker(path)
+        remedy = f"run {maker} again" if maker else "save or download it again"
+        raise Unusable(f"{path} could not be read ({_reason(error)}); expected {expected}: {remedy}") from error
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path in the same folder to write to; rename it to `path` when the block ends without an error.
+    """Give a temporary path in the same folder to write to; rename it to `path` and record it when the block ends without an error.
 
     The old file stays until then, so it survives a full disk or a killed process.
+
+    Raises
+    ------
+    OSError
+        If the file could not be written, whatever the library that writes it raises.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = runs.half_written(path)
     try:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(
-            f"{path} could not be written ({error.strerror or error}); the old file, if any, is untouched"
-        ) from error
+        records.replace(temporary, path)
+    except Exception as error:
+        failure = error if isinstance(error, OSError) else _failure_to_write(temporary)
+        if failure is None:
+            raise
+        raise _not_written(path, failure, "; the old file, if any, is untouched") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an error of the disk into one line that names what is written in this block.
+
+    Raises
+    ------
+    OSError
+        If it could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _not_written(path, error) from error
+
+
+def _not_written(path: Path, error: OSError, more: str = "") -> OSError:
+    return OSError(
+        f"{path} could not be written ({_reason(error)}){more}: "
+        "make room on this disk, or choose a folder that may be written to, and run this again"
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """First line of an error's message."""
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error).partition("\n")[0]
+    return text[:200] or type(error).__name__
+
+
+def _failure_to_write(temporary: Path) -> OSError | None:
+    """Why no more can be written to a file; None if it can. Libraries report a full disk with errors of any type."""
+    try:
+        with open(temporary, "ab", buffering=0) as file:
+            if file.write(bytes(PROBE_BYTES)) < PROBE_BYTES:
+                file.write(bytes(PROBE_BYTES))
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    return None
+
+
+def check_unpacked(path: Path, n_bytes: int) -> None:
+    """Refuse a file that would take much more memory than its size suggests, such as a damaged file or a compression bomb.
+
+    Parameters
+    ----------
+    n_bytes
+        What the file declares, or what was unpacked of it so far.
+
+    Raises
+    ------
+    Unusable
+        Above the limit: `UNPACKED_RATIO` times the size of the file, at least `UNPACKED_BYTES`; BULK2SC_MAX_GB sets another.
+    """
+    given = os.environ.get("BULK2SC_MAX_GB")
+    try:
+        limit = float(given) * 1e9 if given else max(UNPACKED_BYTES, UNPACKED_RATIO * path.stat().st_size)
+    except ValueError:
+        raise Unusable(
+            f"the environment variable BULK2SC_MAX_GB is {given!r}; expected a number of gigabytes"
+        ) from None
+    if n_bytes > limit:
+        raise Unusable(
+            f"{path} ({path.stat().st_size / 1e6:,.1f} MB) unpacks to at least {n_bytes / 1e9:,.1f} GB, "
+            f"expected at most {limit / 1e9:,.1f} GB: "
+            "it is damaged, or set the environment variable BULK2SC_MAX_GB higher"
+        )
 
 
 def print_written(stage: str, written: list[Path], then: str) -> None:

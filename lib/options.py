@@ -12,9 +12,11 @@ import sys
 import tokenize
 import traceback
 import types
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin
 
-from lib.files import ROOT
+from lib import runs
+from lib.runs import ROOT
 
 DESCRIPTIONS = {types.NoneType: "none", bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 
@@ -30,18 +32,45 @@ GIVEN: set[str] = set()  # constants that were set on the command line of this p
 
 
 def run(module: dict[str, Any]) -> None:
-    """Run a stage: set its constants from the command line, then call its `main()`. Errors of the user's data are printed in one line."""
+    """Run a stage: set its constants from the command line, then call its `main()`.
+
+    Errors of the user's data, files and computer are printed in one line, and the process exits with 1; after a signal with 128
+    plus its number. Errors of the program keep their traceback.
+    """
     GIVEN.update(from_command_line(module))
     try:
-        module["main"]()
+        with runs.started(Path(module["__file__"]).name, lambda: constants(module)):
+            module["main"]()
+    except runs.Stopped as stopped:
+        end(
+            f"stopped by {stopped}; files that were complete stay, and running the stage again is safe",
+            128 + stopped.number,
+        )
     except (ValueError, OSError) as error:
-        frames = [
-            f
-            for f in traceback.extract_tb(error.__traceback__)
-            if f.filename.startswith(str(ROOT)) and "site-packages" not in f.filename
-        ]
-        print(f"\nerror: {error}\n(from {frames[-1].filename}, line {frames[-1].lineno})", file=sys.stderr)
-        sys.exit(1)
+        end(f"error: {error}\n(from {_place(error)})", 1)
+    except Exception as error:
+        if not (
+            isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "allocate memory" in str(error)
+        ):
+            raise
+        remedy = "lower MEMORY_GB, BATCH_SIZE or the number of cells, or use a computer with more memory"
+        end(
+            f"error: the memory is not enough ({error or 'no more could be allocated'}): {remedy}\n(from {_place(error)})",
+            1,
+        )
+
+
+def end(message: str, status: int) -> NoReturn:
+    """Print the last words of a stage and exit."""
+    print(f"\n{message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _place(error: BaseException) -> str:
+    """File and line of the project where an error was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [f for f in frames if f.filename.startswith(str(ROOT)) and "site-packages" not in f.filename]
+    return f"{ours[-1].filename}, line {ours[-1].lineno}" if ours else "the program"
 
 
 def from_command_line(module: dict[str, Any], arguments: list[str] | None = None) -> set[str]:

@@ -5,13 +5,17 @@ best held-out loss (without early stopping, those of the last epoch), to use. `<
 and of the random generators, so that a resumed training gives the same result as an uninterrupted one.
 """
 
+import contextlib
 import copy
 import ctypes
 import datetime
+import io
+import math
 import platform
 import sys
 import time
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +24,11 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from lib import parallel
-from lib.files import check_same_names, check_same_split, replacing, require
+from lib import parallel, runs
+from lib.files import Unusable, check_same_names, check_same_split, check_unpacked, reading, replacing, require, writing
 
 CHECKPOINT_FORMAT = 3  # raised when checkpoints of older versions cannot be used any more
+EVERY_CHECKPOINT = ("stage", "constants", "arguments", "gene_names", "cell_types", "split_id", "weights", "epoch")
 SAVE_EVERY_S = 60
 FREE_TO_CHANGE = {
     "EPOCHS",
@@ -91,15 +96,53 @@ def load_checkpoint(path: Path, stage: str) -> dict[str, Any]:
     FileNotFoundError
         If the stage was not run.
     ValueError
-        If it was written by an older version of this project.
+        If it is damaged, no checkpoint of this stage, or written by another version of this project.
     """
-    checkpoint = torch.load(require(path, stage), map_location="cpu", weights_only=True)
+    with reading(require(path, stage), "a checkpoint"):
+        checkpoint = torch.load(_checked_archive(path), map_location="cpu", weights_only=True)
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() & {"format", "weights"}:
+        raise ValueError(
+            f"{path} is no checkpoint of this project (it holds a {type(checkpoint).__name__}): train again with {stage}"
+        )
     if checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise ValueError(
             f"{path} was written by another version of this project (format {checkpoint.get('format', 1)}, "
             f"expected {CHECKPOINT_FORMAT}): train again with {stage}"
         )
+    missing = [name for name in EVERY_CHECKPOINT if name not in checkpoint]
+    wrote, wanted = str(checkpoint.get("stage")), stage.partition(" ")[0]
+    if missing or wrote != wanted:
+        lacks = f" and lacks {', '.join(missing)}" if missing else ""
+        raise ValueError(
+            f"{path} was written by {wrote}{lacks}, expected a checkpoint of {wanted}: train again with {stage}"
+        )
     return checkpoint
+
+
+def _checked_archive(path: Path) -> Path:
+    """The path of a checkpoint whose parts have the checksums that the file states; torch does not compare them.
+
+    Raises
+    ------
+    Unusable
+        If a part has another checksum.
+    """
+    with zipfile.ZipFile(path) as archive:
+        check_unpacked(path, sum(part.file_size for part in archive.infolist()))
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise Unusable(
+            f"{path} is damaged (its part {damaged} has another checksum than it states): train again, or copy it again"
+        )
+    return path
+
+
+def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint, by way of memory: on a full disk torch would raise errors of its own, and its bytes depend on the name."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def check_checkpoint(
@@ -151,6 +194,8 @@ class Trainer:
             optimizer, factor=0.3, patience=max(1, (patience or 0) // 3)
         )
         self.history: list[dict[str, float]] = []
+        # copies of the state and of the best weights after the last finished epoch
+        self.finished: tuple[dict[str, Any], dict[str, Any]] | None = None
         self.best_epoch, self.best_criterion = 0, float("inf")
         self.best_weights: dict[str, Any] = model.state_dict()
         self.best_path, self.last_path = models_dir / f"{name}.pt", models_dir / f"{name}_last.pt"
@@ -224,8 +269,24 @@ class Trainer:
         """
         if epochs < 1:
             raise ValueError(f"EPOCHS is {epochs}; expected at least 1")
-        runs = self.models_dir / "tensorboard" / self.name
-        writer = SummaryWriter(runs / f"{datetime.datetime.now():%Y%m%d-%H%M%S}") if parallel.IS_FIRST else None
+        events = self.models_dir / "tensorboard" / self.name / f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
+        with _event_writer(events) as writer:
+            try:
+                self._run_epochs(epochs, train_epoch, validate, writer)
+            except BaseException:  # such as a signal, or a loss that is not finite
+                self._save_finished_epochs()
+                raise
+        self.save()
+        why = "no improvement" if self.out_of_patience else "all epochs done"
+        best = f"best on held-out data: {self.best_criterion:.5g} after epoch {self.best_epoch}"
+        used = best if self.patience is not None else "the last one is used"
+        print(f"{self.name}: {len(self.history)} epochs ({why}), {self.seconds:.0f} s; {used}")
+        self.model.load_state_dict(self.best_weights)
+
+    def _run_epochs(
+        self, epochs: int, train_epoch: Callable[[int], dict[str, float]],
+        validate: Callable[[], dict[str, float]] | None, writer: SummaryWriter | None,
+    ) -> None:  # fmt: skip
         saved_at = time.monotonic()
         with tqdm(
             total=epochs, initial=len(self.history), desc=self.name, unit="epoch", disable=not parallel.IS_FIRST
@@ -248,14 +309,16 @@ class Trainer:
                 if len(self.history) == 1 or time.monotonic() - saved_at > SAVE_EVERY_S:
                     self.save()
                     saved_at = time.monotonic()
-        if writer is not None:
-            writer.close()
+
+    def _save_finished_epochs(self) -> None:
+        """Write the checkpoints after the last finished epoch of an interrupted training, and say how to continue."""
+        if self.finished is None or not parallel.IS_FIRST:
+            return
         self.save()
-        why = "no improvement" if self.out_of_patience else "all epochs done"
-        best = f"best on held-out data: {self.best_criterion:.5g} after epoch {self.best_epoch}"
-        used = best if self.patience is not None else "the last one is used"
-        print(f"{self.name}: {len(self.history)} epochs ({why}), {self.seconds:.0f} s; {used}")
-        self.model.load_state_dict(self.best_weights)
+        n = self.finished[0]["epoch"]
+        print(
+            f"{self.name}: {n} finished epoch{'s' * (n > 1)} saved in {self.last_path}; continue with RESUME (--resume)"
+        )
 
     @property
     def device_type(self) -> str:
@@ -273,9 +336,16 @@ class Trainer:
         self, train: dict[str, float], held_out: dict[str, float], seconds: float, writer: SummaryWriter | None
     ) -> None:
         epoch = len(self.history) + 1
-        if not torch.isfinite(torch.tensor([part["loss"] for part in (train, held_out) if part])).all():
+        losses = {
+            f"{where} {name}": value
+            for where, part in (("training", train), ("held-out", held_out))
+            for name, value in part.items()
+        }
+        bad = [name for name, value in losses.items() if not math.isfinite(value)]
+        if bad:
             raise ValueError(
-                f"{self.name}: the loss is {train['loss']} in epoch {epoch}, expected a finite number; lower LEARNING_RATE"
+                f"{self.name}: not finite in epoch {epoch}: {', '.join(bad)}; expected finite numbers. The likely cause is a step that was "
+                f"too large: lower LEARNING_RATE (now {self.optimizer.param_groups[0]['lr']:g})"
             )
         row = {"epoch": epoch, "seconds": seconds, "learning_rate": self.optimizer.param_groups[0]["lr"]}
         row |= {f"train_{k}": v for k, v in train.items()} | {f"held_out_{k}": v for k, v in held_out.items()}
@@ -288,32 +358,42 @@ class Trainer:
             if criterion < self.best_criterion:
                 self.best_epoch, self.best_criterion = epoch, criterion
                 self.best_weights = copy.deepcopy(self.model.state_dict())
-        for key, value in row.items():
-            if writer is not None:
-                writer.add_scalar(key.replace("train_", "train/").replace("held_out_", "held_out/"), value, epoch)
+        if parallel.IS_FIRST:
+            state = copy.deepcopy(self._state()) | {"history": list(self.history)}
+            self.finished = state, state["weights"] if self.patience is None else self.best_weights
+        if writer is not None:
+            with writing(self.models_dir / "tensorboard"):
+                for key, value in row.items():
+                    writer.add_scalar(key.replace("train_", "train/").replace("held_out_", "held_out/"), value, epoch)
 
-    def save(self) -> None:
-        """Write both checkpoints and the history. The best one first: if the run is killed in between, resuming repeats it."""
-        if not parallel.IS_FIRST:
-            return
-        self.save_best()
-        last = self._about_best() | {
+    def _state(self) -> dict[str, Any]:
+        """What is needed to continue with the next epoch as if training had not stopped."""
+        return {
             "epoch": len(self.history),
+            "best_epoch": self.best_epoch,
+            "best_criterion": self.best_criterion,
             "device": self.device_type,
             "weights": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "history": self.history,
             "rng": {
                 "generator": self.generator.get_state(),
                 "torch": torch.get_rng_state(),
                 "cuda": torch.cuda.get_rng_state() if self.device_type == "cuda" else None,
             },
         }
-        with replacing(self.last_path) as temporary:
-            torch.save(last, temporary)
+
+    def save(self) -> None:
+        """Write both checkpoints and the history. The best one first: if the run is killed in between, resuming repeats it."""
+        if not parallel.IS_FIRST:
+            return
+        assert self.finished is not None
+        state, best_weights = self.finished
+        about = self.about | _about_best(state["best_epoch"], state["best_criterion"])
+        write_checkpoint(about | {"weights": best_weights}, self.best_path)
+        write_checkpoint(about | state, self.last_path)
         with replacing(self.history_path) as temporary:
-            self.history_table().to_csv(temporary, index=False)
+            pd.DataFrame(state["history"]).to_csv(temporary, index=False)
 
     def save_best(self, **more: Any) -> None:
         """Write the checkpoint to use; `more` is stored beside the weights."""
@@ -321,17 +401,38 @@ class Trainer:
             self._write_best(self.best_path, **more)
 
     def _write_best(self, path: Path, **more: Any) -> None:
-        with replacing(path) as temporary:
-            torch.save(self._about_best() | {"weights": self.best_weights} | more, temporary)
+        about = self.about | _about_best(self.best_epoch, self.best_criterion)
+        write_checkpoint(about | {"weights": self.best_weights} | more, path)
 
     def history_table(self) -> pd.DataFrame:
         """One row per epoch: losses of training and held-out data, learning rate, seconds."""
         return pd.DataFrame(self.history)
 
-    def _about_best(self) -> dict[str, Any]:
-        return self.about | {
-            "format": CHECKPOINT_FORMAT,
-            "epoch": self.best_epoch,
-            "best_epoch": self.best_epoch,
-            "best_criterion": self.best_criterion,
-        }
+
+def _about_best(epoch: int, criterion: float) -> dict[str, Any]:
+    """What both checkpoints say about the run and its best epoch."""
+    return {
+        "format": CHECKPOINT_FORMAT,
+        "made_by": runs.description(),
+        "epoch": epoch,
+        "best_epoch": epoch,
+        "best_criterion": criterion,
+    }
+
+
+@contextlib.contextmanager
+def _event_writer(folder: Path) -> Iterator[SummaryWriter | None]:
+    """TensorBoard's event file in this folder, closed at the end in any case; None for all processes but the first."""
+    if not parallel.IS_FIRST:
+        yield None
+        return
+    with writing(folder):
+        writer = SummaryWriter(folder)
+    try:
+        yield writer
+    except BaseException:
+        with contextlib.suppress(Exception):
+            writer.close()
+        raise
+    with writing(folder):
+        writer.close()

@@ -11,6 +11,7 @@ from lib.bulk import bulk_encoder, sctape
 from lib.bulk.deconvolution import MODES, Estimate, deconvolve
 from lib.bulk.reference import Reference, nnls_on_markers
 from lib.bulk.rna_content import to_cells, to_rna
+from lib.data.hdf5 import write_h5ad
 from lib.files import replacing
 
 Method = Literal[
@@ -162,5 +163,4 @@ def _write_expression(found: Estimate, path: Path) -> None:
     obs = by_sample.rename("proportion").reset_index()
     obs.index = obs["sample"] + ": " + obs["cell_type"]
     expression = found.expression.astype(np.float32).reshape(len(obs), -1)
-    with replacing(path) as temporary:
-        ad.AnnData(expression, obs=obs, var=pd.DataFrame(index=found.signature.columns)).write_h5ad(temporary)
+    write_h5ad(ad.AnnData(expression, obs=obs, var=pd.DataFrame(index=found.signature.columns)), path)

@@ -11,14 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import anndata as ad
-import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from anndata.abc import CSRDataset
 
 from lib.data.counts import check_same_split, read_counts, row_blocks
-from lib.files import replacing, require
+from lib.data.hdf5 import new_hdf5, read_h5ad, write_described
+from lib.files import reading, replacing, require
 
 BLOCK = 250  # mixtures per thread at a time: 250 x 16,000 genes are 16 MB, and 32 MB more as a sparse matrix
 BLOCKS_AT_ONCE = 8  # blocks of mixtures for which counts on disk are read once
@@ -214,16 +214,16 @@ def tpm(counts: np.ndarray, gene_length_bp: np.ndarray | None = None) -> np.ndar
 
 def write_train_mixtures(mixtures: ad.AnnData, blocks: Iterable[np.ndarray], path: Path) -> None:
     """Write the training mixtures; `mixtures` holds everything except the counts, which are written block by block."""
-    with replacing(path) as temporary:
-        mixtures.write_h5ad(temporary)
-        with h5py.File(temporary, "a") as file:
-            file.pop("X", None)
-            X = file.create_dataset("X", mixtures.shape, np.float32)
-            X.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-            written = 0
-            for block in blocks:
-                X[written : written + len(block)] = block
-                written += len(block)
+    with replacing(path) as temporary, new_hdf5(temporary) as (file, disk):
+        write_described(mixtures, file)
+        file.pop("X", None)
+        X = file.create_dataset("X", mixtures.shape, np.float32)
+        X.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        written = 0
+        for block in blocks:
+            X[written : written + len(block)] = block
+            disk.check()
+            written += len(block)
 
 
 def read_train_mixtures(data_folder: Path) -> tuple[ad.AnnData, ad.AnnData]:
@@ -234,7 +234,15 @@ def read_train_mixtures(data_folder: Path) -> tuple[ad.AnnData, ad.AnnData]:
     these mRNA contents.
     """
     path, train_path = data_folder / "pseudobulk_train.h5ad", data_folder / "train.h5ad"
-    mixtures = ad.read_h5ad(require(path, "_2_make_pseudobulk.py"), backed="r")
+    mixtures = read_h5ad(require(path, "_2_make_pseudobulk.py"), backed="r")
+    if (
+        not {"cell_types", "split_id"} <= mixtures.uns.keys()
+        or "proportions" not in mixtures.obsm
+        or "role" not in mixtures.obs
+    ):
+        raise ValueError(
+            f"{path} was not written by _2_make_pseudobulk.py: it lacks the proportions or the split; run it again"
+        )
     train = read_counts(train_path, "_1_split_train_test.py")
     check_same_split(mixtures.uns["split_id"], path, train.uns["split_id"], train_path, "_2_make_pseudobulk.py")
     return mixtures, train
@@ -270,7 +278,8 @@ def read_test_mixtures(
 
     def read(name: str) -> pd.DataFrame:
         path = require(data_folder / f"pseudobulk_test_{name}.csv", "_2_make_pseudobulk.py")
-        table = pd.read_csv(path, index_col=0)
+        with reading(path, "a table of numbers"):
+            table = pd.read_csv(path, index_col=0).astype(np.float64)
         if table.index.name != expected:
             raise ValueError(
                 f"{path} does not belong to data/test.h5ad and models/sctape.pt: its header is {table.index.name!r}, "

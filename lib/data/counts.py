@@ -17,7 +17,8 @@ import scipy.io
 import scipy.sparse as sp
 from anndata.abc import CSRDataset
 
-from lib.files import check_same_split, replacing, require
+from lib.data.hdf5 import new_hdf5, read_h5ad, write_described, write_h5ad
+from lib.files import check_same_split, reading, replacing, require
 
 BLOCK_CELLS = 2048  # cells in memory at a time: 10-30 MB of counts
 
@@ -29,7 +30,7 @@ COMMON_GENES = frozenset(
 
 
 def to_counts(matrix: Any, what: str) -> sp.csr_matrix:
-    """A count matrix as float32 CSR, with explicit zeros removed and indices sorted.
+    """A count matrix as float32 CSR, with explicit zeros removed, duplicate entries summed and indices sorted.
 
     Parameters
     ----------
@@ -71,7 +72,7 @@ def to_counts(matrix: Any, what: str) -> sp.csr_matrix:
     if not values.any():
         raise ValueError(f"{what} holds zeros only; expected raw counts")
     counts.eliminate_zeros()
-    counts.sort_indices()
+    counts.sum_duplicates()
     return counts
 
 
@@ -127,8 +128,7 @@ def digest(names: list[str], *arrays: np.ndarray) -> str:
 
 def write_counts(adata: ad.AnnData, path: Path) -> None:
     """Write a count file from memory."""
-    with replacing(path) as temporary:
-        adata.write_h5ad(temporary)
+    write_h5ad(adata, path)
 
 
 def read_counts(path: Path, stage: str) -> ad.AnnData:
@@ -141,11 +141,23 @@ def read_counts(path: Path, stage: str) -> ad.AnnData:
     ValueError
         If another program wrote the file, or if data/counts.h5ad has changed since.
     """
-    adata = ad.read_h5ad(require(path, stage), backed="r")
+    adata = read_h5ad(require(path, stage), backed="r")
     if "dataset" not in adata.uns or not isinstance(adata.X, CSRDataset):
         raise ValueError(f"{path} was not written by {stage}: it lacks uns['dataset'] or sparse counts; run {stage}")
     source = path.parent / "counts.h5ad"
-    if path != source and source.exists() and (current := read_uns(source, "counts_id")) != adata.uns.get("counts_id"):
+    if path.name not in ("train.h5ad", "test.h5ad"):
+        return adata
+    labels = adata.obs.get("cell_type")
+    if (
+        "split_id" not in adata.uns
+        or labels is None
+        or not isinstance(labels.dtype, pd.CategoricalDtype)
+        or labels.isna().all()
+    ):
+        raise ValueError(
+            f"{path} was not written by {stage}: it lacks uns['split_id'] or categories in obs['cell_type']; run {stage} again"
+        )
+    if source.exists() and (current := read_uns(source, "counts_id")) != adata.uns.get("counts_id"):
         raise ValueError(
             f"{path} is stale: it was made from other counts of {adata.uns['dataset']} than {source} holds now "
             f"({read_uns(source, 'dataset')}, counts {current}; expected counts {adata.uns.get('counts_id')}); "
@@ -156,16 +168,16 @@ def read_counts(path: Path, stage: str) -> ad.AnnData:
 
 def write_blocks(cells: ad.AnnData, blocks: Iterable[sp.csr_matrix], path: Path) -> None:
     """Write a count file block by block of rows; `cells` holds everything but `X`."""
-    with replacing(path) as temporary:
-        cells.write_h5ad(temporary)
-        with h5py.File(temporary, "a") as file:
-            file.pop("X", None)
-            ad.io.write_elem(file, "X", sp.csr_matrix((0, cells.n_vars), dtype=np.float32))
-            X = ad.io.sparse_dataset(file["X"])
-            for block in blocks:
-                X.append(block)
-            assert X.shape == cells.shape
-            ad.io.write_elem(file, "obs", cells.obs)  # again: the caller may fill a column with each block
+    with replacing(path) as temporary, new_hdf5(temporary) as (file, disk):
+        write_described(cells, file)
+        file.pop("X", None)
+        ad.io.write_elem(file, "X", sp.csr_matrix((0, cells.n_vars), dtype=np.float32))
+        X = ad.io.sparse_dataset(file["X"])
+        for block in blocks:
+            X.append(block)
+            disk.check()
+        assert X.shape == cells.shape
+        ad.io.write_elem(file, "obs", cells.obs)  # again: the caller may fill a column with each block
 
 
 def n_entries(counts: sp.csr_matrix | CSRDataset) -> int:
@@ -181,7 +193,7 @@ def select_cells(adata: ad.AnnData, rows: np.ndarray) -> ad.AnnData:
 
 def read_uns(path: Path, key: str) -> str | None:
     """Read one text of `uns`, and nothing else of the file; None if it is missing."""
-    with h5py.File(path) as file:
+    with reading(path, "a file of counts"), h5py.File(path) as file:
         value = file["uns"].get(key)
         return None if value is None else value.asstr()[()]
 
@@ -210,7 +222,12 @@ def row_blocks(counts: sp.csr_matrix | CSRDataset, size: int = BLOCK_CELLS) -> I
     """Read a matrix, in memory or on disk, in blocks of `size` rows: the rows' numbers and their counts."""
     for start in range(0, counts.shape[0], size):
         rows = slice(start, min(start + size, counts.shape[0]))
-        yield rows, counts[rows]
+        if sp.issparse(counts):
+            block = counts[rows]
+        else:
+            with reading(Path(counts.group.file.filename), "counts"):
+                block = counts[rows]
+        yield rows, block
 
 
 def selected_blocks(counts: sp.csr_matrix | CSRDataset, rows: np.ndarray) -> Iterator[tuple[sp.csr_matrix, slice]]:
