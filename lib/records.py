@@ -121,7 +121,8 @@ def check(path: Path, remedy: str) -> None:
     difference = f"{size:,} bytes, expected {record['size']:,}"
     if size == record["size"]:
         difference = f"SHA-256 {got[:12]}..., expected {record['sha256'][:12]}..."
+    origin = f"{record['stage']} wrote" if "stage" in record else "was used before"
     raise Unusable(
-        f"{path} is not the file that {record.get('stage') or 'this project'} wrote: {difference}: {remedy}, "
+        f"{path} is not the file that {origin}: {difference}: {remedy}, "
         f"or delete {record_path(path)} to use the file as it is"
     )

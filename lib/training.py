@@ -194,8 +194,7 @@ class Trainer:
             optimizer, factor=0.3, patience=max(1, (patience or 0) // 3)
         )
         self.history: list[dict[str, float]] = []
-        # copies of the state and of the best weights after the last finished epoch
-        self.finished: tuple[dict[str, Any], dict[str, Any]] | None = None
+        self.finished: tuple[dict[str, Any], dict[str, Any]] | None = None  # `_state` after the last finished epoch
         self.best_epoch, self.best_criterion = 0, float("inf")
         self.best_weights: dict[str, Any] = model.state_dict()
         self.best_path, self.last_path = models_dir / f"{name}.pt", models_dir / f"{name}_last.pt"
@@ -359,36 +358,37 @@ class Trainer:
                 self.best_epoch, self.best_criterion = epoch, criterion
                 self.best_weights = copy.deepcopy(self.model.state_dict())
         if parallel.IS_FIRST:
-            state = copy.deepcopy(self._state()) | {"history": list(self.history)}
-            self.finished = state, state["weights"] if self.patience is None else self.best_weights
+            self.finished = self._state()
         if writer is not None:
             with writing(self.models_dir / "tensorboard"):
                 for key, value in row.items():
                     writer.add_scalar(key.replace("train_", "train/").replace("held_out_", "held_out/"), value, epoch)
 
-    def _state(self) -> dict[str, Any]:
-        """What is needed to continue with the next epoch as if training had not stopped."""
-        return {
+    def _state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Copies of what is needed to continue with the next epoch as if training had not stopped, and of the best weights."""
+        weights = copy.deepcopy(self.model.state_dict())
+        state = {
             "epoch": len(self.history),
             "best_epoch": self.best_epoch,
             "best_criterion": self.best_criterion,
             "device": self.device_type,
-            "weights": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
+            "weights": weights,
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "scheduler": copy.deepcopy(self.scheduler.state_dict()),
+            "history": list(self.history),
             "rng": {
                 "generator": self.generator.get_state(),
                 "torch": torch.get_rng_state(),
                 "cuda": torch.cuda.get_rng_state() if self.device_type == "cuda" else None,
             },
         }
+        return state, weights if self.patience is None else self.best_weights
 
     def save(self) -> None:
         """Write both checkpoints and the history. The best one first: if the run is killed in between, resuming repeats it."""
         if not parallel.IS_FIRST:
             return
-        assert self.finished is not None
-        state, best_weights = self.finished
+        state, best_weights = self.finished or self._state()
         about = self.about | _about_best(state["best_epoch"], state["best_criterion"])
         write_checkpoint(about | {"weights": best_weights}, self.best_path)
         write_checkpoint(about | state, self.last_path)

@@ -45,12 +45,14 @@ def load(checkpoint: dict[str, Any], device: torch.device) -> Any:
     Raises
     ------
     ValueError
-        If the training of a baseline was interrupted: what its cells are sampled from is fitted at the end.
+        If the training was interrupted: what new cells are sampled from is fitted at the end.
     """
     name, prior = checkpoint.get("generator", "gmvae"), checkpoint.get("prior")
-    if name not in WITHOUT_PRIOR and prior is None:
+    fits_prior = name not in WITHOUT_PRIOR or (name == "gmvae" and checkpoint["constants"].get("PRIOR") == "copula")
+    if prior is None and fits_prior:
         raise ValueError(
-            f"the training of {name} was interrupted; finish it with _3_train_gmvae.py --generator {name} --resume"
+            f"the training of {name} was interrupted: what new cells are sampled from is fitted at its end; finish it with "
+            f"_3_train_gmvae.py{f' --generator {name}' * (name != 'gmvae')} --resume"
         )
     model: Any = CLASSES[name](**checkpoint["arguments"])
     model.load_state_dict(checkpoint["weights"])

@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from lib.data.hdf5 import read_h5ad
+
 LARGEST_SHARE_OF_ZEROS = (
     0.8  # of the median bulk sample; single cells of droplets have 85-98 % zeros, bulk samples 10-60 %
 )
@@ -28,7 +30,7 @@ def read_h5ad_bulk(path: Path, group: str | None = None) -> pd.DataFrame:
     ValueError
         If obs has no such column, or if single cells hold values other than counts.
     """
-    adata = ad.read_h5ad(path)
+    adata = read_h5ad(path)
     if group is not None and group not in adata.obs:
         raise ValueError(
             f"{path} has no column {group!r} in obs; it has {', '.join(map(str, adata.obs.columns)) or 'none'}: "
@@ -70,4 +72,4 @@ def is_of_cells(values: sp.csr_matrix) -> bool:
 
 def holds_cells(path: Path) -> bool:
     """Whether a bulk file is an .h5ad of single cells; their sum has the RNA content of their counts."""
-    return path.suffix == ".h5ad" and is_of_cells(values_of(ad.read_h5ad(path))[0])
+    return path.suffix == ".h5ad" and is_of_cells(values_of(read_h5ad(path))[0])

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lib.data.tables import separator
+from lib.data.tables import read_table
 
 
 def read_cell_numbers(path: Path, types: list[str]) -> pd.DataFrame:
@@ -18,9 +18,7 @@ def read_cell_numbers(path: Path, types: list[str]) -> pd.DataFrame:
     ValueError
         For a type that is not in `types`, and for values that are not numbers of cells.
     """
-    table = pd.read_csv(path, sep=separator(path), index_col=0, dtype=str, keep_default_na=False)
-    table.index, table.columns = table.index.astype(str).str.strip(), table.columns.astype(str).str.strip()
-    table = table.apply(pd.to_numeric, errors="coerce")
+    table = _numbers_by_name(path)
     if table.shape[1] == 1 and table.index.isin(types).any():  # one row per type
         table = table.T.set_axis(["cells"])
     unknown = [str(name) for name in table.columns if name not in types]
@@ -45,18 +43,35 @@ def read_proportions(path: Path, types: list[str]) -> pd.DataFrame:
     ValueError
         For a type that is not in `types`, for rows that are not proportions, and for shares of RNA.
     """
-    table = pd.read_csv(path, sep=separator(path), index_col=0)
+    table = _numbers_by_name(path)
     if "rna" in str(table.index.name).lower():
         raise ValueError(
             f"{path} holds shares of RNA (its first column is headed {table.index.name!r}); expected shares of cells: "
             "give predicted_proportions.csv, written beside predicted_rna_proportions.csv"
         )
     unknown = [str(name) for name in table.columns if name not in types]
-    values = table.apply(pd.to_numeric, errors="coerce")
-    if unknown or not (values >= 0).all(axis=None) or not np.allclose(values.sum(axis=1), 1, atol=0.01):
+    if unknown or table.empty or not (table >= 0).all(axis=None) or not np.allclose(table.sum(axis=1), 1, atol=0.01):
         raise ValueError(
             f"{path} must hold proportions: one row per sample, not negative, summing to 1, in columns named like the model's types"
             f"{f' (unknown: {chr(44).join(unknown)})' if unknown else ''}; the types: {', '.join(types)}"
         )
-    values = values.reindex(columns=types, fill_value=0.0)
-    return values.div(values.sum(axis=1), axis=0).rename(index=str)
+    values = table.reindex(columns=types, fill_value=0.0)
+    return values.div(values.sum(axis=1), axis=0)
+
+
+def _numbers_by_name(path: Path) -> pd.DataFrame:
+    """A table of numbers, NaN where there is none, with row names in the first column.
+
+    Raises
+    ------
+    ValueError
+        If two rows have the same name.
+    """
+    table = read_table(path)
+    table = table.set_index(table.columns[0]) if table.shape[1] else table
+    table.index = table.index.str.strip() if len(table) else table.index
+    if table.index.has_duplicates:
+        raise ValueError(
+            f"{path} has two rows called {table.index[table.index.duplicated()][0]!r}; expected names of their own"
+        )
+    return table.apply(pd.to_numeric, errors="coerce")

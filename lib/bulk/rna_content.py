@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from lib.bulk.reference import Reference
-from lib.data.tables import separator
+from lib.data.tables import read_table
 from lib.files import user_path
 
 TABLE = Path(__file__).with_name("rna_per_cell.csv")
@@ -169,7 +169,7 @@ def table_path(name: str) -> Path:
 def own_values(name: str, types: list[str]) -> pd.DataFrame:
     """The user's values, from a table of cell_type and rna_per_cell, in any unit."""
     path = table_path(name)
-    table = pd.read_csv(path, sep=separator(path))
+    table = read_table(path)
     if not {"cell_type", "rna_per_cell"} <= set(table.columns):
         raise ValueError(
             f"{path} has the columns {', '.join(map(str, table.columns))}; expected cell_type and rna_per_cell"

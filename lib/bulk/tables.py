@@ -8,7 +8,7 @@ import pandas as pd
 
 from lib.bulk.anndata_bulk import read_h5ad_bulk
 from lib.bulk.pseudobulk import tpm
-from lib.data.tables import read_header, read_text_table, separator
+from lib.data.tables import read_rows, read_table
 
 ENSEMBL = re.compile(r"^(ENS[A-Z]*G\d{6,})(\.\d+)?$")  # an Ensembl gene ID and its version
 SYMBOL_COLUMNS = ("gene name", "gene_name", "symbol", "gene_symbol", "hgnc_symbol", "external_gene_name", "gene")
@@ -92,15 +92,18 @@ def read_bulk(
 
 def read_strings(path: Path) -> pd.DataFrame:
     """Read a table as text: first column as index, first row as columns, names stripped of blanks and quotes."""
-    if path.suffix.lower() in (".xlsx", ".xls"):
-        cells = read_text_table(path)
-        table = cells.iloc[:, 1:].set_axis(cells.iloc[:, 0], axis=0)
-    else:
-        header = read_header(path)
-        table = pd.read_csv(
-            path, sep=separator(path), header=None, skiprows=1, index_col=0, dtype=str, keep_default_na=False
+    header, *rows = read_rows(path) or [[]]
+    if not rows or len(rows[0]) < 2:
+        raise ValueError(
+            f"{path} has {len(rows):,} rows and {len(header)} columns; expected a header, and names and numbers in each row"
         )
-        table.columns = header[len(header) - table.shape[1] :]  # not pandas' names: it renames duplicates
+    n_values = len(rows[0]) - 1
+    table = pd.DataFrame(
+        [row[1:] for row in rows],
+        index=[row[0] for row in rows],
+        columns=header[len(header) - n_values :],
+        dtype=object,
+    )
     table.index, table.columns = (
         pd.Index(axis.astype(str).str.strip().str.strip('"')) for axis in (table.index, table.columns)
     )
@@ -154,7 +157,7 @@ def read_gene_ids(path: Path) -> dict[str, str]:
     ValueError
         If the table lacks a column of Ensembl gene IDs or a column of names.
     """
-    table = pd.read_csv(path, sep=separator(path), dtype=str, keep_default_na=False)
+    table = read_table(path)
     is_id = [table[c].str.match(ENSEMBL).mean() for c in table]
     others = [c for c in table if str(c).strip().lower() in SYMBOL_COLUMNS] or [
         c for c, share in zip(table, is_id) if share == 0
@@ -277,7 +280,7 @@ def pooled_replicates(bulk: pd.DataFrame, path: Path) -> pd.DataFrame:
     ValueError
         If no sample of the bulk is in the table, or one is in two groups.
     """
-    table = pd.read_csv(path, sep=separator(path), dtype=str, keep_default_na=False)
+    table = read_table(path)
     if table.shape[1] < 2 or not table.iloc[:, 0].isin(bulk.index).any():
         raise ValueError(
             f"{path} names no sample of the bulk (such as {bulk.index[0]}); expected a header, then one row per sample: sample, group"

@@ -23,8 +23,10 @@ import scipy.sparse as sp
 from scanpy.datasets._ebi_expression_atlas import read_expression_from_archive
 
 from lib.data.download import fetch
+from lib.data.hdf5 import read_h5ad
 from lib.data.labels import clean_labels, read_labels
-from lib.data.readers import read_count_table, read_mtx_folder, tidy
+from lib.data.readers import read_10x, read_count_table, read_mtx_folder, tidy
+from lib.files import check_unpacked, reading
 
 N_CELLS = {
     "GSE130148": 10_360,
@@ -125,7 +127,7 @@ def pbmc1k(raw: Path) -> Source:
     """Blood of a healthy donor, 10x v3."""
     file = "pbmc_1k_v3_filtered_feature_bc_matrix.h5"
     url = f"{URLS['10x']}/3.0.0/pbmc_1k_v3/{file}"
-    return Source(sc.read_10x_h5(fetch(url, raw / file)), url)
+    return Source(read_10x(fetch(url, raw / file)), url)
 
 
 def pbmc3k(raw: Path) -> Source:
@@ -155,7 +157,7 @@ def tutorial_labels(path: Path, barcodes: pd.Index) -> pd.Series:
     ValueError
         If the file has no such column, or none of the barcodes.
     """
-    table = ad.read_h5ad(path, backed="r")
+    table = read_h5ad(path, backed="r")
     obs = table.obs
     table.file.close()
     if "louvain" not in obs or not barcodes.isin(obs.index).any():
@@ -181,7 +183,7 @@ def pbmc68k(raw: Path) -> Source:
 def dentate_gyrus(raw: Path) -> Source:
     """Mouse dentate gyrus: the spliced counts of scVelo's copy of GSE95753, and the bulk GSE74985."""
     url = f"{URLS['scvelo']}/10X43_1.h5ad"
-    source = ad.read_h5ad(fetch(url, raw / "dentate_gyrus_10X43_1.h5ad"))
+    source = read_h5ad(fetch(url, raw / "dentate_gyrus_10X43_1.h5ad"))
     obs = pd.DataFrame({"cell_type": clean_labels(source.obs["clusters"])}, index=source.obs_names)
     adata = ad.AnnData(source.layers["spliced"], obs=obs, var=source.var[[]].copy())
     counts, names = (
@@ -193,12 +195,11 @@ def dentate_gyrus(raw: Path) -> Source:
 
 def read_gse74985(counts: Path, names: Path) -> pd.DataFrame:
     """Samples x gene symbols, read counts: Ensembl genes are renamed by the series' own table, duplicate genes are summed."""
-    table = pd.read_csv(counts, sep="\t", index_col=0)
-    symbols = (
-        pd.read_csv(names, sep="\t", usecols=["gene_id", "gene_short_name"])
-        .drop_duplicates("gene_id")
-        .set_index("gene_id")["gene_short_name"]
-    )
+    with reading(counts, "a table of counts"):
+        table = pd.read_csv(counts, sep="\t", index_col=0)
+    with reading(names, "a table with the columns gene_id and gene_short_name"):
+        genes = pd.read_csv(names, sep="\t", usecols=["gene_id", "gene_short_name"]).drop_duplicates("gene_id")
+    symbols = genes.set_index("gene_id")["gene_short_name"]
     known = pd.Series(table.index.map(symbols), index=table.index)
     print(f"{counts.name}: {known.notna().sum():,} of {len(table):,} genes have a symbol")
     return table[known.notna()].groupby(known.dropna()).sum().T.rename_axis(index="sample", columns=None)
@@ -209,16 +210,19 @@ def e_annd_5(raw: Path) -> Source:
     url = f"{URLS['ebi']}/E-ANND-5/download"
     design = fetch(f"{url}?accessKey=&fileType=experiment-design", raw / "E-ANND-5_experimental_design.tsv")
     archive = fetch(f"{url}/zip?accessKey=&fileType=quantification-raw", raw / "E-ANND-5_expression_archive.zip")
-    with zipfile.ZipFile(archive) as file:
+    with reading(archive, "a complete zip archive of the EBI"), zipfile.ZipFile(archive) as file:
+        check_unpacked(archive, sum(part.file_size for part in file.infolist()))
         adata = read_expression_from_archive(file)
-    columns = pd.read_csv(design, sep="\t", index_col=0, nrows=0).columns
+    with reading(design, "a table of cells"):
+        columns = pd.read_csv(design, sep="\t", index_col=0, nrows=0).columns
     found = [column for column in EBI_LABELS if column in columns]
     if not found:
         raise ValueError(
             f"{design} has no column of cell types; it has {', '.join(columns)}; expected one of {', '.join(EBI_LABELS)}: "
             "delete it and run this again"
         )
-    table = pd.read_csv(design, sep="\t", index_col=0, usecols=[0, 1 + columns.get_loc(found[0])], dtype=str)
+    with reading(design, "a table of cells"):
+        table = pd.read_csv(design, sep="\t", index_col=0, usecols=[0, 1 + columns.get_loc(found[0])], dtype=str)
     labels = clean_labels(table.iloc[:, 0].reindex(adata.obs_names))
     adata.obs = pd.DataFrame({"cell_type": labels}, index=adata.obs_names.rename(None))
     return Source(adata, url)
@@ -244,7 +248,8 @@ def unpack(archive: Path, folder: Path) -> Path:
     """
     if not folder.exists():
         partial = folder.with_name(folder.name + ".part")
-        with tarfile.open(archive) as file:
+        with reading(archive, "a complete .tar.gz"), tarfile.open(archive) as file:
+            check_unpacked(archive, sum(part.size for part in file))
             file.extractall(partial, filter="data")
         partial.rename(folder)
     found = sorted(path.parent for path in folder.rglob("matrix.mtx*"))

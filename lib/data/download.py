@@ -1,18 +1,33 @@
-"""Download files over HTTP; a file has its name only when it is complete."""
+"""Download files over HTTPS; a file has its name only when it is complete, and its checksum is recorded with its first use.
 
+Plain HTTP is allowed for servers on this computer alone.
+"""
+
+import contextlib
 import gzip
 import time
 import zlib
 from pathlib import Path
+from urllib.parse import urljoin, urlsplit
 
 import requests
 import urllib3
 from tqdm import tqdm
 
+from lib import records
+from lib.files import check_unpacked, reading, writing
+
 ATTEMPTS = 6
 FIRST_WAIT_S = 1.0  # doubled after every attempt that received nothing new
 TIMEOUT_S = 30
 CHUNK_BYTES = 1 << 18
+MAX_BYTES = 50e9  # of one file; the largest here (E-ANND-5) has a tenth of it
+MAX_REDIRECTS = 5
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+OTHER_HOSTS = {  # host: hosts that it is known to redirect to
+    "github.com": ("raw.githubusercontent.com", "media.githubusercontent.com"),
+    "www.ebi.ac.uk": ("ftp.ebi.ac.uk",),
+}
 
 
 def fetch(url: str, path: Path) -> Path:
@@ -26,10 +41,16 @@ def fetch(url: str, path: Path) -> Path:
     ConnectionError
         If the download fails; the message says which file to save where by hand.
     ValueError
-        If the server sends something else (an HTML page, a broken gzip file).
+        If the server sends something else (an HTML page, a broken gzip file) or redirects to another host, if the address is not
+        https, or if a file that was used before has changed.
     """
     if path.exists():
         check_file(path, path)
+        with reading(path):
+            records.check(path, "delete it and run this again to download it")
+        if not records.record_path(path).exists():
+            with contextlib.suppress(OSError):  # a folder that may not be written to
+                records.add(path, source="first use")
         print(f"{path.name}: using the file in {path.parent}")
         return path
     partial = path.with_name(path.name + ".part")
@@ -40,7 +61,9 @@ def fetch(url: str, path: Path) -> Path:
         try:
             _download(url, partial)
             check_file(partial, path)
-            partial.replace(path)
+            with writing(path):
+                partial.replace(path)
+                records.add(path, source=url)
             return path
         except requests.HTTPError as error:
             response = error.response
@@ -69,7 +92,7 @@ def _download(url: str, partial: Path) -> None:
     have = partial.stat().st_size if partial.exists() else 0
     # Without "identity" a server may compress the file again, and byte ranges would refer to the compressed stream.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
+    with _get(url, headers) as response:
         if response.status_code == 416:  # the server has no more: the part is complete, or belongs to another file
             whole = response.headers.get("Content-Range", "").rpartition("/")[2]
             if whole == str(have):
@@ -80,17 +103,53 @@ def _download(url: str, partial: Path) -> None:
         resumed = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         start = have if resumed else 0
         length = response.headers.get("Content-Length")
-        total = start + int(length) if length else None
+        total = start + int(length) if length and length.isdigit() else None
+        _check_size(url, total or start)
         with (
+            writing(partial),
             open(partial, "ab" if resumed else "wb") as file,
             tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=url.rpartition("/")[2]) as progress,
         ):
             # not iter_content, which drops an incomplete chunk
             while chunk := response.raw.read(CHUNK_BYTES, decode_content=False):
                 file.write(chunk)
+                _check_size(url, file.tell())
                 progress.update(len(chunk))
     if total is not None and partial.stat().st_size < total:
         raise requests.ConnectionError(f"the connection ended after {partial.stat().st_size:,} of {total:,} bytes")
+
+
+def _get(url: str, headers: dict[str, str]) -> requests.Response:
+    """The server's answer, after redirects to the same host or to one of `OTHER_HOSTS`.
+
+    Raises
+    ------
+    ValueError
+        For other redirects, and for addresses without https.
+    """
+    first = urlsplit(url).hostname
+    for _ in range(MAX_REDIRECTS + 1):
+        parts = urlsplit(url)
+        if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in LOOPBACK):
+            raise ValueError(f"{url} is not a secure address; expected https://...")
+        if parts.hostname != first and parts.hostname not in OTHER_HOSTS.get(str(first), ()):
+            raise ValueError(
+                f"{first} redirects to another host, {parts.hostname}; expected the file from {first}: if you trust it, download {url} "
+                "yourself and save it in data/raw"
+            )
+        response = requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S, allow_redirects=False)
+        if not response.is_redirect:
+            return response
+        response.close()
+        url = urljoin(url, response.headers["Location"])
+    raise requests.ConnectionError(f"more than {MAX_REDIRECTS} redirects")
+
+
+def _check_size(url: str, n_bytes: int) -> None:
+    if n_bytes > MAX_BYTES:
+        raise ValueError(
+            f"{url} has {n_bytes / 1e9:,.0f} GB or more, expected at most {MAX_BYTES / 1e9:,.0f} GB: download it yourself"
+        )
 
 
 def check_file(file: Path, named: Path) -> None:
@@ -113,8 +172,10 @@ def check_file(file: Path, named: Path) -> None:
         return
     try:
         with gzip.open(file) as stream:
-            while stream.read(1 << 22):
-                pass
+            n_bytes = 0
+            while piece := stream.read(1 << 22):
+                n_bytes += len(piece)
+                check_unpacked(file, n_bytes)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(
             f"{named.name} is not a complete gzip file ({error}); delete {file} and run this again"

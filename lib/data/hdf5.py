@@ -95,9 +95,10 @@ def write_h5ad(adata: ad.AnnData, path: Path) -> None:
 
 
 def write_described(adata: ad.AnnData, file: h5py.File) -> None:
-    """Write an AnnData and its uns["made_by"] to an open file."""
+    """Write an AnnData and its uns["made_by"] to an open file; columns of text become categories, as in AnnData.write_h5ad."""
     if runs.current() is not None:
         adata.uns["made_by"] = json.dumps(runs.description(), default=str)
+    adata.strings_to_categoricals()
     ad.io.write_elem(file, "/", adata)
 
 

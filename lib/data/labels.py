@@ -7,7 +7,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from lib.data.tables import separator
+from lib.data.tables import read_table
 
 BARCODE_COLUMNS = ("cell.barcode", "barcode", "barcodes", "cell", "cell_id", "cellid", "index", "")
 NO_LABEL = ("", "nan", "na", "none", "unknown", "unassigned", "unlabelled", "unlabeled", "1_unicorns and artifacts")
@@ -19,8 +19,9 @@ def take_labels(adata: ad.AnnData, key: str | None) -> ad.AnnData:
     Raises
     ------
     ValueError
-        If there is no column `key`.
+        If there is no column `key`, or it labels no cell.
     """
+    given = key is not None
     if key is None:
         alike = [c for c in adata.obs if re.fullmatch(r"cell[ _.]?types?", str(c).lower())]
         key = alike[0] if alike else None
@@ -30,7 +31,16 @@ def take_labels(adata: ad.AnnData, key: str | None) -> ad.AnnData:
                 f"obs has no column {key!r}; it has {', '.join(adata.obs.columns) or 'none'}: "
                 "set CELL_TYPE_KEY to one of them, or LABELS_FILE"
             )
-        adata.obs["cell_type"] = clean_labels(adata.obs[key])
+        labels = clean_labels(adata.obs[key])
+        if labels.notna().any():
+            adata.obs["cell_type"] = labels
+        elif given:
+            raise ValueError(
+                f"obs[{key!r}] labels no cell: all its values mean no type; set CELL_TYPE_KEY to another column"
+            )
+        else:
+            print(f"WARNING: obs[{key!r}] labels no cell, so it is left out: stage 1 will cluster the cells")
+            del adata.obs[key]
     return adata
 
 
@@ -63,10 +73,7 @@ def read_labels(path: Path, barcodes: pd.Index, key: str | None = None) -> pd.Da
 
 def read_label_table(path: Path) -> pd.DataFrame:
     """Read a file of labels as text, as it is; a column without a name is called ""."""
-    table = pd.read_csv(path, sep=separator(path), dtype=str, keep_default_na=False)
-    if not isinstance(table.index, pd.RangeIndex):  # R's write.table does not name the column of row names
-        table = table.reset_index(names="")
-    table.columns = table.columns.str.strip().where(~table.columns.str.startswith("Unnamed"), "")
+    table = read_table(path)
     if table.empty:
         raise ValueError(f"{path} is empty: it has no rows; expected one for each cell")
     return table
@@ -104,6 +111,10 @@ def align_labels(
             f"{path} has no column {key!r}; it has {', '.join(table.columns)}: set CELL_TYPE_KEY to one of them"
         )
     labels = clean_labels(table[key].reindex(barcodes))
+    if labels.isna().all():
+        raise ValueError(
+            f"{path} labels no cell: all values of {key!r} mean no type; set CELL_TYPE_KEY to another column"
+        )
     print(f"{labels.notna().sum():,} of {len(barcodes):,} cells have a label in {path.name}")
     rest = table.reindex(barcodes).drop(columns=[c for c in table if c in (key, "cell_type", "")])
     return rest.assign(cell_type=labels).rename_axis(None)

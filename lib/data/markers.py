@@ -16,7 +16,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from lib.data.counts import log_normalize, selected_blocks
-from lib.data.tables import read_text_table
+from lib.data.tables import read_table
 
 TISSUE_COLUMN = "tissueType"  # of scType's database
 SCTYPE_COLUMNS = ("cellName", "geneSymbolmore1", "geneSymbolmore2")
@@ -45,8 +45,7 @@ def read_markers(path: Path, tissue: str | None = None) -> dict[str, Markers]:
     ValueError
         If the columns are others, the tissue is not in the table or must be given, or a type has two rows or no positive marker.
     """
-    table = read_text_table(path)
-    table.columns = table.columns.str.strip()
+    table = read_table(path)
     columns = [names for names in (SCTYPE_COLUMNS, COLUMNS) if set(names[:2]) <= set(table.columns)]
     if not columns:
         raise ValueError(

@@ -11,8 +11,11 @@ import scipy.io
 import scipy.sparse as sp
 
 from lib.data.counts import check_orientation, count_known_genes, sum_duplicate_genes, to_counts
+from lib.data.hdf5 import check_structure
+from lib.data.hdf5 import read_h5ad as read_anndata
 from lib.data.labels import BARCODE_COLUMNS, align_labels, read_label_table, take_labels
-from lib.data.tables import read_header, separator
+from lib.data.tables import EXPECTED, open_text, read_header, read_rows, read_table, separator
+from lib.files import Unusable, check_unpacked, reading
 
 CSV_BLOCK_ROWS = 500  # of a csv in memory at a time: 18,000 genes x 10,000 cells are 1.5 GB when dense, a block 0.04 GB
 TABLE_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".txt", ".txt.gz")
@@ -43,7 +46,7 @@ def read_dataset(path: Path, orientation: str = "auto", cell_type_key: str | Non
     elif name.endswith(".h5ad"):
         adata = take_labels(read_h5ad(path), cell_type_key)
     elif name.endswith(".h5"):
-        adata = take_labels(sc.read_10x_h5(path), cell_type_key)
+        adata = take_labels(read_10x(path), cell_type_key)
     elif name.endswith((".mtx", ".mtx.gz")):
         adata = read_mtx_folder(path.parent, path, cell_type_key)
     elif name.endswith(TABLE_SUFFIXES):
@@ -79,7 +82,7 @@ def read_h5ad(path: Path) -> ad.AnnData:
     ValueError
         If none does; the message says what is wrong with each.
     """
-    adata = ad.read_h5ad(path)
+    adata = read_anndata(path)
     candidates = {"X": (adata.X, adata.var_names)}
     if adata.raw is not None:
         candidates = {"raw.X": (adata.raw.X, adata.raw.var_names)} | candidates
@@ -100,6 +103,21 @@ def read_h5ad(path: Path) -> ad.AnnData:
     raise ValueError(
         "; ".join(refused) or f"{path} holds no matrix; expected raw counts in X, raw.X or layers['counts']"
     )
+
+
+def read_10x(path: Path) -> ad.AnnData:
+    """Read a 10x .h5 file of Cell Ranger 2 or 3, after a check of its structure."""
+    check_structure(path)
+    with reading(path, "a 10x .h5 file of Cell Ranger"):
+        return sc.read_10x_h5(path)
+
+
+def read_mtx(path: Path) -> sp.csr_matrix:
+    """Read a MatrixMarket file, after a check of the size that its header declares."""
+    with reading(path, "a complete MatrixMarket file"):
+        n_rows, n_columns, n_entries, *_ = scipy.io.mminfo(path)
+        check_unpacked(path, 8 * (n_rows + n_columns) + 16 * n_entries)
+        return sp.csr_matrix(scipy.io.mmread(path))
 
 
 def read_mtx_folder(folder: Path, matrix_file: Path | None = None, cell_type_key: str | None = None) -> ad.AnnData:
@@ -126,7 +144,7 @@ def read_mtx_folder(folder: Path, matrix_file: Path | None = None, cell_type_key
     label_files = _named_like(lists, r"cluster|cell.?type|label|annot|partition")
     lists = [f for f in lists if f not in label_files]
 
-    matrix = sp.csr_matrix(scipy.io.mmread(matrix_file))
+    matrix = read_mtx(matrix_file)
     genes = _read_list(_named_like(lists, r"gene|feature"), matrix.shape, f"gene names of {matrix_file}")
     is_square = matrix.shape[0] == matrix.shape[1]
     is_cell_ranger = bool(_named_like(lists, r"^(genes|features)\.tsv"))  # genes x cells
@@ -176,7 +194,9 @@ def _read_list(found: list[Path], sides: tuple[int, ...], what: str) -> pd.DataF
         raise ValueError(
             f"the {what} are missing or in several files: found {[f.name for f in found]}, expected one file"
         )
-    table = pd.read_csv(found[0], sep=separator(found[0]), header=None, dtype=str, keep_default_na=False)
+    table = pd.DataFrame(read_rows(found[0]), dtype=object)
+    if table.empty:
+        raise ValueError(f"{found[0]} is empty; expected the {what}")
     is_header = table.iloc[0].str.lower().isin(LIST_HEADERS).any()
     if len(table) - 1 in sides and (is_header or len(table) not in sides):
         table = table.iloc[1:]
@@ -196,22 +216,26 @@ def read_count_table(path: Path, orientation: str = "auto") -> ad.AnnData:
     ValueError
         If it is empty, has columns of text, or its orientation cannot be recognised.
     """
-    header = read_header(path)
+    header, delimiter = read_header(path), separator(path)
     blocks, row_names = [], []
-    read = pd.read_csv(
-        path, sep=separator(path), index_col=0, chunksize=CSV_BLOCK_ROWS, low_memory=False, keep_default_na=False, na_values=[""]
-    ) if header else []  # fmt: skip
-    for block in read:
-        if block.empty:
-            continue
-        text = [c for c, dtype in block.dtypes.items() if not pd.api.types.is_numeric_dtype(dtype)]
-        if text:
-            raise ValueError(
-                f"{path} has columns that are not numbers ({', '.join(map(str, text[:3]))}); "
-                "expected names in the first column and counts in all others"
-            )
-        blocks.append(sp.csr_matrix(block.to_numpy(dtype=np.float32)))
-        row_names += block.index.astype(str).tolist()
+    with reading(path, EXPECTED), open_text(path) as file:
+        read = pd.read_csv(
+            file, sep=delimiter, index_col=0, chunksize=CSV_BLOCK_ROWS, low_memory=False, keep_default_na=False, na_values=[""]
+        ) if header else []  # fmt: skip
+        for block in read:
+            if block.empty:
+                continue
+            dtypes = block.dtypes.items()
+            text = [
+                c for c, kind in dtypes if not pd.api.types.is_numeric_dtype(kind) or pd.api.types.is_bool_dtype(kind)
+            ]
+            if text:
+                raise Unusable(
+                    f"{path} has columns that are not numbers ({', '.join(map(str, text[:3]))}); "
+                    "expected names in the first column and counts in all others"
+                )
+            blocks.append(sp.csr_matrix(block.to_numpy(dtype=np.float32)))
+            row_names += block.index.astype(str).tolist()
     if not blocks:
         raise ValueError(f"{path} is empty: it has no rows; expected a table of counts")
     matrix, rows = sp.vstack(blocks, format="csr"), pd.Index(row_names)
@@ -244,14 +268,14 @@ def read_gene_lengths(path: Path) -> pd.Series:
     ValueError
         If the table is neither.
     """
-    table = pd.read_csv(path, sep=separator(path))
+    table = read_table(path)
     if table.shape[1] == 2 and re.fullmatch(r"[0-9.]+", str(table.columns[1])):  # no header
-        table = pd.read_csv(path, sep=separator(path), header=None)
+        table = pd.DataFrame(read_rows(path), dtype=object)
     if {"Gene name", "Transcript start (bp)", "Transcript end (bp)"} <= set(table.columns):
-        length = table["Transcript end (bp)"] - table["Transcript start (bp)"]
-        name = table["Gene name"]
-    elif table.shape[1] == 2 and pd.api.types.is_numeric_dtype(table.iloc[:, 1]):
-        name, length = table.iloc[:, 0], table.iloc[:, 1]
+        start, end = (_numbers(table[f"Transcript {side} (bp)"], path) for side in ("start", "end"))
+        name, length = table["Gene name"], end - start
+    elif table.shape[1] == 2 and len(table):
+        name, length = table.iloc[:, 0], _numbers(table.iloc[:, 1], path)
     else:
         raise ValueError(
             f"{path} is not a table of gene lengths: it has the columns {', '.join(map(str, table.columns))}; "
@@ -259,3 +283,20 @@ def read_gene_lengths(path: Path) -> pd.Series:
         )
     lengths = pd.Series(length.to_numpy(dtype=float), index=name.astype(str)).groupby(level=0).max()
     return lengths[lengths > 0].rename("gene_length_bp")
+
+
+def _numbers(column: pd.Series, path: Path) -> pd.Series:
+    """Base pairs, NaN where the field is empty or NA.
+
+    Raises
+    ------
+    ValueError
+        For any other text, and for infinity.
+    """
+    numbers = pd.to_numeric(column, errors="coerce")
+    bad = column[~np.isfinite(numbers) & ~column.str.strip().str.lower().isin(("", "na", "nan"))]
+    if len(bad):
+        raise ValueError(
+            f"{path} is not a table of gene lengths: it holds {bad.iloc[0]!r}, expected numbers of base pairs"
+        )
+    return numbers

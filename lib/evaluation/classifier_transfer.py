@@ -25,7 +25,7 @@ from sklearn.utils.class_weight import compute_sample_weight
 
 from lib.data.components import fit_components, n_components
 from lib.data.counts import hold_out, row_blocks
-from lib.data.tables import separator
+from lib.data.tables import read_table
 
 N_COMPONENTS = 2500  # principal components of the train cells, at most
 SETTINGS = {
@@ -46,7 +46,7 @@ def read_classes(path: Path, cell_types: list[str]) -> list[str]:
     ValueError
         If there are other columns, or a type has no class.
     """
-    table = pd.read_csv(path, sep=separator(path), dtype=str).dropna(how="all")
+    table = read_table(path)
     if table.shape[1] != 2:
         raise ValueError(
             f"{path} has {table.shape[1]} columns ({', '.join(table.columns)}); expected two, cell type and class"

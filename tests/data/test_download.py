@@ -12,6 +12,7 @@ from helpers import Workplace
 from server import Handler, serve
 
 import lib.data.download
+from lib import records
 from lib.data.download import ATTEMPTS, fetch
 
 pytestmark = pytest.mark.usefixtures("no_waits_no_proxy")
@@ -47,7 +48,7 @@ def fetch_body(site, tmp_path, body=BODY, name="counts.bin"):
 
 
 def files_in(folder) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != records.FOLDER)
 
 
 def test_a_file_is_downloaded_completely(site, tmp_path):
