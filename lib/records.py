@@ -12,7 +12,6 @@ from typing import Any
 
 from lib import runs
 
-FOLDER = ".records"
 _known: dict[Path, tuple[tuple[int, ...], str]] = {}  # files hashed by this process: their state on disk, their SHA-256
 
 
@@ -21,7 +20,7 @@ class Unusable(ValueError):
 
 
 def record_path(path: Path) -> Path:
-    return path.parent / FOLDER / f"{path.name}.json"
+    return path.parent / runs.RECORDS / f"{path.name}.json"
 
 
 def sha256(path: Path) -> str:

@@ -23,7 +23,8 @@ except ImportError:  # Windows: folders are not locked
     fcntl = None  # type: ignore[assignment]
 
 ROOT = Path(__file__).resolve().parent.parent
-LOCK = ".lock"  # file in a folder that a run holds; its text names the run
+RECORDS = ".records"  # folder in every folder that stages write to: records of the files (`lib.records`), and the lock
+LOCK = "lock"  # file in RECORDS; its text names the run that holds the folder
 HALF_WRITTEN = re.compile(r"\..*\.half-(?P<host>.+)-(?P<pid>\d+)-(?P<start>\d+)(\..*)?")
 OTHER_HOST_S = 86_400  # age from which a half-written file of another computer is removed
 STOPPED_BY = {name: getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
@@ -131,7 +132,8 @@ def hold(folder: Path) -> None:
     if _current is None or folder in _current.locks or os.environ.get("RANK", "0") != "0":
         return
     try:
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        (folder / RECORDS).mkdir(exist_ok=True)
+        descriptor = os.open(folder / RECORDS / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError:
         return
     _current.locks[folder] = descriptor
@@ -148,7 +150,8 @@ def hold(folder: Path) -> None:
     with contextlib.suppress(OSError):  # a full disk: the text only serves the message
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, f"{_current.stage}, process {os.getpid()}, since {_current.started}".encode(), 0)
-    remove_half_written(folder)
+    for place in (folder, folder / RECORDS):
+        remove_half_written(place)
 
 
 def half_written(path: Path) -> Path:

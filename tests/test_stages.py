@@ -12,7 +12,7 @@ import scipy.sparse as sp
 import torch
 from helpers import FEW, STAGES, Workplace, simulated_dataset, split_only
 
-from lib import records, runs
+from lib import runs
 from lib.bulk import sctape
 from lib.bulk.deconvolution import deconvolve
 from lib.bulk.reference import Reference
@@ -63,7 +63,7 @@ def test_every_file_is_there_and_nothing_half_written(pipeline):
     for name in FILES:
         assert (pipeline.path / name).stat().st_size > 0, name
     hidden = {path.name for path in pipeline.path.rglob(".*")}
-    assert hidden == {records.FOLDER, runs.LOCK}, "temporary files are left"
+    assert hidden == {runs.RECORDS}, "temporary files are left"
     assert list((pipeline.models / "tensorboard").rglob("events*"))
 
 

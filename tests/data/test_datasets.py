@@ -17,6 +17,7 @@ import scipy.sparse as sp
 from helpers import Workplace
 
 from lib.data import datasets
+from lib.records import record_path
 
 GENES = [
     ("ENSG00000243485", "MIR1302-10"),
@@ -140,7 +141,13 @@ def test_pbmc3k_refuses_labels_of_something_else(served, tmp_path):
     ):
         stage_0(tmp_path, "pbmc3k")
     other = ad.AnnData(np.ones((1, 1)), obs=pd.DataFrame({"louvain": ["B cells"]}, index=["cell_1"]))
-    other.write_h5ad(tmp_path / "data" / "raw" / "pbmc3k_processed.h5ad")
+    file = tmp_path / "data" / "raw" / "pbmc3k_processed.h5ad"
+    other.write_h5ad(file)
+    with pytest.raises(
+        ValueError, match="pbmc3k_processed.h5ad is not the file that was used before.*delete it and run this again"
+    ):
+        stage_0(tmp_path, "pbmc3k")
+    record_path(file).unlink()
     with pytest.raises(
         ValueError, match="for barcodes such as cell_1; expected the column louvain for barcodes such as AAACAT"
     ):

@@ -12,7 +12,7 @@ from helpers import Workplace
 from server import Handler, serve
 
 import lib.data.download
-from lib import records
+from lib import runs
 from lib.data.download import ATTEMPTS, fetch
 
 pytestmark = pytest.mark.usefixtures("no_waits_no_proxy")
@@ -48,7 +48,7 @@ def fetch_body(site, tmp_path, body=BODY, name="counts.bin"):
 
 
 def files_in(folder) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.name != records.FOLDER)
+    return sorted(path.name for path in folder.iterdir() if path.name != runs.RECORDS)
 
 
 def test_a_file_is_downloaded_completely(site, tmp_path):
