@@ -176,8 +176,8 @@ def check_unpacked(path: Path, n_bytes: int) -> None:
         ) from None
     if n_bytes > limit:
         raise Unusable(
-            f"{path} ({path.stat().st_size / 1e6:,.1f} MB) unpacks to at least {n_bytes / 1e9:,.1f} GB, "
-            f"expected at most {limit / 1e9:,.1f} GB: "
+            f"{path} ({path.stat().st_size / 1e6:,.1f} MB) unpacks to at least {n_bytes / 1e9:,.2f} GB, "
+            f"expected at most {limit / 1e9:,.2f} GB: "
             "it is damaged, or set the environment variable BULK2SC_MAX_GB higher"
         )
 

@@ -11,6 +11,7 @@ import pandas as pd
 
 from lib.files import Unusable, check_unpacked, reading
 
+MAX_LINE = 1 << 27  # characters of the first line: more than the names of 10 million cells
 EXPECTED = "a complete csv or tsv file in UTF-8, gzipped if it is called .gz"
 
 
@@ -46,7 +47,9 @@ def open_text(path: Path) -> IO[str]:
 def separator(path: Path) -> str:
     """Comma or tab, whichever is more frequent in the first line."""
     with reading(path, EXPECTED), open_text(path) as file:
-        line = file.readline()
+        line = file.readline(MAX_LINE)
+        if len(line) == MAX_LINE:
+            raise Unusable(f"{path} has a line of more than {MAX_LINE:,} characters; expected {EXPECTED}")
     return "\t" if line.count("\t") > line.count(",") else ","
 
 

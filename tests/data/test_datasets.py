@@ -214,7 +214,9 @@ def test_e_annd_5(served, tmp_path):
         "B",
         "T",
     ]
-    (tmp_path / "data" / "raw" / "E-ANND-5_experimental_design.tsv").write_text("Assay\tFactor Value[age]\nx\t1\n")
+    design = tmp_path / "data" / "raw" / "E-ANND-5_experimental_design.tsv"
+    design.write_text("Assay\tFactor Value[age]\nx\t1\n")
+    record_path(design).unlink()
     with pytest.raises(ValueError, match=r"has no column of cell types; it has Factor Value\[age\]"):
         stage_0(tmp_path, "E-ANND-5")
 
