@@ -28,9 +28,10 @@ from lib.baselines import registry
 from lib.bulk import sctape
 from lib.bulk.bulk_encoder import BulkEncoder, weights_id
 from lib.bulk.bulk_states import explained, make_mixtures
+from lib.bulk.network_input import most_variable_genes, read_profiles, select_genes
 from lib.bulk.pseudobulk import gene_lengths, is_for_fit, read_train_mixtures
 from lib.bulk.reference import reference_profiles
-from lib.bulk.sctape import ScTAPE, most_variable_genes, read_profiles, select_genes
+from lib.bulk.sctape import ScTAPE
 from lib.bulk.tables import read_bulk, read_gene_ids
 from lib.data.counts import select_cells
 from lib.evaluation import plots_training

@@ -23,8 +23,8 @@ import scipy.sparse as sp
 import torch
 from torch import nn
 
+from lib.bulk.network_input import check_coverage, complete, scale
 from lib.bulk.pseudobulk import largest_remainder, tpm
-from lib.bulk.sctape import check_coverage, complete, scale
 from lib.data.counts import digest
 from lib.files import replacing
 from lib.models.gmvae import GMVAE
@@ -86,7 +86,7 @@ class BulkEncoder(nn.Module):
         Parameters
         ----------
         profiles
-            Output of `sctape.scale`, (n_samples, n_genes).
+            Output of `network_input.scale`, (n_samples, n_genes).
 
         Returns
         -------

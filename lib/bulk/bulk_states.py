@@ -18,8 +18,8 @@ import scipy.sparse as sp
 import torch
 
 from lib.bulk.bulk_encoder import BulkEncoder
+from lib.bulk.network_input import scale
 from lib.bulk.pseudobulk import sample_cells_per_type
-from lib.bulk.sctape import scale
 from lib.data.batches import CellDataset
 from lib.data.counts import hold_out
 from lib.data.embedding import variable_genes

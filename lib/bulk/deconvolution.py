@@ -72,15 +72,7 @@ def deconvolve(
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
-    wanted = [reference.gene_names[g] for g in signature_genes(reference)]
-    coverage = pd.Index(wanted).isin(bulk.columns).mean()
-    if coverage < min_coverage:
-        raise ValueError(
-            f"the bulk has {coverage:.0%} of the {len(wanted):,} signature genes, expected at least {min_coverage:.0%} (its genes: "
-            f"{', '.join(map(str, bulk.columns[:3]))}; the signature's: {', '.join(wanted[:3])}); "
-            "are species and gene names the same? (GENE_IDS) "
-            "For a panel or an array of few genes, lower MIN_GENE_COVERAGE of stage 4 and expect a larger spread"
-        )
+    coverage = signature_coverage(reference, bulk, min_coverage)
     shared = reference.of_genes(np.flatnonzero(pd.Index(reference.gene_names).isin(bulk.columns)))
     values = bulk[shared.gene_names].to_numpy(dtype=np.float64)
     genes = signature_genes(shared)
@@ -122,6 +114,20 @@ def deconvolve(
         pd.DataFrame(signature, shared.cell_types, shared.gene_names),
         expression,
     )
+
+
+def signature_coverage(reference: Reference, bulk: pd.DataFrame, min_coverage: float) -> float:
+    """Share of the signature genes that the bulk has; refused below `min_coverage`."""
+    wanted = [reference.gene_names[g] for g in signature_genes(reference)]
+    coverage = pd.Index(wanted).isin(bulk.columns).mean()
+    if coverage < min_coverage:
+        raise ValueError(
+            f"the bulk has {coverage:.0%} of the {len(wanted):,} signature genes, expected at least {min_coverage:.0%} (its genes: "
+            f"{', '.join(map(str, bulk.columns[:3]))}; the signature's: {', '.join(wanted[:3])}); "
+            "are species and gene names the same? (GENE_IDS) "
+            "For a panel or an array of few genes, lower MIN_GENE_COVERAGE of stage 4 and expect a larger spread"
+        )
+    return coverage
 
 
 def ensemble(bulk: np.ndarray, reference: Reference, n_members: int, seed: int, **how: bool) -> np.ndarray:

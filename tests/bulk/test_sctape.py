@@ -9,17 +9,8 @@ import pytest
 import torch
 
 from lib.bulk import sctape
-from lib.bulk.sctape import (
-    ScTAPE,
-    adapt,
-    augment,
-    complete,
-    most_variable_genes,
-    predict,
-    read_profiles,
-    scale,
-    select_genes,
-)
+from lib.bulk.network_input import complete, most_variable_genes, read_profiles, scale, select_genes
+from lib.bulk.sctape import ScTAPE, adapt, augment, predict
 
 
 def test_scale_by_hand_in_any_unit():
