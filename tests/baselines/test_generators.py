@@ -118,7 +118,7 @@ def test_a_loaded_checkpoint_samples_the_same_cells(trained):
 def test_a_baseline_whose_training_was_interrupted_is_refused(trained):
     name, _, trainer = trained
     checkpoint = load_checkpoint(trainer.best_path, STAGES[3])
-    with pytest.raises(ValueError, match=f"the training of {name} was interrupted; finish it .* --resume"):
+    with pytest.raises(ValueError, match=f"the training of {name} was interrupted: .*; finish it with .* --resume"):
         registry.load(checkpoint | {"prior": None}, CPU)
 
 
