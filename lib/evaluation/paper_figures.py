@@ -64,7 +64,7 @@ def write(
 def layers_of(deconvolution: Deconvolution) -> tuple[str, tuple[int, ...]]:
     """Name of what predicts the proportions, and the sizes of its layers from genes to cell types."""
     arguments = deconvolution.checkpoint["arguments"]
-    if deconvolution.method == "sctape":
+    if deconvolution.method.startswith("sctape"):
         return "scTAPE", sizes_of(ScTAPE(**arguments).encoder)
     if deconvolution.method == "bulk_encoder":
         encoder = BulkEncoder(**arguments)
