@@ -1,10 +1,12 @@
-"""The six commands of the published run (README), in small."""
+"""The six commands of the published run (README), in small, and the settings that only this run needs."""
 
 import anndata as ad
+import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 import torch
-from helpers import FEW, STAGES, Workplace
+from helpers import FEW, STAGES, Workplace, simulated_dataset, split_only
 
 from lib.data.datasets import load as load_dataset
 from lib.training import load_checkpoint
@@ -43,3 +45,25 @@ def test_the_published_run_in_small(published):
     gmvae = load_checkpoint(published.models / "paper_gmvae.pt", STAGES[3])
     assert gmvae["epoch"] == 3 and gmvae["settings"]["batch_size"] == 37
     assert "sctape" in published.output
+    for number in (1, 3, 4):
+        assert (published.fig / f"paper_fig{number}.png").exists()
+
+
+@pytest.mark.slow
+def test_early_stopping_without_mixtures_of_held_out_cells_is_refused(published):
+    done = published.run(STAGES[4], "--preset", "paper", "--patience", "3", check=False)
+    assert "PATIENCE is 3, but data/pseudobulk_train.h5ad has no mixtures of held-out cells" in done.stderr
+
+
+def test_genes_may_be_counted_in_test_cells_as_well(tmp_path):
+    """Genes that one to six cells hold, and a threshold of three."""
+    adata = simulated_dataset(n_cells=90)
+    rng, counts = np.random.default_rng(0), adata.X.toarray()
+    for gene in range(40):
+        counts[:, gene] = 0
+        counts[rng.permutation(90)[: gene % 6 + 1], gene] = 1
+    adata.X = sp.csr_matrix(counts)
+    place = split_only(tmp_path, adata, COUNT_TEST_CELLS=True, MIN_CELLS=3)
+    kept = set(ad.read_h5ad(place.data / "train.h5ad").var_names)
+    held_by = [f"GENE{gene}" for gene in range(40) if gene % 6 + 1 >= 3]
+    assert {f"GENE{gene}" for gene in range(40)} & kept == set(held_by)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from scipy.cluster.hierarchy import dendrogram
@@ -27,7 +28,7 @@ from lib.evaluation.plots_style import (
 
 PANELS = ("#E3E3E3", "#DCE9F7", "#D8F0D0")  # backgrounds of the parts I, II and III of fig. 1
 LAYER, ARROW, SAMPLED = "black", "#0B5A85", "#C4500A"
-HEATMAP_DPI = 300  # so that the names of single genes can be read
+HEATMAP_DPI = 220  # so that the names of single genes can be read
 
 
 class Architecture(NamedTuple):
@@ -262,11 +263,8 @@ def figure_4(
 
 def _tree(axes: Axes, leaves: dict, upright: bool) -> None:
     """A dendrogram above (upright) or to the left of its heat map."""
-    for along, height in zip(leaves["icoord"], leaves["dcoord"]):
-        axes.plot(*((along, height) if upright else (height, along)), c="#444444", lw=0.6)
-    ends = (0, 10 * len(leaves["leaves"]))  # scipy places the leaves 10 apart
-    if upright:
-        axes.set(xlim=ends, ylim=(0, None))
-    else:
-        axes.set(ylim=ends[::-1], xlim=(axes.get_xlim()[1], 0))
+    lines = np.stack([leaves["icoord"], leaves["dcoord"]], axis=2)  # (n_branches, 4, 2): along the leaves, height
+    axes.add_collection(LineCollection(lines if upright else lines[..., ::-1], colors="#444444", lw=0.6))
+    along, height = (0, 10 * len(leaves["leaves"])), (0, 1.02 * lines[..., 1].max())  # scipy places the leaves 10 apart
+    axes.set(xlim=along if upright else height[::-1], ylim=height if upright else along[::-1])
     axes.axis("off")
