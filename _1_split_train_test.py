@@ -32,24 +32,25 @@ from lib.data.embedding import embed, labels_of_neighbours, lazy, leiden, princi
 from lib.data.markers import MIN_SCORE, cluster_types, read_markers, with_genes_in
 from lib.evaluation import plots_cells
 from lib.files import folder, print_written, user_path
+from lib.ranges import Count, Fraction, Percent, Positive, Seed, Several, Share, Whole
 
 # Preset
 PRESET: Literal["ours", "paper"] = "ours"  # paper: the settings of the paper, except constants that you set yourself
 
 # Quality control (the original's thresholds; none switches one off)
-MIN_GENES: int | None = 200  # a cell has at least so many detected genes
-MAX_GENES: int | None = 2500  # and fewer than this
-MAX_COUNTS: int | None = 6000  # a cell has fewer counts than this
-MAX_PCT_MT: float | None = 15.0  # a cell has less than this percentage of its counts in mitochondrial genes (MT-)
-TYPE_IQR: float | None = (
+MIN_GENES: Count | None = 200  # a cell has at least so many detected genes
+MAX_GENES: Count | None = 2500  # and fewer than this
+MAX_COUNTS: Count | None = 6000  # a cell has fewer counts than this
+MAX_PCT_MT: Percent | None = 15.0  # a cell has less than this percentage of its counts in mitochondrial genes (MT-)
+TYPE_IQR: Positive | None = (
     None  # remove cells so many interquartile ranges outside their type's quartiles (Generative genomics: 1.5)
 )
-MIN_CELLS = 3  # a gene is detected in at least so many train cells
+MIN_CELLS: Whole = 3  # a gene is detected in at least so many train cells
 COUNT_TEST_CELLS = False  # MIN_CELLS counts test cells as well (paper: True): the test cells then select genes too
 
 # Doublets
 REMOVE_DOUBLETS = True  # by Scrublet (original)
-MAX_CELLS_SCRUBLET = 6_000  # in one run of Scrublet, about one capture; more are split at random (ours; 20,000: 4 GB)
+MAX_CELLS_SCRUBLET: Count = 6_000  # in one run of Scrublet; more are split at random (ours; 20,000: 4 GB)
 
 # Cell types
 LABELS: Literal["auto", "author", "leiden", "markers"] = "auto"  # auto: author's labels if any, else Leiden clusters
@@ -58,23 +59,23 @@ MARKERS_FILE: str | None = (
 )
 MARKERS_TISSUE: str | None = None  # rows of MARKERS_FILE to use, if it is scType's database, such as "Immune system"
 UNLABELLED: Literal["drop", "keep"] = "drop"  # cells without an author's label; keep: as train cells without a type
-MIN_TYPE_CELLS = 4  # an author's type with fewer cells cannot be split
+MIN_TYPE_CELLS: Count = 4  # an author's type with fewer cells cannot be split
 SMALL_TYPES: Literal["error", "drop"] = "error"  # what to do with the cells of such a type
 
 # Split (the original's)
-TEST_FRACTION = 0.25  # of the cells of each type
+TEST_FRACTION: Fraction = 0.25  # of the cells of each type
 SPLIT_BY: str | None = None  # a column of obs, such as donor; train and test cells then share none of its values
-SEED = 123  # of everything random in this stage
+SEED: Seed = 123  # of everything random in this stage
 
 # Clusters and UMAP (the original's)
-N_TOP_GENES = 2000  # highly variable genes
-N_PCS = 50  # principal components
-N_NEIGHBORS = 15  # neighbours of a cell
-LEIDEN_RESOLUTION = 0.7  # higher: more clusters
-LEIDEN_ITERATIONS = 2  # of the Leiden algorithm (scanpy's recommendation; paper: 100)
-UMAP_MIN_DIST = 0.5  # smallest distance of cells in the UMAP (scanpy's default; paper: 0.25)
-MIN_CLUSTER_CELLS = 30  # smaller types are dropped, if the types are clusters
-MAX_CELLS_EMBEDDED = 50_000  # clustered and plotted; more cells take the cluster of their neighbours among these (ours)
+N_TOP_GENES: Count = 2000  # highly variable genes
+N_PCS: Count = 50  # principal components
+N_NEIGHBORS: Several = 15  # neighbours of a cell
+LEIDEN_RESOLUTION: Positive = 0.7  # higher: more clusters
+LEIDEN_ITERATIONS: Count = 2  # of the Leiden algorithm (scanpy's recommendation; paper: 100)
+UMAP_MIN_DIST: Share = 0.5  # smallest distance of cells in the UMAP (scanpy's default; paper: 0.25)
+MIN_CLUSTER_CELLS: Count = 30  # smaller types are dropped, if the types are clusters
+MAX_CELLS_EMBEDDED: Count = 50_000  # clustered and plotted; others take their neighbours' cluster (ours)
 
 # Where things are
 DATA_DIR = "data"  # folder

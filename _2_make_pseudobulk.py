@@ -28,24 +28,25 @@ from lib.bulk.reference import reference_profiles
 from lib.bulk.rna_content import print_rna_per_cell, rna_per_cell
 from lib.data.counts import hold_out, n_entries, read_split
 from lib.files import folder, print_written, replacing
+from lib.ranges import Count, NotNegative, Part, Seed, Several, Share
 
 # Preset
 PRESET: Literal["ours", "paper"] = "ours"  # paper: the settings of the paper, except constants that you set yourself
 
 # Mixtures of train cells, to train scTAPE
-N_TRAIN_SAMPLES = 15_000  # original code
-CELLS_PER_SAMPLE = 1_200  # original code; sampled with replacement
-MIN_DISTINCT_CELLS: int | None = 3  # smallest random subset that a type's cells come from; none: all cells (original)
-VALIDATION_FRACTION = 0.15  # share of train cells held out; the same share of mixtures is made of them (ours; paper: 0)
+N_TRAIN_SAMPLES: Several = 15_000  # original code
+CELLS_PER_SAMPLE: Count = 1_200  # original code; sampled with replacement
+MIN_DISTINCT_CELLS: Count | None = 3  # smallest random subset that a type's cells come from; none: all cells (original)
+VALIDATION_FRACTION: Part = 0.15  # share of train cells held out; as many mixtures are made of them (ours; paper: 0)
 
 # Mixtures of test cells, to evaluate the deconvolution
-N_TEST_OWN = 5  # at the test set's own proportions: random 33-40 % of its cells each (original: nested subsets)
-N_TEST_DIRICHLET = 45  # at random proportions, with rare and absent types (ours)
+N_TEST_OWN: Count = 5  # at the test set's own proportions: random 33-40 % of its cells each (original: nested subsets)
+N_TEST_DIRICHLET: Count = 45  # at random proportions, with rare and absent types (ours)
 
 # How the proportions are sampled (ours; paper: half sparse, half uniform): shares of the samples; the rest is uniform on the simplex
-SPARSE_SHARE = 0.25  # a random half of the types is absent
-RARE_SHARE = 0.25  # a random half of the types is rare
-NEAR_SHARE = 0.25  # close to the train cells' own proportions (mixtures of train cells only)
+SPARSE_SHARE: Share = 0.25  # a random half of the types is absent
+RARE_SHARE: Share = 0.25  # a random half of the types is rare
+NEAR_SHARE: Share = 0.25  # close to the train cells' own proportions (mixtures of train cells only)
 
 # mRNA and TPM
 RNA_PER_CELL = (
@@ -54,8 +55,8 @@ RNA_PER_CELL = (
 USE_GENE_LENGTHS = False  # divide by gene length (original); right for full-length counts, not for UMI counts
 
 # Other
-MEMORY_GB = 0.5  # that the train cells may take; a larger set is read from disk several times
-SEED = 123  # of everything random in this stage
+MEMORY_GB: NotNegative = 0.5  # that the train cells may take; a larger set is read from disk several times
+SEED: Seed = 123  # of everything random in this stage
 DATA_DIR = "data"  # folder
 
 
@@ -81,15 +82,10 @@ def paper_preset() -> dict[str, tuple[Any, Any]]:
 
 
 def check_constants() -> None:
-    if min(N_TRAIN_SAMPLES, N_TEST_OWN, N_TEST_DIRICHLET) < 1 or not 0 <= VALIDATION_FRACTION < 1:
-        raise ValueError(
-            f"N_TRAIN_SAMPLES = {N_TRAIN_SAMPLES}, N_TEST_OWN = {N_TEST_OWN}, N_TEST_DIRICHLET = {N_TEST_DIRICHLET}, "
-            f"VALIDATION_FRACTION = {VALIDATION_FRACTION}; expected at least one of each, and a fraction of at least 0 and below 1"
-        )
     shares = SPARSE_SHARE, RARE_SHARE, NEAR_SHARE
-    if min(shares) < 0 or sum(shares) > 1:
+    if sum(shares) > 1:
         raise ValueError(
-            f"SPARSE_SHARE, RARE_SHARE, NEAR_SHARE = {', '.join(map(str, shares))}; expected shares of at least 0 that sum to at most 1"
+            f"SPARSE_SHARE, RARE_SHARE, NEAR_SHARE = {', '.join(map(str, shares))}; expected shares that sum to at most 1"
         )
 
 

@@ -28,56 +28,57 @@ from lib.models.axes import within_type_axes
 from lib.models.gmvae import GMVAE
 from lib.models.initialise import initialise
 from lib.models.profiles import gene_marginals, nb_per_type_log_likelihood
+from lib.ranges import Count, NotNegative, Part, Positive, Seed, Several, Whole
 from lib.training import Trainer, clip_gradients, keep_freed_memory
 
 # Preset
 PRESET: Literal["ours", "paper"] = "ours"  # paper: the settings of the paper, except constants that you set yourself
 
 # Model (ours; the paper's is fixed: lib/models/paper_gmvae.py)
-N_LATENT = 32  # dimensions of z (paper); for a linear decoder the upper limit: as many as held-out cells confirm (ours)
-HIDDEN = (128, 64)  # layers of q(z|x,y), and of an mlp decoder in reverse (paper)
+N_LATENT: Count = 32  # dimensions of z (paper); linear decoder: at most, as many as held-out cells confirm (ours)
+HIDDEN: tuple[Count, ...] = (128, 64)  # layers of q(z|x,y), and of an mlp decoder in reverse (paper)
 LIKELIHOOD: Literal["nb", "zinb"] = "nb"  # of counts: without or with zero inflation
 DECODER: Literal["linear", "mlp"] = "linear"  # z to log means: a matrix or layers
 DISPERSION: Literal["gene", "gene-type"] = "gene-type"  # one theta for each gene, or for each gene and type
 PRIOR: Literal["copula", "gaussian"] = "copula"  # of z of new cells: fitted after training, or p(z|y) (as the paper)
-DROPOUT = 0.0  # in encoders and decoder; with dropout z stays unused (ours)
+DROPOUT: Part = 0.0  # in encoders and decoder; with dropout z stays unused (ours)
 
 # Training (of both GMVAEs)
-EPOCHS = 300  # maximum; early stopping usually ends training before (paper: 4000)
-BATCH_SIZE = 128  # cells (paper: 37)
-LEARNING_RATE = 5e-4  # AdamW (paper: Adam, 6e-6); reduced when the held-out loss does not improve
-DISPERSION_LEARNING_RATE = 2e-2  # of theta and of the loading ratios, which start far from their final values (ours)
-WEIGHT_DECAY = 5.0  # AdamW, times the learning rate per step; without it the decoder memorises the train cells (ours)
-KL_WARMUP_EPOCHS = 1  # over which the KL weight rises to 1; with an mlp decoder 50, or z stays unused (ours)
-MAX_GRADIENT_NORM = 100.0  # larger gradients are clipped; they measure 20-90 on pbmc3k (ours)
-VALIDATION_FRACTION = 0.1  # of the train cells of each type, held out for early stopping (ours; paper: 0)
-MAX_VALIDATION_CELLS = 10_000  # held-out cells at most (ours)
-PATIENCE: int | None = 30  # epochs without a better held-out bound before training stops; none: last epoch (paper)
-KEEP_EVERY: int | None = None  # epochs between checkpoints of paper_gmvae that stay (paper: 1000)
+EPOCHS: Count = 300  # maximum; early stopping usually ends training before (paper: 4000)
+BATCH_SIZE: Count = 128  # cells (paper: 37)
+LEARNING_RATE: Positive = 5e-4  # AdamW (paper: Adam, 6e-6); reduced when the held-out loss does not improve
+DISPERSION_LEARNING_RATE: Positive = 2e-2  # of theta and the loading ratios, which start far from their values (ours)
+WEIGHT_DECAY: NotNegative = 5.0  # AdamW, times learning rate per step; without it the decoder memorises cells (ours)
+KL_WARMUP_EPOCHS: Whole = 1  # over which the KL weight rises to 1; with an mlp decoder 50, or z stays unused (ours)
+MAX_GRADIENT_NORM: Positive = 100.0  # larger gradients are clipped; they measure 20-90 on pbmc3k (ours)
+VALIDATION_FRACTION: Part = 0.1  # of the train cells of each type, held out for early stopping (ours; paper: 0)
+MAX_VALIDATION_CELLS: Count = 10_000  # held-out cells at most (ours)
+PATIENCE: Count | None = 30  # epochs without a better held-out bound before training stops; none: last epoch (paper)
+KEEP_EVERY: Count | None = None  # epochs between checkpoints of paper_gmvae that stay (paper: 1000)
 
 # Generator
 GENERATOR: registry.Name = "gmvae"  # gmvae: ours; paper_gmvae: the paper's; others: lib/baselines
 
 # Training of the generators of other systems (lib/baselines)
-OTHER_EPOCHS: int | None = None  # of another generator; none: as published (5000, 100, 50)
-OTHER_BATCH_SIZE: int | None = None  # the same; none: 512, 5000, 32
-OTHER_LEARNING_RATE: float | None = None  # the same; none: 1e-4, 1e-3, 1e-3
-OTHER_PATIENCE: int | None = None  # the same, epochs without a better held-out loss; none: 50, 100, 50
-TOP_MARKERS: int | None = None  # beta_vae: marker genes per type that its encoder reads (omicverse: 200); none: all
-PCA_COMPONENTS = 2500  # pca_cvae: principal components that it models, if the data have so many (published)
-CONV_SIDE: int | None = (
+OTHER_EPOCHS: Count | None = None  # of another generator; none: as published (5000, 100, 50)
+OTHER_BATCH_SIZE: Count | None = None  # the same; none: 512, 5000, 32
+OTHER_LEARNING_RATE: Positive | None = None  # the same; none: 1e-4, 1e-3, 1e-3
+OTHER_PATIENCE: Count | None = None  # the same, epochs without a better held-out loss; none: 50, 100, 50
+TOP_MARKERS: Count | None = None  # beta_vae: marker genes per type that its encoder reads (omicverse: 200); none: all
+PCA_COMPONENTS: Count = 2500  # pca_cvae: principal components that it models, if the data have so many (published)
+CONV_SIDE: Count | None = (
     None  # conv_cvae: side of the image of a cell, pixels (published: 144); none: the smallest for the genes
 )
-CONV_KERNEL = 3  # conv_cvae: side of the kernels, pixels, odd (published)
-CONV_STRIDES = 2  # conv_cvae: pixels from one position of a kernel to the next (published)
-CONV_FILTERS = 16  # conv_cvae: filters of the first convolution, half as many as of the second (published)
-CONV_N_LATENT = 2  # conv_cvae: dimensions of z (published)
+CONV_KERNEL: Count = 3  # conv_cvae: side of the kernels, pixels, odd (published)
+CONV_STRIDES: Count = 2  # conv_cvae: pixels from one position of a kernel to the next (published)
+CONV_FILTERS: Several = 16  # conv_cvae: filters of the first convolution, half as many as of the second (published)
+CONV_N_LATENT: Count = 2  # conv_cvae: dimensions of z (published)
 
 # Running
 RESUME = False  # continue from models/gmvae_last.pt
-MEMORY_GB = 0.5  # for the train cells; a larger data set is read from disk in random blocks during training
+MEMORY_GB: NotNegative = 0.5  # for the train cells; a larger set is read from disk in random blocks during training
 DEVICE: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
-SEED = 123  # of everything random in this stage
+SEED: Seed = 123  # of everything random in this stage
 DATA_DIR = "data"  # folder
 MODELS_DIR = "models"  # folder
 FIG_DIR = "fig"  # folder

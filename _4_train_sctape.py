@@ -37,6 +37,7 @@ from lib.data.counts import select_cells
 from lib.evaluation import plots_training
 from lib.files import folder, print_written, user_path
 from lib.models.gmvae import GMVAE
+from lib.ranges import Count, Fraction, NotNegative, Part, Positive, Seed, Several, Share
 from lib.training import Trainer, check_checkpoint, keep_freed_memory, load_checkpoint
 
 # Preset
@@ -46,36 +47,36 @@ PRESET: Literal["ours", "paper"] = "ours"  # paper: the settings of the paper, e
 NETWORK: Literal["sctape", "bulk_encoder"] = "sctape"  # to train: sctape, or bulk_encoder, which predicts states too
 
 # Genes of scTAPE (selected by the training mixtures alone)
-N_GENES = 1000  # genes whose expression the proportions explain best (ours)
-VARIANCE_THRESHOLD: float | None = None  # instead, this share of the genes, those whose TPM vary most (paper: 0.85)
+N_GENES: Count = 1000  # genes that the proportions explain best (ours; original code: the 85 % that vary most)
+VARIANCE_THRESHOLD: Share | None = None  # instead, this share of the genes, those whose TPM vary most (paper: 0.85)
 SCALING: Literal["standard", "minmax"] = "standard"  # of the input: by gene (ours), or min-max by sample (paper)
 BULK_FILE: str | None = None  # a bulk table to be deconvolved later: select among its genes only
 GENE_IDS: str | None = None  # table of Ensembl IDs and gene names, for a BULK_FILE with IDs
-MIN_GENE_COVERAGE = 0.5  # least share of the selected (or signature) genes that a bulk of stage 5 must have (ours)
+MIN_GENE_COVERAGE: Share = 0.5  # least share of the selected (or signature) genes that a bulk must have (ours)
 
 # Augmentation of scTAPE's mixtures
-PLATFORM_SD = (
+PLATFORM_SD: NotNegative = (
     1.0  # each mixture is measured by a simulated platform: sd of log factors of the genes, at most; 0: none (paper)
 )
 
 # Training
-EPOCHS = 128  # at most; early stopping may end it sooner (original code: 640)
-BATCH_SIZE = 200  # mixtures (original code: 600)
-LEARNING_RATE = 1e-3  # Adam (original code: 1e-4); reduced when the held-out error does not improve
-DROPOUT = 0.1  # before the encoder's layers (original code: 0.5)
-MAX_GRADIENT_NORM: float | None = 1.0  # larger gradients are clipped to this norm (ours); none: never (paper)
-PATIENCE: int | None = 15  # epochs without a lower held-out error before training stops; none: last epoch (paper)
+EPOCHS: Count = 128  # at most; early stopping may end it sooner (original code: 640)
+BATCH_SIZE: Count = 200  # mixtures (original code: 600)
+LEARNING_RATE: Positive = 1e-3  # Adam (original code: 1e-4); reduced when the held-out error does not improve
+DROPOUT: Part = 0.1  # before the encoder's layers (original code: 0.5)
+MAX_GRADIENT_NORM: Positive | None = 1.0  # larger gradients are clipped to this norm (ours); none: never (paper)
+PATIENCE: Count | None = 15  # epochs without a lower held-out error before training stops; none: last epoch (paper)
 
 # Bulk encoder, which also uses BULK_FILE, GENE_IDS, MIN_GENE_COVERAGE and the settings of "Training"
-N_STATE_GENES = 2000  # input genes: the most variable ones of the train cells (ours)
-N_STATE_SAMPLES = 5_000  # mixtures of train cells that favour some states, made by this stage (ours)
-CELLS_PER_STATE_SAMPLE = 1_200  # cells in each of them (ours)
-VALIDATION_FRACTION = 0.25  # share of train cells held out; the same share of mixtures is made of them (ours)
+N_STATE_GENES: Count = 2000  # input genes: the most variable ones of the train cells (ours)
+N_STATE_SAMPLES: Several = 5_000  # mixtures of train cells that favour some states, made by this stage (ours)
+CELLS_PER_STATE_SAMPLE: Count = 1_200  # cells in each of them (ours)
+VALIDATION_FRACTION: Fraction = 0.25  # share of train cells held out; the same share of mixtures is made of them (ours)
 
 # Running
 RESUME = False  # go on from models/sctape_last.pt
 DEVICE: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
-SEED = 123  # of everything random in this stage
+SEED: Seed = 123  # of everything random in this stage
 DATA_DIR = "data"  # folder
 MODELS_DIR = "models"  # folder
 FIG_DIR = "fig"  # folder

@@ -42,6 +42,7 @@ from lib.evaluation.classifier_transfer import read_classes
 from lib.files import ROOT, folder, print_written, user_path
 from lib.models.gmvae import GMVAE
 from lib.models.sampling import Shift, n_blocks
+from lib.ranges import Count, NotNegative, Positive, Seed, Several, Whole
 from lib.training import check_checkpoint, keep_freed_memory, load_checkpoint
 
 # Preset
@@ -49,7 +50,7 @@ PRESET: Literal["ours", "paper"] = "ours"  # paper: the settings of the paper, e
 
 # What to generate
 BULK_FILE: str | None = None  # bulk table: csv, tsv, xlsx or h5ad (cells are summed); none: sum of the test cells
-N_CELLS = 1000  # for each sample of BULK_FILE or PROPORTIONS_FILE; for the sum of the test cells, as many as test cells
+N_CELLS: Count = 1000  # for each sample of BULK_FILE or PROPORTIONS_FILE; for the sum of test cells: as many as these
 DECONVOLUTION: proportions.Method = (
     "regression"  # or regression-per-sample, sctape, sctape-adapted, ...: lib/bulk/README.md
 )
@@ -65,32 +66,32 @@ WRITE_MTX = False  # also MTX (genes x cells), genes.csv, clusters.csv with inte
 
 # How to generate
 GENERATOR: registry.Name = "gmvae"  # one that stage 3 has trained
-LATENT_SPREAD = 1.0  # of the cells of a type in z: 1 as learned, less for more typical cells (original code: factor)
-MIN_CLUSTER_CELLS: int | None = None  # small-cluster filter: smaller Leiden clusters are dropped (Bulk2Single: 25)
-LEIDEN_RESOLUTION = 1.0  # of these clusters (scanpy's default)
+LATENT_SPREAD: NotNegative = 1.0  # of a type's cells in z: 1 as learned, less for more typical cells (original: factor)
+MIN_CLUSTER_CELLS: Count | None = None  # small-cluster filter: smaller Leiden clusters are dropped (Bulk2Single: 25)
+LEIDEN_RESOLUTION: Positive = 1.0  # of these clusters (scanpy's default)
 MOVE_GENES = True  # bulk_encoder: also shift single genes that the bulk expresses more than the generated cells, relative to other genes
-N_MEMBERS = 10  # members of the ensemble that gives the spread of the proportions
+N_MEMBERS: Whole = 10  # members of the ensemble that gives the spread of the proportions
 
 # Running
 DEVICE: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
-SEED = 123  # of everything random in this stage
+SEED: Seed = 123  # of everything random in this stage
 DATA_DIR = "data"  # folder
 MODELS_DIR = "models"  # folder
 FIG_DIR = "fig"  # folder
 
 # Evaluation
 EVALUATE = True  # compare proportions and cells with the test cells, if there are any; False: no figures and metrics, much faster
-MAX_CELLS_EVALUATED = 2500  # test cells, at most, compared with as many generated and train cells: a random selection
-MAX_CELLS_PLOTTED = 5000  # generated, test and train cells in the plots, of each at most: a random selection
-N_CORRELATION_GENES = 145  # most variable genes of the train cells, in paper_fig4.png (paper)
-N_TYPE_MARKERS = 200  # marker genes of each type in type_correlation.png (Bulk2Single)
-N_TOP_GENES = 2000  # highly variable genes for the UMAP and the small-cluster filter
-N_PCS = 50  # principal components for both
-N_NEIGHBORS = 15  # neighbours for both
+MAX_CELLS_EVALUATED: Count = 2500  # test cells, at most, compared with as many generated and train cells: random
+MAX_CELLS_PLOTTED: Count = 5000  # generated, test and train cells in the plots, of each at most: a random selection
+N_CORRELATION_GENES: Several = 145  # most variable genes of the train cells, in paper_fig4.png (paper)
+N_TYPE_MARKERS: Count = 200  # marker genes of each type in type_correlation.png (Bulk2Single)
+N_TOP_GENES: Count = 2000  # highly variable genes for the UMAP and the small-cluster filter
+N_PCS: Count = 50  # principal components for both
+N_NEIGHBORS: Several = 15  # neighbours for both
 MDE = False  # the plots of the UMAP also by minimum-distortion embedding (Bulk2Single); needs pip install pymde
 FOUR_STAGES = False  # four_stages.png: input, latent, reconstructed, generated cells (bulk2sc, scGMVAE); a minute more
 XGBOOST = False  # classifiers of types trained on real and on generated cells (Generative genomics): xgboost.csv
-XGBOOST_CELLS = (1000, 2000, 100)  # synthetic cells per type to test on, to train on, and for early stopping (theirs)
+XGBOOST_CELLS: tuple[Count, Count, Count] = (1000, 2000, 100)  # synthetic per type: to test on, train on, stop early
 CLASS_FILE: str | None = (
     None  # csv or tsv of cell types and coarse classes, for XGBOOST (lib/evaluation/classes_e_annd_5.csv)
 )
@@ -166,10 +167,6 @@ def check_options() -> None:
         ):
             if is_set:
                 raise ValueError(f"{name} needs the GMVAE, but GENERATOR is {GENERATOR}; set GENERATOR to gmvae")
-    if len(XGBOOST_CELLS) != 3 or min(XGBOOST_CELLS) < 1:
-        raise ValueError(
-            f"XGBOOST_CELLS is {XGBOOST_CELLS}; expected three numbers of cells: to test on, to train on, for early stopping"
-        )
     if MDE:
         load_pymde()
     for file in (BULK_FILE, GENE_IDS, REPLICATES, PROPORTIONS_FILE, CLASS_FILE):

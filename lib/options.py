@@ -2,20 +2,23 @@
 
 A stage declares `EPOCHS = 300  # passes over the data`; `python stage.py --epochs 50` sets it for one run. A comment on a line of
 its own above a block of constants is the heading of that block in `--help`; the comment beside a constant is its help text.
-A constant whose value does not show its type (None, a choice) has an annotation: `BULK_FILE: str | None = None`.
+A constant whose value does not show its type (None, a choice) has an annotation: `BULK_FILE: str | None = None`. A type of
+`lib.ranges` declares the values that are allowed: `EPOCHS: Count = 300`. They are checked here and nowhere else.
 """
 
 import argparse
 import ast
 import io
+import math
 import sys
 import tokenize
 import traceback
 import types
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin
 
 from lib import runs
+from lib.ranges import Range
 from lib.runs import ROOT
 
 DESCRIPTIONS = {types.NoneType: "none", bool: "True or False", int: "a whole number", float: "a number", str: "text"}
@@ -149,11 +152,9 @@ def read_constants(source: str, module: dict[str, Any]) -> list[Constant]:
             headings = [alone[line] for line in range(last_line + 1, node.lineno) if line in alone]
             group = " ".join(headings) or group
             annotation = module.get("__annotations__", {}).get(target.id)
-            found.append(
-                Constant(
-                    target.id, annotation or _type_of(module[target.id]), group, inline.get(node.end_lineno or 0, "")
-                )
-            )
+            lines = range(node.lineno, (node.end_lineno or 0) + 1)
+            comment = " ".join(inline[line] for line in lines if line in inline)
+            found.append(Constant(target.id, annotation or _type_of(module[target.id]), group, comment))
         last_line = node.end_lineno or 0
     return found
 
@@ -169,16 +170,26 @@ def _members(kind: Any) -> list[Any]:
     return list(get_args(kind)) if get_origin(kind) in (Union, types.UnionType) else [kind]
 
 
+def _split(kind: Any) -> tuple[Any, Range | None]:
+    """A type without its range, and the range."""
+    return get_args(kind)[:2] if get_origin(kind) is Annotated else (kind, None)
+
+
 def _fits(value: Any, kind: Any) -> bool:
     for member in _members(kind):
+        plain, allowed = _split(member)
+        if allowed is not None and _fits(value, plain) and allowed.holds(value):
+            return True
         if get_origin(member) is Literal and value in get_args(member):
             return True
         if get_origin(member) is tuple and isinstance(value, tuple):
-            return bool(value) and all(_fits(item, get_args(member)[0]) for item in value)
+            items = get_args(member)
+            size = len(value) if items[-1] is Ellipsis else len(items)
+            return len(value) == size > 0 and all(_fits(item, items[0]) for item in value)
         if member is types.NoneType and value is None:
             return True
         if member is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return True
+            return math.isfinite(value)
         if member in (bool, int, str) and type(value) is member:
             return True
     return False
@@ -187,13 +198,24 @@ def _fits(value: Any, kind: Any) -> bool:
 def _describe(kind: Any) -> str:
     names = []
     for member in _members(kind):
+        plain, allowed = _split(member)
         if get_origin(member) is Literal:
             names += [repr(choice) for choice in get_args(member)]
         elif get_origin(member) is tuple:
-            names.append(f"a list of {get_args(member)[0].__name__}")
+            item, allowed = _split(get_args(member)[0])
+            several = "a list" if get_args(member)[-1] is Ellipsis else f"{len(get_args(member))} values"
+            names.append(f"{several} of {item.__name__}" + (f", {allowed.words}" if allowed else ""))
+        elif allowed is not None:
+            names.append(f"{DESCRIPTIONS[plain]}, {allowed.words}")
         else:
             names.append(DESCRIPTIONS.get(member, "one of text, a number, True or False, or a tuple such as (128, 64)"))
     return " or ".join(names)
+
+
+def _allowed(kind: Any) -> str:
+    """The range of a type in words, for --help; "" if it has none."""
+    members = [get_args(member)[0] if get_origin(member) is tuple else member for member in _members(kind)]
+    return ", ".join(allowed.words for _, allowed in map(_split, members) if allowed is not None)
 
 
 def _parser_of(kind: Any):
@@ -209,9 +231,11 @@ def _parser_of(kind: Any):
                     return word
             else:
                 try:
-                    return member(word)
+                    value = _split(member)[0](word)
                 except ValueError:
                     continue
+                if _fits(value, member):
+                    return value
         raise argparse.ArgumentTypeError(f"got {word!r}, expected {_describe(kind)}")
 
     return parse
@@ -226,14 +250,17 @@ def _add_option(group: Any, constant: Constant, default: Any) -> None:
         if default is None
         else default
     )
-    text = f"{constant.comment} [{shown}]".strip().replace("%", "%%")
+    allowed = _allowed(constant.type)
+    text = f"{constant.comment} [{shown}{'; ' * bool(allowed)}{allowed}]".strip().replace("%", "%%")
     arguments = {"dest": constant.name, "default": argparse.SUPPRESS, "help": text}
     if constant.type is bool:
         group.add_argument(option, action=argparse.BooleanOptionalAction, **arguments)
     elif get_origin(constant.type) is tuple:
-        item = get_args(constant.type)[0]
+        items = get_args(constant.type)
+        size: Any = "+" if items[-1] is Ellipsis else len(items)
+        metavar = _split(items[0])[0].__name__.upper()
         group.add_argument(
-            option, nargs="+", type=_parser_of(item), action=_StoreTuple, metavar=item.__name__.upper(), **arguments
+            option, nargs=size, type=_parser_of(items[0]), action=_StoreTuple, metavar=metavar, **arguments
         )
     else:
         metavar = constant.name.split("_")[-1]

@@ -266,8 +266,6 @@ class Trainer:
             Returns the same means over held-out data, and `stopping_criterion`, which selects the best epoch (lowest). None
             without held-out data, which needs `patience` None.
         """
-        if epochs < 1:
-            raise ValueError(f"EPOCHS is {epochs}; expected at least 1")
         events = self.models_dir / "tensorboard" / self.name / f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
         with _event_writer(events) as writer:
             try:

@@ -16,6 +16,8 @@ SCRIPT = '''
 
 from typing import Literal
 
+from lib.ranges import Count, Positive, Share
+
 # Training (ours)
 EPOCHS = 300  # passes over the data
 LEARNING_RATE = 1e-3  # of Adam; 10% of the paper's
@@ -23,6 +25,14 @@ NAME = "lung"  # of the run
 RESUME = False  # go on
 SHUFFLE = True  # the cells
 HIDDEN = (128, 64)  # layers
+
+PATIENCE: Count = 30  # epochs
+DECAY: Positive | None = None  # of weights
+PARTS: tuple[Count, Count] = (10, 20)  # cells
+WIDTHS: tuple[Count, ...] = (8,)  # units
+DROPPED: Share = (
+    0.1  # of the units, said in a comment that is too long for one line
+)
 
 # Where things are
 BULK_FILE: str | None = None  # a table
@@ -56,6 +66,7 @@ def script(tmp_path):
 
 DEFAULTS = {
     "EPOCHS": 300, "LEARNING_RATE": 1e-3, "NAME": "lung", "RESUME": False, "SHUFFLE": True, "HIDDEN": (128, 64),
+    "PATIENCE": 30, "DECAY": None, "PARTS": (10, 20), "WIDTHS": (8,), "DROPPED": 0.1,
     "BULK_FILE": None, "MAX_GENES": 2500, "MAX_PCT_MT": 15.0, "DEVICE": "auto",
 }  # fmt: skip
 
@@ -87,6 +98,13 @@ def test_without_options_the_constants_stay(script):
         ("--max-pct-mt 7", "MAX_PCT_MT", 7.0),
         ("--max-pct-mt None", "MAX_PCT_MT", None),
         ("--device cpu", "DEVICE", "cpu"),
+        ("--patience 1", "PATIENCE", 1),
+        ("--decay 2e-9", "DECAY", 2e-9),
+        ("--decay none", "DECAY", None),
+        ("--parts 1 2", "PARTS", (1, 2)),
+        ("--widths 4 5 6", "WIDTHS", (4, 5, 6)),
+        ("--dropped 1", "DROPPED", 1.0),
+        ("--dropped 0", "DROPPED", 0.0),
     ],
 )
 def test_an_option_sets_its_constant_and_no_other(script, words, name, value):
@@ -110,7 +128,17 @@ def test_main_uses_the_value_of_the_option(script):
             "--epoch 50",
             "unrecognized arguments: --epoch 50",
         ),  # an abbreviation would change its meaning with the next constant
-        ("--patience 3", "unrecognized arguments: --patience 3"),
+        ("--patient 3", "unrecognized arguments: --patient 3"),
+        ("--patience 0", "argument --patience: got '0', expected a whole number, at least 1"),
+        ("--patience -5", "argument --patience: got '-5', expected a whole number, at least 1"),
+        ("--patience 99999999999", "argument --patience: got '99999999999', expected a whole number, at least 1"),
+        ("--decay 0", "argument --decay: got '0', expected a number, above 0 or none"),
+        ("--decay nan", "argument --decay: got 'nan', expected a number, above 0 or none"),
+        ("--learning-rate inf", "argument --learning-rate: got 'inf', expected a number"),
+        ("--dropped 1.01", "argument --dropped: got '1.01', expected a number, 0 to 1"),
+        ("--parts 3", "argument --parts: expected 2 arguments"),
+        ("--parts 3 0", "argument --parts: got '0', expected a whole number, at least 1"),
+        ("--widths 8 -1", "argument --widths: got '-1', expected a whole number, at least 1"),
         ("--local 3", "unrecognized arguments: --local"),
         ("50", "unrecognized arguments: 50"),
         ("--epochs many", "argument --epochs: got 'many', expected a whole number"),
@@ -141,6 +169,13 @@ def test_a_wrong_option_is_an_error_that_names_it(script, capsys, words, message
         ({"MAX_PCT_MT": "MAX_PCT_MT: float | None = True"}, "MAX_PCT_MT = True in {file} is not a number or none"),
         ({"BULK_FILE": "BULK_FILE: str | None = 3"}, "BULK_FILE = 3 in {file} is not text or none"),
         ({"HIDDEN": "HIDDEN = (128, 'wide')"}, "HIDDEN = (128, 'wide') in {file} is not a list of int"),
+        ({"PATIENCE": "PATIENCE: Count = 0"}, "PATIENCE = 0 in {file} is not a whole number, at least 1"),
+        ({"DECAY": "DECAY: Positive | None = -1"}, "DECAY = -1 in {file} is not a number, above 0 or none"),
+        ({"LEARNING_RATE": "LEARNING_RATE = float('nan')"}, "LEARNING_RATE = nan in {file} is not a number"),
+        (
+            {"PARTS": "PARTS: tuple[Count, Count] = (5,)"},
+            "PARTS = (5,) in {file} is not 2 values of int, at least 1",
+        ),
         ({"HIDDEN": "HIDDEN = ()"}, "HIDDEN = () in {file}"),
         ({"HIDDEN": "HIDDEN = [128, 64]"}, "HIDDEN = [128, 64] in {file}"),  # --hidden 256 would become ["2", "5", "6"]
     ],
@@ -197,6 +232,9 @@ def test_help_shows_the_comments_of_the_source(script, capsys):
     assert first < text.index("passes over the data [300]") < text.index("layers [128 64]") < second
     for help_text in ("of Adam; 10% of the paper's [0.001]", "of the run [lung]", "go on [False]"):
         assert first < text.index(help_text) < second
+    for help_text in ("epochs [30; at least 1]", "of weights [none; above 0]", "cells [10 20; at least 1]"):
+        assert first < text.index(help_text) < second
+    assert "of the units, said in a comment that is too long for one line [0.1; 0 to 1]" in text
     for help_text in ("a table [none]", "genes of a cell [2500]", "to run on [auto]"):
         assert second < text.index(help_text)
     assert "--resume, --no-resume" in text and "--local" not in text and "private" not in text

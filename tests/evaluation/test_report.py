@@ -75,7 +75,6 @@ def test_options_that_do_not_fit_together_are_refused_before_any_work(pipeline, 
             "'bulk_encoder' needs the GMVAE, but GENERATOR is pca_cvae",
         ),
         ({"REPLICATES": "groups.csv"}, "REPLICATES is set, but BULK_FILE is none"),
-        ({"XGBOOST_CELLS": (5, 5)}, r"XGBOOST_CELLS is \(5, 5\); expected three numbers"),
     ):
         with pytest.raises(ValueError, match=message):
             pipeline.main(STAGES[5], MODELS_DIR=str(tmp_path), **options)
