@@ -32,17 +32,18 @@ from lib.bulk import bulk_encoder, proportions
 from lib.bulk.anndata_bulk import holds_cells
 from lib.bulk.cell_counts_table import read_cell_numbers, read_proportions
 from lib.bulk.deconvolution import Estimate
-from lib.bulk.pseudobulk import largest_remainder
+from lib.bulk.pseudobulk import largest_remainder, require_test_mixtures
 from lib.bulk.rna_content import SETTINGS, print_rna_per_cell, rna_per_cell, table_path
 from lib.bulk.tables import read_bulk, read_gene_ids, to_tpm
 from lib.data.counts import read_split, row_blocks, write_blocks, write_counts, write_mtx
 from lib.data.embedding import in_large_clusters, load_pymde
 from lib.evaluation import paper_figures, report
 from lib.evaluation.classifier_transfer import read_classes
-from lib.files import ROOT, folder, print_written, user_path
+from lib.files import ROOT, folder, print_written, reading, user_path, writing
 from lib.models.gmvae import GMVAE
 from lib.models.sampling import Shift, n_blocks
 from lib.ranges import Count, NotNegative, Positive, Seed, Several, Whole
+from lib.runs import half_written
 from lib.training import check_checkpoint, keep_freed_memory, load_checkpoint
 
 # Preset
@@ -116,6 +117,8 @@ def main() -> None:
     cells = read_cells(data)
     test = None if cells is None else cells[1]
     about, model = load_generator(GENERATOR, models, test, data, device)
+    if EVALUATE and cells is not None and not (CELL_COUNTS or PROPORTIONS_FILE):
+        require_test_mixtures(data)
 
     prediction = None if CELL_COUNTS or PROPORTIONS_FILE else predict(models, about, test)
     cells_per_type = cells_to_generate(prediction, about["cell_types"], test)
@@ -323,12 +326,14 @@ def generate(
         print(f"generated and written in {seconds:.1f} s: {len(types) / seconds:,.0f} cells/s")
     else:
         for number, counts in zip(numbers, blocks):
-            sp.save_npz(block_path(output, number), counts, compressed=False)
+            path = half_written(block_path(output, number))
+            with writing(path):
+                sp.save_npz(path, counts, compressed=False)
         parallel.wait()
 
 
 def block_path(output: Path, number: int) -> Path:
-    """Temporary file of a block that another process hands to the first."""
+    """Name of a block that another process hands to the first, in a temporary file of that process."""
     return output.with_suffix(f".part{number}.npz")
 
 
@@ -336,8 +341,12 @@ def blocks_of_others(output: Path, numbers: range) -> Iterator[sp.csr_matrix]:
     """Blocks that other processes have generated."""
     parallel.wait()
     for number in numbers:
-        yield sp.load_npz(block_path(output, number))
-        block_path(output, number).unlink()
+        start = f".{block_path(output, number).stem}.half-"
+        path = next(path for path in output.parent.iterdir() if path.name.startswith(start))
+        with reading(path, "a block of generated cells"):
+            counts = sp.load_npz(path)
+        path.unlink()
+        yield counts
 
 
 def with_library_size(blocks: Iterator[sp.csr_matrix], obs: pd.DataFrame) -> Iterator[sp.csr_matrix]:

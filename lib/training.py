@@ -218,6 +218,17 @@ class Trainer:
             self.about["split_id"],
             "the data",
         )
+        missing = [name for name in ("device", "optimizer", "scheduler", "history", "rng") if name not in last]
+        if missing:
+            raise ValueError(
+                f"{self.last_path} lacks {', '.join(missing)}, so it cannot be continued: train again without RESUME"
+            )
+        settings = self.about.get("settings", {})
+        if "cycle" in settings and last["settings"]["epochs"] != settings["epochs"]:
+            raise ValueError(
+                f"{self.last_path} was trained with a learning rate that depends on the number of epochs, {last['settings']['epochs']:,}, "
+                f"expected {settings['epochs']:,}: set the epochs back, or start a new training without RESUME"
+            )
         if last["device"] != self.device_type:
             raise ValueError(
                 f"{self.last_path} was trained on {last['device']} and cannot be continued with the same random numbers on "
@@ -234,8 +245,9 @@ class Trainer:
                 f"{self.last_path} cannot be resumed with other constants: {'; '.join(changed)}; "
                 "set them back, or start a new training without RESUME"
             )
-        self.model.load_state_dict(last["weights"])
-        self.optimizer.load_state_dict(last["optimizer"])
+        with reading(self.last_path, "a checkpoint of this model"):
+            self.model.load_state_dict(last["weights"])
+            self.optimizer.load_state_dict(last["optimizer"])
         patience = self.scheduler.patience  # may differ from that of the interrupted run
         self.scheduler.load_state_dict(last["scheduler"])
         self.scheduler.patience = patience

@@ -11,10 +11,11 @@ import torch
 from helpers import Workplace, simulated_dataset
 
 from lib import parallel
+from lib.baselines import registry
 from lib.data.batches import Batch
 from lib.data.counts import fingerprint, write_counts
 from lib.parallel import pick_device
-from lib.training import clip_gradients, load_checkpoint
+from lib.training import Trainer, clip_gradients, load_checkpoint
 
 STAGE = "_3_train_gmvae.py"
 SMALL = {"DROPOUT": 0.1, "EPOCHS": 6, "KL_WARMUP_EPOCHS": 2, "N_LATENT": 4, "HIDDEN": (16, 8), "DEVICE": "cpu"}
@@ -172,3 +173,78 @@ def test_an_epoch_keeps_nothing_of_its_batches(tmp_path, monkeypatch):
     workplace(tmp_path).main(STAGE, **SMALL | {"BATCH_SIZE": 5, "EPOCHS": 1})
     n_alive, n_batches = most[0]
     assert n_batches > 15 and 1 <= n_alive <= 3
+
+
+# --- interrupted in the middle of an epoch, and continued
+
+
+FEW_EPOCHS = {"GENERATOR": "gmvae", "OTHER_EPOCHS": 4, "OTHER_BATCH_SIZE": 30} | SMALL | {"EPOCHS": 4, "BATCH_SIZE": 30}
+NETWORKS = {"sctape": {}, "bulk_encoder": {"N_STATE_SAMPLES": 60, "CELLS_PER_STATE_SAMPLE": 20}}
+
+
+def train(place: Workplace, name: str, **constants) -> None:
+    """Train a generator of stage 3 or a network of stage 4 for four epochs."""
+    if name in NETWORKS:
+        settings = {"NETWORK": name, "EPOCHS": 4, "BATCH_SIZE": 20, "DEVICE": "cpu"} | NETWORKS[name]
+        place.main("_4_train_sctape.py", **settings | constants)
+    else:
+        place.main(STAGE, **FEW_EPOCHS | {"GENERATOR": name} | constants)
+
+
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory) -> Workplace:
+    """Train cells, mixtures of them, and a GMVAE of which a bulk encoder can learn."""
+    place = workplace(tmp_path_factory.mktemp("mixtures"))
+    shutil.copy(place.data / "train.h5ad", place.data / "test.h5ad")
+    place.main("_2_make_pseudobulk.py", N_TRAIN_SAMPLES=80, CELLS_PER_SAMPLE=30, N_TEST_DIRICHLET=2)
+    place.main(STAGE, **FEW_EPOCHS)
+    return place
+
+
+def check_resumed(mixtures: Workplace, path, name: str, after: int, monkeypatch) -> None:
+    """A training that is interrupted during the epoch after `after` and resumed gives the weights of an uninterrupted one."""
+    places = [Workplace(path / kind) for kind in ("whole", "interrupted")]
+    for place in places:
+        shutil.copytree(mixtures.path, place.path)
+    whole, interrupted = places
+    train(whole, name)
+
+    real = Trainer._record
+
+    def record(self, *arguments):
+        if len(self.history) == after:  # the weights have changed since the last finished epoch
+            raise KeyboardInterrupt
+        real(self, *arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Trainer, "_record", record)
+        train(interrupted, name)
+    torch.manual_seed(99)
+    train(interrupted, name, RESUME=True)
+    stage = STAGE if name not in NETWORKS else "_4_train_sctape.py"
+    for file in (f"{name}.pt", f"{name}_last.pt"):
+        checkpoints = [load_checkpoint(place.models / file, stage) for place in places]
+        assert same_weights(*(checkpoint["weights"] for checkpoint in checkpoints)), file
+        assert checkpoints[0]["best_epoch"] == checkpoints[1]["best_epoch"]
+    histories = [pd.read_csv(place.models / f"{name}_history.csv").drop(columns="seconds") for place in places]
+    pd.testing.assert_frame_equal(*histories)
+    assert len(histories[0]) == 4
+
+
+def test_a_gmvae_that_is_interrupted_is_resumed_to_the_bit(mixtures, tmp_path, monkeypatch):
+    check_resumed(mixtures, tmp_path, "gmvae", 2, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [1, 2, 3])
+@pytest.mark.parametrize("name", [*registry.CLASSES, *NETWORKS])
+def test_any_training_that_is_interrupted_is_resumed_to_the_bit(mixtures, tmp_path, monkeypatch, name, after):
+    check_resumed(mixtures, tmp_path, name, after, monkeypatch)
+
+
+def test_another_length_of_a_learning_rate_cycle_is_refused(mixtures, tmp_path):
+    place = Workplace(tmp_path / "place")
+    shutil.copytree(mixtures.path, place.path)
+    train(place, "pca_cvae", OTHER_EPOCHS=2)
+    with pytest.raises(ValueError, match="depends on the number of epochs, 2, expected 4: set the epochs back"):
+        train(place, "pca_cvae", RESUME=True)

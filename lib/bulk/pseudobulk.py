@@ -259,6 +259,12 @@ def gene_lengths(mixtures: ad.AnnData, genes: np.ndarray | slice = ALL) -> np.nd
     return None if lengths is None else lengths.to_numpy()[genes]
 
 
+def require_test_mixtures(data_folder: Path) -> None:
+    """Refuse missing or changed mixtures of test cells, before any work."""
+    for name in ("tpm", "proportions"):
+        require(data_folder / f"pseudobulk_test_{name}.csv", "_2_make_pseudobulk.py")
+
+
 def read_test_mixtures(
     data_folder: Path, split_id: str, by_length: bool, by_content: bool
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
