@@ -264,7 +264,7 @@ def figure_4(
 def _tree(axes: Axes, leaves: dict, upright: bool) -> None:
     """A dendrogram above (upright) or to the left of its heat map."""
     lines = np.stack([leaves["icoord"], leaves["dcoord"]], axis=2)  # (n_branches, 4, 2): along the leaves, height
-    axes.add_collection(LineCollection(lines if upright else lines[..., ::-1], colors="#444444", lw=0.6))
+    axes.add_collection(LineCollection(list(lines if upright else lines[..., ::-1]), colors="#444444", lw=0.6))
     along, height = (0, 10 * len(leaves["leaves"])), (0, 1.02 * lines[..., 1].max())  # scipy places the leaves 10 apart
     axes.set(xlim=along if upright else height[::-1], ylim=height if upright else along[::-1])
     axes.axis("off")
