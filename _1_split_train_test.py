@@ -42,9 +42,7 @@ MIN_GENES: Count | None = 200  # a cell has at least so many detected genes
 MAX_GENES: Count | None = 2500  # and fewer than this
 MAX_COUNTS: Count | None = 6000  # a cell has fewer counts than this
 MAX_PCT_MT: Percent | None = 15.0  # a cell has less than this percentage of its counts in mitochondrial genes (MT-)
-TYPE_IQR: Positive | None = (
-    None  # remove cells so many interquartile ranges outside their type's quartiles (Generative genomics: 1.5)
-)
+TYPE_IQR: Positive | None = None  # cells outside quartiles -+ this x IQR of their type (Generative genomics: 1.5)
 MIN_CELLS: Whole = 3  # a gene is detected in at least so many train cells
 COUNT_TEST_CELLS = False  # MIN_CELLS counts test cells as well (paper: True): the test cells then select genes too
 
@@ -54,9 +52,7 @@ MAX_CELLS_SCRUBLET: Count = 6_000  # in one run of Scrublet; more are split at r
 
 # Cell types
 LABELS: Literal["auto", "author", "leiden", "markers"] = "auto"  # auto: author's labels if any, else Leiden clusters
-MARKERS_FILE: str | None = (
-    None  # for markers: csv, tsv or xlsx; columns cell_type, positive, negative genes, or scType's
-)
+MARKERS_FILE: str | None = None  # for markers: a table of cell_type, positive, negative genes, or scType's database
 MARKERS_TISSUE: str | None = None  # rows of MARKERS_FILE to use, if it is scType's database, such as "Immune system"
 UNLABELLED: Literal["drop", "keep"] = "drop"  # cells without an author's label; keep: as train cells without a type
 MIN_TYPE_CELLS: Count = 4  # an author's type with fewer cells cannot be split

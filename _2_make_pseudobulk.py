@@ -49,9 +49,7 @@ RARE_SHARE: Share = 0.25  # a random half of the types is rare
 NEAR_SHARE: Share = 0.25  # close to the train cells' own proportions (mixtures of train cells only)
 
 # mRNA and TPM
-RNA_PER_CELL = (
-    "reference"  # of the types: reference (the cells' own counts), or auto, published, a table: lib/bulk/README.md
-)
+RNA_PER_CELL = "reference"  # of cells: their own counts; or auto, published, a table (lib/bulk/README.md)
 USE_GENE_LENGTHS = False  # divide by gene length (original); right for full-length counts, not for UMI counts
 
 # Other

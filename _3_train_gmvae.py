@@ -66,9 +66,7 @@ OTHER_LEARNING_RATE: Positive | None = None  # the same; none: 1e-4, 1e-3, 1e-3
 OTHER_PATIENCE: Count | None = None  # the same, epochs without a better held-out loss; none: 50, 100, 50
 TOP_MARKERS: Count | None = None  # beta_vae: marker genes per type that its encoder reads (omicverse: 200); none: all
 PCA_COMPONENTS: Count = 2500  # pca_cvae: principal components that it models, if the data have so many (published)
-CONV_SIDE: Count | None = (
-    None  # conv_cvae: side of the image of a cell, pixels (published: 144); none: the smallest for the genes
-)
+CONV_SIDE: Count | None = None  # conv_cvae: side of the image, pixels (published: 144); none: as small as it can be
 CONV_KERNEL: Count = 3  # conv_cvae: side of the kernels, pixels, odd (published)
 CONV_STRIDES: Count = 2  # conv_cvae: pixels from one position of a kernel to the next (published)
 CONV_FILTERS: Several = 16  # conv_cvae: filters of the first convolution, half as many as of the second (published)

@@ -55,9 +55,7 @@ GENE_IDS: str | None = None  # table of Ensembl IDs and gene names, for a BULK_F
 MIN_GENE_COVERAGE: Share = 0.5  # least share of the selected (or signature) genes that a bulk must have (ours)
 
 # Augmentation of scTAPE's mixtures
-PLATFORM_SD: NotNegative = (
-    1.0  # each mixture is measured by a simulated platform: sd of log factors of the genes, at most; 0: none (paper)
-)
+PLATFORM_SD: NotNegative = 1.0  # of log factors of the genes, at most, each mixture its own (ours); 0: none (paper)
 
 # Training
 EPOCHS: Count = 128  # at most; early stopping may end it sooner (original code: 640)

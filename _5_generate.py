@@ -52,9 +52,7 @@ PRESET: Literal["ours", "paper"] = "ours"  # paper: the settings of the paper, e
 # What to generate
 BULK_FILE: str | None = None  # bulk table: csv, tsv, xlsx or h5ad (cells are summed); none: sum of the test cells
 N_CELLS: Count = 1000  # for each sample of BULK_FILE or PROPORTIONS_FILE; for the sum of test cells: as many as these
-DECONVOLUTION: proportions.Method = (
-    "regression"  # or regression-per-sample, sctape, sctape-adapted, ...: lib/bulk/README.md
-)
+DECONVOLUTION: proportions.Method = "regression"  # or another method: lib/bulk/README.md
 RNA_PER_CELL = "auto"  # RNA to cells: auto (published where known), reference, published or a table: lib/bulk/README.md
 BULK_UNITS: Literal["auto", "tpm", "fpkm", "counts", "log2"] = "auto"  # of BULK_FILE; auto: recognised and printed
 BULK_GROUP: str | None = None  # column of obs of an .h5ad BULK_FILE, by which its rows are summed to samples
@@ -93,9 +91,7 @@ MDE = False  # the plots of the UMAP also by minimum-distortion embedding (Bulk2
 FOUR_STAGES = False  # four_stages.png: input, latent, reconstructed, generated cells (bulk2sc, scGMVAE); a minute more
 XGBOOST = False  # classifiers of types trained on real and on generated cells (Generative genomics): xgboost.csv
 XGBOOST_CELLS: tuple[Count, Count, Count] = (1000, 2000, 100)  # synthetic per type: to test on, train on, stop early
-CLASS_FILE: str | None = (
-    None  # csv or tsv of cell types and coarse classes, for XGBOOST (lib/evaluation/classes_e_annd_5.csv)
-)
+CLASS_FILE: str | None = None  # for XGBOOST: table of types and coarse classes (classes_e_annd_5.csv of lib)
 
 
 class Prediction(NamedTuple):
