@@ -113,7 +113,7 @@ def generators(place: Workplace, evaluation: EvaluationCells, epochs: list[int])
         cost = pd.Series({"training, CPU s": seconds[generator], "peak memory, GB": memory})
         rows[name] = pd.concat([evaluate(model, evaluation), cost])
         print(rows[name].rename(name).to_frame().T.round(3).to_string(), flush=True)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).loc[rows["ours"].index]
 
 
 def deconvolutions(place: Workplace, train: ad.AnnData, epochs: int) -> pd.DataFrame:
