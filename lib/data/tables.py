@@ -66,7 +66,7 @@ def read_rows(path: Path) -> list[list[str]]:
     Raises
     ------
     Unusable
-        If a line has another number of fields than the first one: the file is cut short or damaged. The first line may lack one.
+        If a row has another number of fields than the others (the first may lack one) or a line break: it is cut short or damaged.
     """
     if path.suffix.lower() in (".xlsx", ".xls"):
         lines = _excel_rows(path)
@@ -75,6 +75,11 @@ def read_rows(path: Path) -> list[list[str]]:
         with reading(path, EXPECTED), open_text(path) as file:
             lines = list(csv.reader(file, delimiter=delimiter))
     rows = [line for line in lines if any(map(str.strip, line))]
+    broken = next((number for number, row in enumerate(rows, start=1) if any("\n" in field for field in row)), None)
+    if broken is not None:
+        raise Unusable(
+            f"{path} has a line break inside a field of row {broken:,}; expected one row per line: is a quotation mark not closed?"
+        )
     width = len(rows[1]) if len(rows) > 1 else 0
     for number, row in enumerate(rows[1:], start=2):
         if len(row) != width:
