@@ -2,9 +2,7 @@
 
     c = ((x - mean) / scale) @ vectors,   x = log(1 + counts per 10,000); mean and scale (standard deviation) of each gene
 
-The components are fitted to one block of cells after another (incremental PCA; Ross et al., IJCV 77, 2008): those of the blocks
-before, times their singular values, stand for the cells of these blocks. Only one block is dense at a time. Its singular vectors come
-from products between its cells, which takes seconds where sklearn's IncrementalPCA takes minutes.
+The components are fitted to one block of cells after another (sklearn's IncrementalPCA), so only one block is dense at a time.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
+from sklearn.decomposition import IncrementalPCA
 
 from lib.data.counts import log_normalize
 
@@ -52,15 +51,10 @@ def fit_components(blocks: Callable[[], Iterable[sp.csr_matrix]], n: int) -> Com
         At most as many as there are cells and genes (`n_components`).
     """
     mean, scale = _mean_and_scale(blocks())
-    before = np.empty((0, len(mean)), dtype=np.float32)  # components of the blocks before x their singular values
+    pca = IncrementalPCA(n)
     for cells in _dense_blocks(blocks(), max(BLOCK_CELLS, n)):
-        cells -= mean
-        cells /= scale
-        stacked = np.vstack([before, cells])
-        rotation = np.linalg.eigh((stacked @ stacked.T).astype(np.float64)).eigenvectors  # smallest variance first
-        before = rotation[:, : -n - 1 : -1].astype(np.float32).T @ stacked
-    lengths = np.linalg.norm(before, axis=1, keepdims=True)
-    return Components(mean, scale, (before / np.maximum(lengths, 1e-6)).T.copy())
+        pca.partial_fit((cells - mean) / scale)
+    return Components(mean, scale, pca.components_.T.astype(np.float32))
 
 
 def _mean_and_scale(blocks: Iterable[sp.csr_matrix]) -> tuple[np.ndarray, np.ndarray]:
