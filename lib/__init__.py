@@ -1,6 +1,7 @@
 """The shared code of the six stages, one folder per question.
 
-options, files, parallel, training    how a stage runs: constants, files, processes, epochs and checkpoints
+options, ranges, files, parallel, training    how a stage runs: constants, files, processes, epochs and checkpoints
+runs, records  what a run holds and how it ends; checksum and maker of every file
 data/          what goes in: download, file formats, labels, the count files, mini-batches, embeddings
 models/        the GMVAE (fig. 1 of the paper), its likelihoods, and how cells are sampled from it
 baselines/     generators of other systems that can take the GMVAE's place

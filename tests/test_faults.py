@@ -20,6 +20,7 @@ import pytest
 import torch
 from helpers import ROOT, STAGES, Workplace, simulated_dataset
 
+import lib.data.hdf5
 import lib.data.tables
 import lib.files
 from lib import runs
@@ -239,6 +240,20 @@ def test_an_h5ad_of_another_structure_is_refused(place, message):
     assert message in refused(place, STAGES[0], "--dataset", str(path))
 
 
+@pytest.mark.parametrize(
+    ("way", "message"), [("loops", "does not finish reading it"), ("crashes", "HDF5 crashes when it reads")]
+)
+def test_a_file_on_which_hdf5_loops_or_crashes(place, monkeypatch, way, message):
+    """Such files exist, but depend on the version of HDF5; here the check itself does not end, or ends the process."""
+
+    def check(*_):
+        time.sleep(60) if way == "loops" else os.kill(os.getpid(), signal.SIGSEGV)
+
+    monkeypatch.setattr(lib.data.hdf5, "check_structure", check)
+    monkeypatch.setattr(lib.data.hdf5, "CHECK_S", 1)
+    assert message in refused(place, STAGES[0], "--dataset", str(place.path / "source.h5ad"))
+
+
 def test_labels_that_label_no_cell(place):
     path = place.path / "source.h5ad"
     adata = ad.read_h5ad(path)
@@ -397,6 +412,7 @@ def test_half_written_files_of_dead_processes_are_removed_and_of_living_ones_are
 def test_two_runs_in_one_folder_are_noticed(place):
     code = f"""
 import pathlib, sys
+import lib.data.hdf5
 import lib.data.tables
 import lib.files
 from lib import runs

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from lib.data.hdf5 import read_h5ad
+from lib.data.hdf5 import check_foreign, read_h5ad
 
 LARGEST_SHARE_OF_ZEROS = (
     0.8  # of the median bulk sample; single cells of droplets have 85-98 % zeros, bulk samples 10-60 %
@@ -30,6 +30,7 @@ def read_h5ad_bulk(path: Path, group: str | None = None) -> pd.DataFrame:
     ValueError
         If obs has no such column, or if single cells hold values other than counts.
     """
+    check_foreign(path, ("obs", "var"))
     adata = read_h5ad(path)
     if group is not None and group not in adata.obs:
         raise ValueError(

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import multiprocessing
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +17,8 @@ from lib import records, runs
 from lib.files import Unusable, check_unpacked, reading, replacing
 
 ENTRIES_AT_ONCE = 1 << 22  # indices in memory at a time
+CHECK_S = 60  # seconds that reading a user's file may take, and more for large files
+CHECK_BYTES_PER_S = 5e6
 
 
 def read_h5ad(path: Path, backed: Literal["r"] | None = None) -> ad.AnnData:
@@ -52,6 +56,62 @@ def check_structure(path: Path, needs: tuple[str, ...] = ()) -> None:
         for item in found:
             if isinstance(item, h5py.Group) and {"data", "indices", "indptr"} <= set(item):
                 _check_sparse(item, path)
+
+
+def check_foreign(path: Path, needs: tuple[str, ...] = ()) -> None:
+    """Check the structure of a user's file, and read all of it once, in a process of its own.
+
+    A damaged file can make HDF5 crash, or loop without end.
+
+    Raises
+    ------
+    Unusable
+        As `check_structure`, and if that process crashes or does not end in time.
+    """
+    with reading(path, "an HDF5 file"):
+        limit_s = CHECK_S + path.stat().st_size / CHECK_BYTES_PER_S
+        if "fork" not in multiprocessing.get_all_start_methods():
+            check_structure(path, needs)
+            return
+        context = multiprocessing.get_context("fork")
+        receiver, sender = context.Pipe(duplex=False)
+        child = context.Process(target=_check_and_tell, args=(path, needs, sender), daemon=True)
+        child.start()
+        sender.close()
+        message = f"{path} is damaged: HDF5 does not finish reading it in {limit_s:.0f} s: save or download it again"
+        try:
+            if receiver.poll(limit_s):
+                message = receiver.recv()
+        except EOFError:
+            message = f"{path} is damaged: HDF5 crashes when it reads it: save or download it again"
+        finally:
+            child.kill()
+            child.join()
+        if message:
+            raise Unusable(message)
+
+
+def _check_and_tell(path: Path, needs: tuple[str, ...], sender: Any) -> None:
+    """Send "" if a file can be read, else what is wrong with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        check_structure(path, needs)
+        with reading(path, "an HDF5 file"), h5py.File(path) as file:
+            file.visititems(_read_item)
+        sender.send("")
+    except (Unusable, MemoryError) as error:
+        sender.send(str(error) or f"{path} takes more memory than there is")
+
+
+def _read_item(_: str, item: h5py.Group | h5py.Dataset) -> None:
+    """Read all attributes of an item, and a dataset block by block."""
+    for name in item.attrs:
+        item.attrs[name]
+    if isinstance(item, h5py.Dataset) and item.shape:
+        rows = max(1, ENTRIES_AT_ONCE // max(1, item.size // max(1, len(item))))
+        for start in range(0, len(item), rows):
+            item[start : start + rows]
 
 
 def _check_sparse(group: h5py.Group, path: Path) -> None:

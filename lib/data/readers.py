@@ -11,7 +11,7 @@ import scipy.io
 import scipy.sparse as sp
 
 from lib.data.counts import check_orientation, count_known_genes, sum_duplicate_genes, to_counts
-from lib.data.hdf5 import check_structure
+from lib.data.hdf5 import check_foreign
 from lib.data.hdf5 import read_h5ad as read_anndata
 from lib.data.labels import BARCODE_COLUMNS, align_labels, read_label_table, take_labels
 from lib.data.tables import EXPECTED, open_text, read_header, read_rows, read_table, separator
@@ -82,6 +82,7 @@ def read_h5ad(path: Path) -> ad.AnnData:
     ValueError
         If none does; the message says what is wrong with each.
     """
+    check_foreign(path, ("obs", "var"))
     adata = read_anndata(path)
     candidates = {"X": (adata.X, adata.var_names)}
     if adata.raw is not None:
@@ -107,7 +108,7 @@ def read_h5ad(path: Path) -> ad.AnnData:
 
 def read_10x(path: Path) -> ad.AnnData:
     """Read a 10x .h5 file of Cell Ranger 2 or 3, after a check of its structure."""
-    check_structure(path)
+    check_foreign(path)
     with reading(path, "a 10x .h5 file of Cell Ranger"):
         return sc.read_10x_h5(path)
 
