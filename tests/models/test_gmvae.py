@@ -1,6 +1,8 @@
 """The GMVAE: its bound, its likelihood, its training on all kinds of labels, its cells."""
 
+import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -289,3 +291,46 @@ def test_z_spreads_as_held_out_cells_do(data):
     np.testing.assert_allclose(
         encoded_variance(model, new), encoded_variance(model, CellDataset(*held_out, CPU)), rtol=0.15
     )
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "zinb"])
+def test_float32_gives_the_losses_and_gradients_of_float64(data, likelihood, monkeypatch):
+    """Relative tolerance: 1e-5 for the loss of a cell, 1e-3 for the gradient of each parameter as a whole."""
+    counts, types = data[0]
+    model = trained_gmvae(counts, types, epochs=3, likelihood=likelihood)
+    batch = all_cells(counts, types)
+    epsilon = sample_epsilon(batch)
+    model.zero_grad()  # of the last step of training
+    exact = copy.deepcopy(model).double()
+    floats = {
+        name: value.double()
+        for name, value in vars(batch).items()
+        if torch.is_tensor(value) and value.is_floating_point()
+    }
+    losses = [model(batch, epsilon)["loss"]]
+    with (
+        monkeypatch.context() as patched
+    ):  # the model computes parts of the loss in float32 on purpose: in float64 here
+        patched.setattr(torch.Tensor, "float", torch.Tensor.double)
+        losses.append(exact(replace(batch, **floats), epsilon.double())["loss"])
+    assert losses[1].dtype == torch.float64
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+    for loss in losses:
+        loss.backward()
+    for (name, ours), theirs in zip(model.named_parameters(), exact.parameters()):
+        if theirs.grad is not None:
+            error = (ours.grad.double() - theirs.grad).norm()
+            assert error <= 1e-3 * theirs.grad.norm() + 1e-7, name
+
+
+@pytest.mark.slow
+def test_one_and_two_threads_train_the_same_model(data):
+    """Sums are rounded in another order, so the weights agree to rounding that training amplifies, not to the bit."""
+    before = torch.get_num_threads()
+    models = []
+    for n_threads in (1, 2):
+        torch.set_num_threads(n_threads)
+        models.append(trained_gmvae(*data[0], epochs=5))
+    torch.set_num_threads(before)
+    for (name, one), two in zip(models[0].named_parameters(), models[1].parameters()):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4, msg=name)
