@@ -74,7 +74,7 @@ def fetch(url: str, path: Path) -> Path:
         except (requests.RequestException, urllib3.exceptions.HTTPError, ConnectionError, TimeoutError) as error:
             reason = f"{type(error).__name__}: {error}"
         except ValueError:
-            partial.unlink()
+            partial.unlink(missing_ok=True)
             raise
         if partial.exists() and partial.stat().st_size > before:
             wait = FIRST_WAIT_S
@@ -148,7 +148,7 @@ def _get(url: str, headers: dict[str, str]) -> requests.Response:
 def _check_size(url: str, n_bytes: int) -> None:
     if n_bytes > MAX_BYTES:
         raise ValueError(
-            f"{url} has {n_bytes / 1e9:,.0f} GB or more, expected at most {MAX_BYTES / 1e9:,.0f} GB: download it yourself"
+            f"{url} has {n_bytes:,} bytes or more, expected at most {MAX_BYTES:,.0f}: download it yourself"
         )
 
 

@@ -186,6 +186,47 @@ def test_a_partial_file_longer_than_the_servers_is_dropped(site, tmp_path):
     assert fetch_body(site, tmp_path).read_bytes() == BODY and site.ranges[1:] == [None]
 
 
+def redirect(to: str):
+    return lambda handler, body: handler.answer(302, b"", Location=to)
+
+
+def test_addresses_without_https_and_redirects_to_other_hosts_are_refused(site, tmp_path):
+    for url in ("http://example.org/a.bin", "ftp://example.org/a.bin", "file:///etc/passwd"):
+        with pytest.raises(ValueError, match=f"{url} is not a secure address; expected https"):
+            fetch(url, tmp_path / "a.bin")
+    site.answers = [redirect(site.url("counts.bin").replace("127.0.0.1", "localhost"))]
+    with pytest.raises(
+        ValueError, match="127.0.0.1 redirects to another host, localhost; expected the file from 127.0.0.1"
+    ):
+        fetch_body(site, tmp_path)
+    assert files_in(tmp_path) == []
+
+
+def test_redirects_on_the_same_host_are_followed_but_not_for_ever(site, tmp_path):
+    site.answers = [redirect("/counts.bin"), serve]
+    assert fetch_body(site, tmp_path).read_bytes() == BODY
+    site.answers = [redirect("/other.bin")]
+    with pytest.raises(ConnectionError, match="more than 5 redirects"):
+        fetch(site.url("other.bin"), tmp_path / "other.bin")
+
+
+def test_a_file_of_more_bytes_than_the_limit_is_refused(site, tmp_path, monkeypatch):
+    monkeypatch.setattr(lib.data.download, "MAX_BYTES", 999_999)
+    with pytest.raises(ValueError, match="has 1,000,000 bytes or more, expected at most 999,999: download it yourself"):
+        fetch_body(site, tmp_path)
+    assert files_in(tmp_path) == []
+
+
+def test_a_download_that_has_changed_since_its_first_use_is_refused(site, tmp_path):
+    path = fetch_body(site, tmp_path)
+    fetch_body(site, tmp_path)
+    path.write_bytes(BODY[:-1] + b"x")
+    with pytest.raises(
+        ValueError, match="counts.bin is not the file that was used before: SHA-256 .*delete it and run this again"
+    ):
+        fetch_body(site, tmp_path)
+
+
 # Stage 0, from download to data/counts.h5ad
 
 N_CELLS, N_GENES = 10_360, 30
