@@ -1,5 +1,6 @@
 """The six real scripts on real cells: what they write, that they learned, and what they refuse."""
 
+import gc
 import re
 import shutil
 from itertools import pairwise
@@ -52,6 +53,7 @@ def copy_of(pipeline: Workplace, path) -> Workplace:
 def change(path, edit) -> None:
     """A file that was edited on purpose: its record is deleted, as the message about changed files says."""
     record_path(path).unlink(missing_ok=True)
+    gc.collect()  # a stage that ended with an error may still hold the file open
     adata = ad.read_h5ad(path)
     edit(adata).write_h5ad(path)
 
