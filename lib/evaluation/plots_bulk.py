@@ -76,7 +76,8 @@ def intervals(estimates: dict[str, tuple[pd.DataFrame, pd.DataFrame]], path: Pat
     colours = palette(list(first.columns))
     n_columns = min(len(shown), MAX_COLUMNS)
     n_rows = -(-len(shown) // n_columns)
-    figure = Figure(figsize=(2 + 2.4 * n_columns, 0.9 + n_rows * (0.9 + 0.22 * shown.shape[1])), layout="constrained")
+    width = 4.6 if by_sample else 2.4
+    figure = Figure(figsize=(2 + width * n_columns, 0.9 + n_rows * (0.9 + 0.22 * shown.shape[1])), layout="constrained")
     panels = np.ravel(figure.subplots(n_rows, n_columns, squeeze=False, sharey=True))
     places = np.arange(shown.shape[1])
     for axes, panel in zip(panels, shown.index):

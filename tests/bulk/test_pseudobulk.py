@@ -104,6 +104,7 @@ def test_cells_are_weighted_by_their_type():
     assert weighted(mixing, np.array([1, 0, -1]), None) is mixing
 
 
+@pytest.mark.slow
 def test_mixtures_with_mrna_contents_of_a_table(tmp_path):
     place = split_only(tmp_path, simulated_dataset())
     content = pd.Series({"type 0": 1.0, "type 1": 6.0, "type 2": 2.0})
