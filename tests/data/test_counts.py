@@ -33,6 +33,7 @@ from lib.data.readers import read_dataset
         ([[0.0, -1.0], [2.0, 0.0]], "negative"),
         ([[0.0, np.nan], [2.0, 0.0]], "NaN"),
         ([[0.0, 0.0], [0.0, 0.0]], "zeros only"),
+        ([[0.0, 2.0**24]], "holds counts up to 16,777,216; expected less than 16,777,216"),
         (np.empty((0, 4)), "is empty: got 0 cells x 4 genes"),
     ],
 )
@@ -46,6 +47,15 @@ def test_counts_come_out_as_clean_csr():
     clean = to_counts(dirty, "the matrix")
     assert clean.format == "csr" and clean.dtype == np.float32 and clean.nnz == 2 and clean.has_sorted_indices
     np.testing.assert_array_equal(clean.toarray(), [[0, 0, 0], [0, 2, 3]])
+
+
+def test_the_largest_count_that_float32_holds_exactly_is_accepted():
+    assert to_counts(np.array([[0, 2**24 - 1]]), "the matrix").max() == 2**24 - 1
+
+
+def test_log_normalisation_by_hand():
+    found = log_normalize(sp.csr_matrix([[1.0, 0.0], [0.0, 0.0], [3.0, 1.0]]), 4)
+    np.testing.assert_allclose(found.toarray(), np.log([[5, 1], [1, 1], [4, 2]]), rtol=1e-6)
 
 
 def test_duplicate_genes_are_summed_with_a_message(capsys):
@@ -149,6 +159,7 @@ def test_mtx_has_the_papers_form(tmp_path):
     np.testing.assert_array_equal(read.X.toarray(), cells.X.toarray())
     assert list(pd.read_csv(folder / "genes.csv")["gene"]) == list(cells.var_names)
     clusters = pd.read_csv(folder / "clusters.csv")
+    assert list(clusters.columns) == ["barcode", "partition", "cell_type", "sample"]
     assert clusters["partition"].dtype == np.int64 and list(clusters["barcode"]) == list(cells.obs_names)
     assert [f"type {k}" for k in clusters["partition"]] == list(cells.obs["cell_type"]) == list(clusters["cell_type"])
     again = read_dataset(folder)  # stage 0 takes it
