@@ -10,7 +10,8 @@ import pytest
 from helpers import ROOT
 
 import lib.files
-from lib.files import check_same_names, check_same_split, folder, replacing, require, user_path
+from lib.files import check_same_names, check_same_split, check_unpacked, folder, replacing, require, user_path
+from lib.records import Unusable
 
 
 @pytest.fixture
@@ -127,3 +128,24 @@ def test_both_files_are_named():
         ValueError, match="model.pt does not belong to data.h5ad: it comes from split a, expected split b"
     ):
         check_same_split("a", "model.pt", "b", "data.h5ad", "_3_train_gmvae.py")
+
+
+def test_a_message_names_three_of_many_names():
+    with pytest.raises(ValueError, match=r"\(unexpected: A, B, C; missing: V, W, X and 2 more\)"):
+        check_same_names(["A", "B", "C"], "model.pt", ["V", "W", "X", "Y", "Z"], "data.h5ad", "genes", "it")
+
+
+def test_the_limit_of_what_a_file_may_unpack_to(tmp_path, monkeypatch):
+    path = tmp_path / "small.gz"
+    path.write_bytes(b"0" * 1000)
+    check_unpacked(path, 10**9)  # any file may have a gigabyte
+    with pytest.raises(Unusable, match=r"small.gz \(0.0 MB\) unpacks to at least 1.00 GB, expected at most 1.00 GB"):
+        check_unpacked(path, 10**9 + 1)
+    monkeypatch.setattr(lib.files, "UNPACKED_BYTES", 0)
+    check_unpacked(path, 200_000)  # 200 times its size
+    with pytest.raises(Unusable, match="small.gz"):
+        check_unpacked(path, 200_001)
+    monkeypatch.setenv("BULK2SC_MAX_GB", "0.001")
+    check_unpacked(path, 1_000_000)
+    with pytest.raises(Unusable, match="set the environment variable BULK2SC_MAX_GB higher"):
+        check_unpacked(path, 1_000_001)
