@@ -127,7 +127,7 @@ def deconvolutions(place: Workplace, train: ad.AnnData, epochs: int) -> pd.DataF
     for name, (method, mixing, training) in presets.items():
         costs = np.array([stage(place, 2, *mixing), stage(place, 4, *training)])
         checkpoint = load_checkpoint(place.models / "sctape.pt", STAGES[4])
-        tpm, true = read_test_mixtures(place.data, train.uns["split_id"], False)
+        tpm, true = read_test_mixtures(place.data, train.uns["split_id"], False, False)
         random = true.index.str.startswith("dirichlet")
         found = proportions.estimate(checkpoint, tpm[random], method, 0, 0).proportions
         rows[name] = {

@@ -15,7 +15,7 @@ import scipy.sparse as sp
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from helpers import CPU, STAGES, Workplace  # noqa: E402, F401  (benchmarks import them from here)
+from helpers import CPU, STAGES, Workplace, plain_paper_loss  # noqa: E402, F401  (benchmarks import them from here)
 
 from lib.data import datasets  # noqa: E402
 from lib.data.counts import digest, select_per_type, write_counts  # noqa: E402

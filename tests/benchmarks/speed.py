@@ -23,8 +23,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
-from helpers import plain_paper_loss
-from shared import CPU, add_data_option, read
+from shared import CPU, add_data_option, plain_paper_loss, read
 from torch import nn
 
 from lib.data.batches import Batch, CellDataset
