@@ -71,12 +71,8 @@ def _by_network(
 ) -> Estimate:  # fmt: skip
     """Estimate of the scTAPE network; how well the reference explains a sample is taken from `fitted`, a regression."""
     predicted = sctape.predict(checkpoint, bulk, adaptation)
-    counts_per_cell = reference.mean.sum(axis=1)
-    in_mixtures = (
-        checkpoint.get("rna_per_cell") or counts_per_cell
-    )  # the RNA of the cells that the network is trained on
-    rna = to_rna(predicted.proportions.to_numpy(), np.asarray(in_mixtures))
-    cells = rna_to_cells(rna, reference, content)
+    rna = to_rna(predicted.proportions.to_numpy(), _rna_per_cell(reference, content_of_mixtures(checkpoint)))
+    cells = to_cells(rna, _rna_per_cell(reference, content))
     return fitted._replace(
         proportions=pd.DataFrame(cells, bulk.index, reference.cell_types),
         rna_proportions=pd.DataFrame(rna, bulk.index, reference.cell_types),
@@ -88,12 +84,13 @@ def _by_network(
 def nnls(checkpoint: dict[str, Any], bulk: pd.DataFrame, content: pd.DataFrame | None) -> pd.DataFrame:
     """The baseline of `reference.nnls_on_markers`, shares of cells; arguments as in `estimate`."""
     reference = scaled_reference(checkpoint)
-    rna = to_rna(nnls_on_markers(bulk, reference).to_numpy(), reference.mean.sum(axis=1))
-    return pd.DataFrame(rna_to_cells(rna, reference, content), bulk.index, reference.cell_types)
+    rna = to_rna(nnls_on_markers(bulk, reference).to_numpy(), _rna_per_cell(reference, None))
+    return pd.DataFrame(to_cells(rna, _rna_per_cell(reference, content)), bulk.index, reference.cell_types)
 
 
-def rna_to_cells(rna: np.ndarray, reference: Reference, content: pd.DataFrame | None) -> np.ndarray:
-    return to_cells(rna, reference.mean.sum(axis=1) if content is None else content["rna_per_cell"].to_numpy())
+def _rna_per_cell(reference: Reference, content: pd.DataFrame | None) -> np.ndarray:
+    """(n_types,) RNA per cell: of the table, or the counts per cell of the reference."""
+    return reference.mean.sum(axis=1) if content is None else content["rna_per_cell"].to_numpy()
 
 
 def content_of_mixtures(checkpoint: dict[str, Any]) -> pd.DataFrame | None:
