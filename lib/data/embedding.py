@@ -7,6 +7,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scanpy as sc
+import scipy.sparse as sp
 import torch
 from anndata.experimental import read_elem_lazy
 from sklearn.neighbors import KNeighborsClassifier
@@ -50,8 +51,8 @@ def principal_components(counts: ad.AnnData, n_top_genes: int | None, n_pcs: int
         sc.pp.highly_variable_genes(adata, n_top_genes=n_top_genes)
         adata = adata[:, adata.var["highly_variable"]].copy()
     n_comps = min(n_pcs, adata.n_obs - 1, adata.n_vars - 1)
-    # both are deterministic; the covariance of all genes would be too large
-    sc.pp.pca(adata, n_comps=n_comps, svd_solver="arpack" if n_top_genes is None else "covariance_eigh")
+    # both are deterministic; arpack computes these components alone, but needs the cells in memory
+    sc.pp.pca(adata, n_comps=n_comps, svd_solver="arpack" if sp.issparse(adata.X) else "covariance_eigh")
     return np.asarray(adata.obsm["X_pca"], dtype=np.float32)
 
 
