@@ -1,11 +1,16 @@
 """Several processes that train or generate together, started by torchrun, on processors or GPUs of one or several computers.
 
-Without torchrun there is one process, and the functions here do nothing.
+Without torchrun there is one process, and the functions here do nothing, except `in_threads`: it shares the work of one process
+among its threads.
 """
 
 import atexit
 import os
 import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +18,7 @@ import torch.distributed as dist
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
 N_RANKS = int(os.environ.get("WORLD_SIZE", 1))
 IS_FIRST = RANK == 0  # the process that prints and writes
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 def pick_device(name: str) -> torch.device:
@@ -66,3 +72,27 @@ def mean_over(parts: list[tuple[int, dict[str, torch.Tensor]]]) -> dict[str, flo
         dist.all_reduce(sums)
     *totals, n_rows = sums.tolist()
     return {name: total / n_rows for name, total in zip(names, totals)}
+
+
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item], device: torch.device) -> Iterator[Result]:
+    """Results of a function of each item, in the order of the items, computed on a CPU by as many threads as torch may use.
+
+    Each item is computed by one thread, which loses less time than many threads for each operation of torch. At most two results
+    per thread are waiting, so memory does not grow with the number of items.
+    """
+    n_threads = torch.get_num_threads()
+    if n_threads == 1 or device.type != "cpu":
+        yield from map(function, items)
+        return
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            waiting: deque[Future[Result]] = deque()
+            for item in items:
+                if len(waiting) == 2 * n_threads:
+                    yield waiting.popleft().result()
+                waiting.append(pool.submit(function, item))
+            while waiting:
+                yield waiting.popleft().result()
+    finally:
+        torch.set_num_threads(n_threads)

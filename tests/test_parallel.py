@@ -6,9 +6,11 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from helpers import STAGES, Workplace, simulated_dataset
 
 from lib.data.counts import write_counts
+from lib.parallel import in_threads
 
 pytestmark = pytest.mark.slow
 SMALL = "--hidden 16 8 --n-latent 4 --batch-size 64 --epochs 4 --learning-rate 0.01 --device cpu".split()
@@ -72,3 +74,23 @@ def test_generated_cells_do_not_depend_on_the_number_of_processes(tmp_path):
     pd.testing.assert_frame_equal(one.obs[["cell_type", "sample"]], two.obs[["cell_type", "sample"]])
     np.testing.assert_allclose(two.obs["library_size"], np.asarray(two.X.sum(axis=1)).ravel())
     assert not list(place.data.glob("*.npz"))
+
+
+def test_threads_keep_the_order_and_work_only_a_little_ahead():
+    n_threads, begun = torch.get_num_threads(), []
+
+    def items():
+        for number in range(1, 101):
+            begun.append(number)
+            yield number
+
+    torch.set_num_threads(2)
+    try:
+        for number, (item, threads) in enumerate(
+            in_threads(lambda item: (item, torch.get_num_threads()), items(), torch.device("cpu")), start=1
+        ):
+            assert item == number and threads == 1
+            assert len(begun) <= number + 4  # two results per thread wait
+        assert number == 100 and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(n_threads)

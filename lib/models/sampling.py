@@ -13,9 +13,11 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
+from lib import parallel
 from lib.data.batches import CellDataset
 from lib.models import copula
 from lib.models.gmvae import GMVAE
+from lib.models.likelihoods import Likelihood, sample_counts
 from lib.models.profiles import counts_per_type, shrunken_ratio
 
 BLOCK_CELLS = 256  # cells sampled at a time
@@ -119,7 +121,6 @@ def sample_z(
     return new_z, l_mean + (0.5 * l_log_var).exp() * torch.randn(l_mean.shape, generator=generator, device=mean.device)
 
 
-@torch.no_grad()
 def sample(
     model: GMVAE, cell_type_idx: np.ndarray, seed: int, latent_spread: float = 1.0, blocks: range | None = None,
     shift: Shift | None = None, groups: np.ndarray | None = None,
@@ -143,20 +144,44 @@ def sample(
     ------
     Cells x n_genes, raw counts, CSR.
     """
-    device = model.device
-    for rows, generator in random_streams(len(cell_type_idx), seed, blocks, device):
-        y = torch.from_numpy(np.asarray(cell_type_idx[rows], dtype=np.int64)).to(device)
+
+    @torch.no_grad()
+    def sample_block(stream: tuple[slice, torch.Generator]) -> sp.csr_matrix:
+        rows, generator = stream
+        y = torch.from_numpy(np.asarray(cell_type_idx[rows], dtype=np.int64)).to(model.device)
         z, log_library = sample_z(model, y, latent_spread, generator)
+        log_ratio = None
         if shift is not None:
             assert groups is not None
-            group = torch.from_numpy(groups[rows].astype(np.int64)).to(device)
-            z = torch.einsum("nij,nj->ni", shift.matrix.to(device)[group], z) + shift.offset.to(device)[group]
-        likelihood = model.p_x(z, log_library.exp() * model.library_median, y)
-        if shift is not None and shift.log_ratio is not None:
-            likelihood.logits += shift.log_ratio.to(device)[group // model.n_cell_types]
-        if model.prior is not None:
-            likelihood.logits += model.prior["log_ratio"].to(device)[y]
-        yield likelihood.sample(generator)
+            group = torch.from_numpy(groups[rows].astype(np.int64)).to(model.device)
+            z = torch.einsum("nij,nj->ni", shift.matrix.to(z)[group], z) + shift.offset.to(z)[group]
+            log_ratio = None if shift.log_ratio is None else shift.log_ratio.to(z)[group // model.n_cell_types]
+        order = y.argsort(stable=True)
+        likelihoods = _by_type(model, y, z, log_library.exp() * model.library_median, log_ratio, order)
+        return sample_counts(likelihoods, generator)[order.argsort().cpu().numpy()]
+
+    streams = random_streams(len(cell_type_idx), seed, blocks, model.device)
+    yield from parallel.in_threads(sample_block, streams, model.device)
+
+
+def _by_type(
+    model: GMVAE, y: torch.Tensor, z: torch.Tensor, library_size: torch.Tensor, log_ratio: torch.Tensor | None,
+    order: torch.Tensor,
+) -> Iterator[Likelihood]:  # fmt: skip
+    """p(x|z,y,l) of new cells, those of one type together, so that the parameters of a type are computed once.
+
+    log_ratio: (n_cells, n_genes), added to the logits of each cell, or None; order: the cells' numbers, sorted by type.
+    """
+    for cells in order.split(y.bincount().tolist()):
+        if len(cells):
+            of_type = y[cells[:1]]
+            likelihood = model.p_x(z[cells], library_size[cells], of_type)
+            if model.prior is not None:
+                likelihood.logits += model.prior["log_ratio"].to(z)[of_type]
+            if log_ratio is not None:
+                likelihood.logits += log_ratio[cells]
+            likelihood.log_theta = likelihood.log_theta.view(-1)
+            yield likelihood
 
 
 def generate(model: GMVAE, cell_type_idx: np.ndarray, seed: int, *arguments: Any, **options: Any) -> sp.csr_matrix:

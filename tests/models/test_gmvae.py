@@ -13,7 +13,7 @@ from helpers import simulated_cells, trained_gmvae
 
 from lib.data.batches import CellDataset
 from lib.models.gmvae import GMVAE
-from lib.models.likelihoods import Likelihood, nb_log_prob, sample_positive_nb
+from lib.models.likelihoods import Likelihood, nb_log_prob, sample_counts, sample_positive_nb
 from lib.models.profiles import nb_per_type_log_likelihood
 from lib.models.sampling import BLOCK_CELLS, encoded_variance, fit_prior, generate, sample, sample_z
 
@@ -166,6 +166,14 @@ def test_generation_is_seeded_and_in_the_order_asked_for(model):
     part = generate(model, wanted, 1, blocks=range(1, 3))
     np.testing.assert_array_equal(part.toarray(), a[BLOCK_CELLS:].toarray())  # whoever makes a block, it is the same
     assert list(sample(model, np.array([], dtype=int), 1)) == []
+    n_threads = torch.get_num_threads()
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            assert (generate(model, wanted, 1) != a).nnz == 0
+            assert torch.get_num_threads() == n
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def test_after_the_fit_cells_have_the_means_of_their_type_even_if_training_stopped_early(data):
@@ -211,6 +219,30 @@ def test_counts_are_sampled_from_the_likelihood(zi_logits):
     assert x.mean() == pytest.approx(keep * mu, rel=0.03)
     assert x.var() == pytest.approx(keep * variance + keep * (1 - keep) * mu**2, rel=0.06)
     assert (x == 0).mean() == pytest.approx(1 - keep + keep * (theta / (theta + mu)) ** theta, abs=0.01)
+
+
+@pytest.mark.parametrize("extra_zeros", [0.0, 0.3])
+@pytest.mark.parametrize("of_cell", [False, True])
+def test_rare_and_frequent_genes_have_the_zeros_and_means_of_the_distribution(extra_zeros, of_cell):
+    """Two likelihoods, one after the other, with thetas and extra zeros of their own genes, or of each cell and gene."""
+    n, shares, theta = 20_000, np.array([0.001, 0.02, 0.179, 0.8]), np.array([0.1, 5.0, 1.0, 1e4])
+    likelihoods = [
+        Likelihood(
+            torch.tensor(shares).float().log().expand(n, 4),
+            torch.full((n,), math.log(library)),
+            torch.tensor(theta).float().log() if not of_cell else torch.tensor(theta).float().log().expand(n, 4),
+            torch.full((n, 4), math.log(extra_zeros / (1 - extra_zeros))) if extra_zeros else None,
+        )
+        for library in (2.0, 60.0)
+    ]
+    x = sample_counts(likelihoods, torch.Generator().manual_seed(3)).toarray()
+    assert x.shape == (2 * n, 4)
+    for library, part in ((2.0, x[:n]), (60.0, x[n:])):
+        mu = library * shares
+        zeros = extra_zeros + (1 - extra_zeros) * scipy.stats.nbinom.pmf(0, theta, theta / (theta + mu))
+        np.testing.assert_allclose((part == 0).mean(axis=0), zeros, atol=4 * 0.5 / np.sqrt(n))
+        variance = (1 - extra_zeros) * (mu + mu**2 / theta + extra_zeros * mu**2)
+        assert (np.abs(part.mean(axis=0) - (1 - extra_zeros) * mu) < 5 * np.sqrt(variance / n)).all()
 
 
 @pytest.mark.parametrize(
