@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 import lib.options
 from lib.data.batches import CellDataset
+from lib.data.readers import open_dataset
 from lib.models.axes import within_type_axes
 from lib.models.gmvae import GMVAE
 from lib.models.initialise import initialise
@@ -34,6 +35,11 @@ STAGES = (
 )  # fmt: skip
 
 FEW = {"MAX_CELLS_EVALUATED": 60, "MAX_CELLS_PLOTTED": 100}  # of stage 5: an evaluation that runs, whatever it finds
+
+
+def read_dataset(path: Path, **arguments) -> ad.AnnData:
+    """A data set as stage 0 reads it, in memory."""
+    return open_dataset(path, **arguments).in_memory()
 
 
 class Workplace:

@@ -20,6 +20,7 @@ import pytest
 import torch
 from helpers import ROOT, STAGES, Workplace, simulated_dataset
 
+import lib.data.anndata_files
 import lib.data.hdf5
 import lib.data.tables
 import lib.files
@@ -246,10 +247,10 @@ def test_an_h5ad_of_another_structure_is_refused(place, message):
 def test_a_file_on_which_hdf5_loops_or_crashes(place, monkeypatch, way, message):
     """Such files exist, but depend on the version of HDF5; here the check itself does not end, or ends the process."""
 
-    def check(*_):
+    def check(*_, **__):
         time.sleep(60) if way == "loops" else os._exit(139)
 
-    monkeypatch.setattr(lib.data.hdf5, "check_structure", check)
+    monkeypatch.setattr(lib.data.anndata_files, "check_structure", check)
     monkeypatch.setattr(lib.data.hdf5, "CHECK_S", 1)
     assert message in refused(place, STAGES[0], "--dataset", str(place.path / "source.h5ad"))
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
-from helpers import FEW, STAGES, Workplace, simulated_dataset, split_only
+from helpers import FEW, STAGES, Workplace, read_dataset, simulated_dataset, split_only
 
 from lib import runs
 from lib.bulk import sctape
@@ -19,7 +19,6 @@ from lib.bulk.deconvolution import deconvolve
 from lib.bulk.reference import Reference
 from lib.data.batches import CellDataset
 from lib.data.counts import read_split
-from lib.data.readers import read_dataset
 from lib.evaluation.metrics import mae
 from lib.models.gmvae import GMVAE
 from lib.models.profiles import nb_per_type_log_likelihood

@@ -7,7 +7,6 @@ cells that it was trained on, so files and models that do not belong together ar
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import anndata as ad
 import h5py
@@ -17,10 +16,12 @@ import scipy.io
 import scipy.sparse as sp
 from anndata.abc import CSRDataset
 
-from lib.data.hdf5 import new_hdf5, read_h5ad, write_described, write_h5ad
+from lib.data.hdf5 import describe, new_hdf5, read_h5ad, write_h5ad
 from lib.files import check_same_split, reading, replacing, require
 
 BLOCK_CELLS = 2048  # cells in memory at a time: 10-30 MB of counts
+# Of 65,536 counts, 60 cells; with shuffled bytes and gzip, a fifth of the size. Index pointers count beyond 2^31.
+STORED = {"chunks": (1 << 16,), "compression": "gzip", "compression_opts": 1, "shuffle": True, "indptr_dtype": np.int64}
 
 # Nearly every human or mouse table has these genes; they show whether genes are in rows or in columns.
 COMMON_GENES = frozenset(
@@ -29,27 +30,21 @@ COMMON_GENES = frozenset(
 )
 
 
-def to_counts(matrix: Any, what: str) -> sp.csr_matrix:
-    """A count matrix as float32 CSR, with explicit zeros removed, duplicate entries summed and indices sorted.
+def check_values(values: np.ndarray, what: str) -> None:
+    """Refuse values that are not raw counts.
 
     Parameters
     ----------
-    matrix
-        Cells x genes, dense or sparse.
+    values
+        Entries of a matrix.
     what
         Name of the matrix in messages.
 
     Raises
     ------
     ValueError
-        If it is empty or holds NaN, negative or fractional values; the message says whether it looks log-normalised.
+        If there are NaN, negative, fractional or too large values; the message says whether they look log-normalised.
     """
-    if 0 in matrix.shape:
-        raise ValueError(
-            f"{what} is empty: got {matrix.shape[0]} cells x {matrix.shape[1]} genes, expected at least one of each"
-        )
-    counts = sp.csr_matrix(matrix, dtype=np.float32, copy=False)
-    values = counts.data
     if not np.isfinite(values).all():
         raise ValueError(
             f"{what} holds {np.sum(~np.isfinite(values)):,} values that are NaN or infinite; expected raw counts"
@@ -58,28 +53,33 @@ def to_counts(matrix: Any, what: str) -> sp.csr_matrix:
         raise ValueError(
             f"{what} holds negative values (lowest {values.min():g}): scaled or corrected data; expected raw counts"
         )
-    fractional = np.mean(values != np.rint(values)) if values.size else 0
+    fractional = np.sum(values != np.rint(values))
     if fractional:
         kind = "looks log-normalised" if values.max() < 25 else "looks normalised or corrected"
         raise ValueError(
-            f"{what} {kind}: {fractional:.0%} of its non-zero values are fractions (largest {values.max():g}); "
-            "expected raw counts, as before scanpy's normalize_total and log1p"
+            f"{what} {kind}: {fractional / np.count_nonzero(values):.0%} of its non-zero values are fractions "
+            f"(largest {values.max():g}); expected raw counts, as before scanpy's normalize_total and log1p"
         )
     if values.size and values.max() >= 2**24:
         raise ValueError(
             f"{what} holds counts up to {values.max():,.0f}; expected less than 16,777,216 of a gene in a cell"
         )
-    if not values.any():
-        raise ValueError(f"{what} holds zeros only; expected raw counts")
-    counts.eliminate_zeros()
+
+
+def clean(counts: sp.csr_matrix) -> sp.csr_matrix:
+    """The same counts with explicit zeros removed, duplicate entries summed and indices sorted."""
     counts.sum_duplicates()
+    counts.eliminate_zeros()
     return counts
 
 
-def sum_duplicate_genes(counts: sp.csr_matrix, gene_names: pd.Index) -> tuple[sp.csr_matrix, pd.Index]:
-    """Sum the columns of the same gene name, in the order of first appearance, with a message."""
+def sum_duplicate_genes(gene_names: pd.Index) -> tuple[sp.csr_matrix | None, pd.Index]:
+    """A matrix that sums the columns of the same gene name, and the names in the order of first appearance, with a message.
+
+    The matrix is None if all names differ.
+    """
     if gene_names.is_unique:
-        return counts, gene_names
+        return None, gene_names
     codes, unique = pd.factorize(gene_names)
     merge = sp.csr_matrix(
         (np.ones(len(codes), np.float32), (np.arange(len(codes)), codes)), shape=(len(codes), len(unique))
@@ -88,7 +88,7 @@ def sum_duplicate_genes(counts: sp.csr_matrix, gene_names: pd.Index) -> tuple[sp
     print(
         f"{len(repeated):,} duplicate gene names (such as {', '.join(map(str, repeated[:3]))}): their counts are summed"
     )
-    return (counts @ merge).tocsr(), pd.Index(unique)
+    return merge, pd.Index(unique)
 
 
 def count_known_genes(names: pd.Index) -> int:
@@ -97,7 +97,7 @@ def count_known_genes(names: pd.Index) -> int:
     return int(upper.isin(COMMON_GENES).sum() + upper.str.match(r"ENS[A-Z]*G\d{6,}").sum())
 
 
-def check_orientation(adata: ad.AnnData, what: str) -> None:
+def check_orientation(barcodes: pd.Index, gene_names: pd.Index, what: str) -> None:
     """Refuse a table of genes x cells.
 
     Raises
@@ -105,20 +105,37 @@ def check_orientation(adata: ad.AnnData, what: str) -> None:
     ValueError
         If more row names than column names are gene names.
     """
-    if count_known_genes(adata.obs_names) > count_known_genes(adata.var_names):
+    if count_known_genes(barcodes) > count_known_genes(gene_names):
         raise ValueError(
-            f"{what} looks transposed: its rows have gene names ({', '.join(adata.obs_names[:3])}), its columns do not "
-            f"({', '.join(adata.var_names[:3])}); expected cells in rows and genes in columns: save its transpose (adata.T)"
+            f"{what} looks transposed: its rows have gene names ({', '.join(barcodes[:3])}), its columns do not "
+            f"({', '.join(gene_names[:3])}); expected cells in rows and genes in columns: save its transpose (adata.T)"
         )
 
 
+class Fingerprint:
+    """Twelve hexadecimal digits that change with any count, barcode, gene name or cell type; counts are added in blocks."""
+
+    def __init__(self, obs: pd.DataFrame, gene_names: pd.Index):
+        cell_types = obs["cell_type"].astype(str) if "cell_type" in obs else []
+        self.names = digest([*obs.index, *gene_names, *cell_types])
+        self.parts = [hashlib.sha256() for _ in range(3)]
+
+    def add(self, counts: sp.csr_matrix) -> None:
+        for part, array in zip(self.parts, (counts.data, counts.indices, np.diff(counts.indptr))):
+            part.update(array if array.dtype == np.float32 else array.astype(np.int32))
+
+    def __str__(self) -> str:
+        return digest([self.names, *(part.hexdigest() for part in self.parts)])
+
+
 def fingerprint(adata: ad.AnnData) -> str:
-    """Twelve hexadecimal digits that change with any count, barcode, gene name or cell type."""
-    cell_types = adata.obs["cell_type"].astype(str) if "cell_type" in adata.obs else []
-    return digest([*adata.obs_names, *adata.var_names, *cell_types], adata.X.data, adata.X.indices, adata.X.indptr)
+    """`Fingerprint` of an AnnData in memory."""
+    whole = Fingerprint(adata.obs, adata.var_names)
+    whole.add(adata.X)
+    return str(whole)
 
 
-def digest(names: list[str], *arrays: np.ndarray) -> str:
+def digest(names: Iterable[str], *arrays: np.ndarray) -> str:
     """Twelve hexadecimal digits that change with any of these."""
     sha = hashlib.sha256("\n".join(names).encode())
     for array in arrays:
@@ -167,17 +184,21 @@ def read_counts(path: Path, stage: str) -> ad.AnnData:
 
 
 def write_blocks(cells: ad.AnnData, blocks: Iterable[sp.csr_matrix], path: Path) -> None:
-    """Write a count file block by block of rows; `cells` holds everything but `X`."""
+    """Write a count file block by block of rows; `cells` holds everything but `X`.
+
+    `obs`, `var` and `uns` are written last: the caller may fill them with each block.
+    """
     with replacing(path) as temporary, new_hdf5(temporary) as (file, disk):
-        write_described(cells, file)
-        file.pop("X", None)
-        ad.io.write_elem(file, "X", sp.csr_matrix((0, cells.n_vars), dtype=np.float32))
+        ad.io.write_elem(file, "/", ad.AnnData())
+        ad.io.write_elem(file, "X", sp.csr_matrix((0, cells.n_vars), dtype=np.float32), dataset_kwargs=STORED)
         X = ad.io.sparse_dataset(file["X"])
         for block in blocks:
             X.append(block)
             disk.check()
         assert X.shape == cells.shape
-        ad.io.write_elem(file, "obs", cells.obs)  # again: the caller may fill a column with each block
+        describe(cells)
+        for name, part in (("obs", cells.obs), ("var", cells.var), ("uns", dict(cells.uns))):
+            ad.io.write_elem(file, name, part)
 
 
 def n_entries(counts: sp.csr_matrix | CSRDataset) -> int:

@@ -10,6 +10,7 @@ dentate_gyrus    2,930 x 13,913   .h5ad, scVelo's copy of GSE95753 (Hochgerner e
 E-ANND-5         828,328 cells    .zip of .mtx, .mtx_rows, .mtx_cols; a design .tsv (EBI)   126 types
 """
 
+import io
 import tarfile
 import zipfile
 from pathlib import Path
@@ -20,12 +21,14 @@ import numpy as np
 import pandas as pd
 import scanpy as sc
 import scipy.sparse as sp
-from scanpy.datasets._ebi_expression_atlas import read_expression_from_archive
 
+from lib.data.anndata_files import open_10x
 from lib.data.download import fetch
 from lib.data.hdf5 import read_h5ad
 from lib.data.labels import clean_labels, read_labels
-from lib.data.readers import read_10x, read_count_table, read_mtx_folder, tidy
+from lib.data.mtx import MtxTable, open_mtx
+from lib.data.readers import read_count_table
+from lib.data.streams import CellStream
 from lib.files import check_unpacked, reading
 
 N_CELLS = {
@@ -55,14 +58,14 @@ EBI_LABELS = tuple(
 class Source(NamedTuple):
     """A data set as its source has it, before the checks that are common to all data sets."""
 
-    adata: ad.AnnData  # obs["cell_type"] where the source has labels
+    cells: CellStream  # obs["cell_type"] where the source has labels
     description: str  # where the counts come from
     gene_length_file: Path | None = None
     bulk: pd.DataFrame | None = None  # samples x genes, counts, where the source has a bulk of the same tissue
 
 
 def load(name: str, raw: Path, geo_url: str, gene_length_url: str | None) -> Source:
-    """Read a data set of `NAMES`, with its counts checked.
+    """Open a data set of `NAMES`; its counts are checked when they are read.
 
     Parameters
     ----------
@@ -79,12 +82,12 @@ def load(name: str, raw: Path, geo_url: str, gene_length_url: str | None) -> Sou
         If the files have another number of cells than the source states, or no counts.
     """
     source = gse130148(raw, geo_url, gene_length_url) if name == "GSE130148" else READERS[name](raw)
-    if source.adata.n_obs != N_CELLS[name]:
+    if len(source.cells.obs) != N_CELLS[name]:
         raise ValueError(
-            f"{name} has {source.adata.n_obs:,} cells, expected {N_CELLS[name]:,}: delete its files in {raw} and run this again, "
+            f"{name} has {len(source.cells.obs):,} cells, expected {N_CELLS[name]:,}: delete its files in {raw} and run this again, "
             "or give their path as DATASET"
         )
-    return source._replace(adata=tidy(source.adata, name))
+    return source._replace(cells=source.cells.tidy())
 
 
 def gse130148(raw: Path, geo_url: str, gene_length_url: str | None) -> Source:
@@ -102,7 +105,7 @@ def gse130148(raw: Path, geo_url: str, gene_length_url: str | None) -> Source:
     adata = read_count_table(count_file, "genes_in_rows")
     labels = read_labels(label_file, adata.obs_names, "celltype")
     adata.obs = labels.rename(columns={"ID": "donor"})
-    return Source(adata, f"GEO GSE130148, {geo_url}", length_file)
+    return Source(CellStream.of(adata, "GSE130148"), f"GEO GSE130148, {geo_url}", length_file)
 
 
 def pbmc68k_reduced(_: Path) -> Source:
@@ -120,14 +123,15 @@ def pbmc68k_reduced(_: Path) -> Source:
     )
     obs = pd.DataFrame({"cell_type": clean_labels(source.obs["bulk_labels"])}, index=source.obs_names)
     var = pd.DataFrame(index=source.raw.var_names)
-    return Source(ad.AnnData(counts, obs=obs, var=var), "scanpy.datasets.pbmc68k_reduced")
+    cells = CellStream.of(ad.AnnData(counts, obs=obs, var=var), "pbmc68k_reduced")
+    return Source(cells, "scanpy.datasets.pbmc68k_reduced")
 
 
 def pbmc1k(raw: Path) -> Source:
     """Blood of a healthy donor, 10x v3."""
     file = "pbmc_1k_v3_filtered_feature_bc_matrix.h5"
     url = f"{URLS['10x']}/3.0.0/pbmc_1k_v3/{file}"
-    return Source(read_10x(fetch(url, raw / file)), url)
+    return Source(open_10x(fetch(url, raw / file)), url)
 
 
 def pbmc3k(raw: Path) -> Source:
@@ -139,14 +143,14 @@ def pbmc3k(raw: Path) -> Source:
     """
     file = "pbmc3k_filtered_gene_bc_matrices.tar.gz"
     url = f"{URLS['10x']}/1.1.0/pbmc3k/{file}"
-    adata = read_mtx_folder(unpack(fetch(url, raw / file), raw / "pbmc3k"))
+    cells = open_mtx(unpack(fetch(url, raw / file), raw / "pbmc3k"), scratch=raw)
     try:
         label_file = fetch(f"{URLS['cellxgene']}/pbmc3k.h5ad", raw / "pbmc3k_processed.h5ad")
     except ConnectionError as error:  # stage 1 can cluster the cells
         print(f"WARNING: no cell types of pbmc3k, so stage 1 will cluster the cells: {error}")
     else:
-        adata.obs["cell_type"] = tutorial_labels(label_file, adata.obs_names)
-    return Source(adata, url)
+        cells.obs["cell_type"] = tutorial_labels(label_file, cells.obs.index)
+    return Source(cells, url)
 
 
 def tutorial_labels(path: Path, barcodes: pd.Index) -> pd.Series:
@@ -174,10 +178,10 @@ def pbmc68k(raw: Path) -> Source:
     """Fresh blood cells of donor A, with the labels of the paper (Zheng et al., Nature Communications 2017)."""
     file = "fresh_68k_pbmc_donor_a_filtered_gene_bc_matrices.tar.gz"
     url = f"{URLS['10x']}/1.1.0/fresh_68k_pbmc_donor_a/{file}"
-    adata = read_mtx_folder(unpack(fetch(url, raw / file), raw / "pbmc68k"))
+    cells = open_mtx(unpack(fetch(url, raw / file), raw / "pbmc68k"), scratch=raw)
     labels = fetch(f"{URLS['zheng']}/68k_pbmc_barcodes_annotation.tsv", raw / "68k_pbmc_barcodes_annotation.tsv")
-    adata.obs = read_labels(labels, adata.obs_names, "celltype")[["cell_type"]]
-    return Source(adata, url)
+    cells.obs = read_labels(labels, cells.obs.index, "celltype")[["cell_type"]]
+    return Source(cells, url)
 
 
 def dentate_gyrus(raw: Path) -> Source:
@@ -190,7 +194,7 @@ def dentate_gyrus(raw: Path) -> Source:
         fetch(f"{URLS['geo']}/GSE74985%5F{file}", raw / f"GSE74985_{file}")
         for file in ("mergedCount.txt.gz", "genes.fpkm_tracking.gz")
     )
-    return Source(adata, url, bulk=read_gse74985(counts, names))
+    return Source(CellStream.of(adata, "dentate_gyrus"), url, bulk=read_gse74985(counts, names))
 
 
 def read_gse74985(counts: Path, names: Path) -> pd.DataFrame:
@@ -206,13 +210,33 @@ def read_gse74985(counts: Path, names: Path) -> pd.DataFrame:
 
 
 def e_annd_5(raw: Path) -> Source:
-    """Cells of the EBI Single Cell Expression Atlas, through scanpy's reader of its archives."""
+    """Cells of the EBI Single Cell Expression Atlas: a .zip of a MatrixMarket table, genes x cells, and its lists."""
     url = f"{URLS['ebi']}/E-ANND-5/download"
     design = fetch(f"{url}?accessKey=&fileType=experiment-design", raw / "E-ANND-5_experimental_design.tsv")
-    archive = fetch(f"{url}/zip?accessKey=&fileType=quantification-raw", raw / "E-ANND-5_expression_archive.zip")
-    with reading(archive, "a complete zip archive of the EBI"), zipfile.ZipFile(archive) as file:
-        check_unpacked(archive, sum(part.file_size for part in file.infolist()))
-        adata = read_expression_from_archive(file)
+    packed = fetch(f"{url}/zip?accessKey=&fileType=quantification-raw", raw / "E-ANND-5_expression_archive.zip")
+    with reading(packed, "a complete zip archive of the EBI"):
+        archive = zipfile.ZipFile(packed)
+        check_unpacked(packed, sum(part.file_size for part in archive.infolist()))
+        parts = {Path(part).suffix: part for part in archive.namelist()}
+        gene_names, barcodes = (
+            pd.Index(pd.read_csv(archive.open(parts[suffix]), sep="\t", header=None, dtype=str)[column].to_numpy())
+            for suffix, column in ((".mtx_rows", 1), (".mtx_cols", 0))
+        )
+        table = MtxTable.of(packed, lambda: io.TextIOWrapper(archive.open(parts[".mtx"]), "utf-8"))
+        if table.shape != (len(gene_names), len(barcodes)):
+            raise ValueError(f"a table of {table.shape} with {len(gene_names):,} genes and {len(barcodes):,} cells")
+    obs = pd.DataFrame({"cell_type": ebi_labels(design, barcodes)})
+    return Source(CellStream(obs, gene_names, table.cells(genes_in_rows=True, scratch=raw), "E-ANND-5"), url)
+
+
+def ebi_labels(design: Path, barcodes: pd.Index) -> pd.Series:
+    """Cell types of these barcodes in a table of cells of the EBI.
+
+    Raises
+    ------
+    ValueError
+        If it has no column of cell types.
+    """
     with reading(design, "a table of cells"):
         columns = pd.read_csv(design, sep="\t", index_col=0, nrows=0).columns
     found = [column for column in EBI_LABELS if column in columns]
@@ -223,9 +247,7 @@ def e_annd_5(raw: Path) -> Source:
         )
     with reading(design, "a table of cells"):
         table = pd.read_csv(design, sep="\t", index_col=0, usecols=[0, 1 + columns.get_loc(found[0])], dtype=str)
-    labels = clean_labels(table.iloc[:, 0].reindex(adata.obs_names))
-    adata.obs = pd.DataFrame({"cell_type": labels}, index=adata.obs_names.rename(None))
-    return Source(adata, url)
+    return clean_labels(table.iloc[:, 0].reindex(barcodes))
 
 
 READERS = {

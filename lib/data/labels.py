@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 
@@ -13,8 +12,8 @@ BARCODE_COLUMNS = ("cell.barcode", "barcode", "barcodes", "cell", "cell_id", "ce
 NO_LABEL = ("", "nan", "na", "none", "unknown", "unassigned", "unlabelled", "unlabeled", "1_unicorns and artifacts")
 
 
-def take_labels(adata: ad.AnnData, key: str | None) -> ad.AnnData:
-    """Set obs["cell_type"] from the column `key`; None takes a column named like it, if there is one.
+def take_labels(obs: pd.DataFrame, key: str | None) -> pd.DataFrame:
+    """Obs with the column cell_type, taken from the column `key`; None takes a column named like it, if there is one.
 
     Raises
     ------
@@ -23,25 +22,24 @@ def take_labels(adata: ad.AnnData, key: str | None) -> ad.AnnData:
     """
     given = key is not None
     if key is None:
-        alike = [c for c in adata.obs if re.fullmatch(r"cell[ _.]?types?", str(c).lower())]
+        alike = [c for c in obs if re.fullmatch(r"cell[ _.]?types?", str(c).lower())]
         key = alike[0] if alike else None
-    if key is not None:
-        if key not in adata.obs:
-            raise ValueError(
-                f"obs has no column {key!r}; it has {', '.join(adata.obs.columns) or 'none'}: "
-                "set CELL_TYPE_KEY to one of them, or LABELS_FILE"
-            )
-        labels = clean_labels(adata.obs[key])
-        if labels.notna().any():
-            adata.obs["cell_type"] = labels
-        elif given:
-            raise ValueError(
-                f"obs[{key!r}] labels no cell: all its values mean no type; set CELL_TYPE_KEY to another column"
-            )
-        else:
-            print(f"WARNING: obs[{key!r}] labels no cell, so it is left out: stage 1 will cluster the cells")
-            del adata.obs[key]
-    return adata
+    if key is None:
+        return obs
+    if key not in obs:
+        raise ValueError(
+            f"obs has no column {key!r}; it has {', '.join(obs.columns) or 'none'}: "
+            "set CELL_TYPE_KEY to one of them, or LABELS_FILE"
+        )
+    labels = clean_labels(obs[key])
+    if labels.notna().any():
+        return obs.assign(cell_type=labels)
+    if given:
+        raise ValueError(
+            f"obs[{key!r}] labels no cell: all its values mean no type; set CELL_TYPE_KEY to another column"
+        )
+    print(f"WARNING: obs[{key!r}] labels no cell, so it is left out: stage 1 will cluster the cells")
+    return obs.drop(columns=key)
 
 
 def read_labels(path: Path, barcodes: pd.Index, key: str | None = None) -> pd.DataFrame:

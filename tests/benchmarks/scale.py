@@ -2,9 +2,9 @@
 
 run     python tests/benchmarks/scale.py --folder /tmp/scale --cells 10000      (5 minutes; without --cells an hour and 10 GB of disk)
 
-Cells are sampled block by block from gamma-Poisson distributions of 12 types with expression programmes within the types, about
-900 genes detected in a cell, and written as data/counts.h5ad; stages 1 to 5 then run as a user runs them, in processes of their
-own, stages 3 and 4 for `--epochs` epochs. Peak memory is that of the stage's process (VmHWM).
+Cells are sampled block by block from negative binomials of 12 types with 40 states each, about 950 genes detected in a cell, and
+written as one h5ad; stages 0 to 5 then run as a user runs them, in processes of their own, stages 3 and 4 for `--epochs` epochs.
+Peak memory is that of the stage's process (VmHWM) and, added, of the largest process that it has started.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import anndata as ad
@@ -20,44 +21,61 @@ import pandas as pd
 import scipy.sparse as sp
 from shared import ROOT, STAGES
 
-from lib.data.counts import digest, write_blocks
+from lib.data.counts import write_blocks
 
-N_GENES, N_TYPES = 16_000, 12
+N_GENES, N_TYPES, N_STATES = 16_000, 12, 40
+THETA = 3.0
+COUNTS_PER_CELL = 2_000
+BLOCK_CELLS = 8_192
 
 
-def simulate(n_cells: int, path: Path) -> None:
+def simulate(n_cells: int, n_genes: int, path: Path) -> None:
+    """Write cells of `N_TYPES` types, sampled in blocks."""
     rng = np.random.default_rng(0)
-    base = rng.lognormal(0, 2.2, N_GENES)
-    profiles = base * np.exp(rng.normal(0, 1.5, (N_TYPES, N_GENES)) * (rng.random((N_TYPES, N_GENES)) < 0.1))
-    profiles /= profiles.sum(axis=1, keepdims=True)
-    programmes = rng.normal(0, 0.4, (5, N_GENES)) * (rng.random((5, N_GENES)) < 0.1)
-    frequency = rng.dirichlet(np.full(N_TYPES, 3))
-    types = rng.choice(N_TYPES, n_cells, p=frequency)
+    profiles = rng.lognormal(0, 2.2, n_genes) * np.exp(sparse_effects(rng, N_TYPES, n_genes, 1.5))
+    states = np.exp(rng.normal(size=(N_TYPES * N_STATES, 5)) @ sparse_effects(rng, 5, n_genes, 0.4))
+    states *= np.repeat(profiles, N_STATES, axis=0)
+    mu = COUNTS_PER_CELL * states / states.sum(axis=1, keepdims=True)
+    types = rng.choice(N_TYPES, n_cells, p=rng.dirichlet(np.full(N_TYPES, 3)))
+    obs = pd.DataFrame({"cell_type": pd.Categorical([f"type {k + 1}" for k in types])})
+    obs.index = [f"cell_{i}" for i in range(n_cells)]
+    cells = ad.AnnData(obs=obs, var=pd.DataFrame(index=[f"GENE{i}" for i in range(n_genes)]))
+    write_blocks(cells, negative_binomials(mu, types * N_STATES + rng.integers(0, N_STATES, n_cells), rng), path)
 
-    def blocks():
-        for start in range(0, n_cells, 1000):
-            y = types[start : start + 1000]
-            mu = profiles[y] * np.exp(rng.normal(0, 1, (len(y), 5)) @ programmes)
-            mu *= (rng.lognormal(np.log(2000), 0.4, len(y)) / mu.sum(axis=1))[:, None]
-            yield sp.csr_matrix(rng.poisson(mu * rng.standard_gamma(3.0, mu.shape) / 3).astype(np.float32))
 
-    obs = pd.DataFrame(
-        {"cell_type": pd.Categorical([f"type {k + 1}" for k in types])}, index=[f"cell_{i}" for i in range(n_cells)]
-    )
-    var = pd.DataFrame(index=[f"GENE{i}" for i in range(N_GENES)])
-    uns = {
-        "dataset": f"simulated {n_cells}",
-        "source": "tests/benchmarks/scale.py",
-        "counts_id": digest([str(n_cells)]),
-    }
-    write_blocks(ad.AnnData(obs=obs, var=var, uns=uns), blocks(), path)
+def sparse_effects(rng: np.random.Generator, n: int, n_genes: int, scale: float) -> np.ndarray:
+    """Logarithms of fold changes; nine genes in ten have none."""
+    return rng.normal(0, scale, (n, n_genes)) * (rng.random((n, n_genes)) < 0.1)
+
+
+def negative_binomials(mu: np.ndarray, state: np.ndarray, rng: np.random.Generator) -> Iterator[sp.csr_matrix]:
+    """Counts of cells with these means per state, times a random size of the cell.
+
+    NB(mu, theta) is a sum of Poisson(theta log(1 + mu / theta)) clusters, their sizes logarithmic with p = mu / (mu + theta)
+    (Quenouille 1949), so the time grows with the counts and not with the genes.
+    """
+    edges = np.cumsum(THETA * np.log1p(mu / THETA), axis=1)
+    for start in range(0, len(state), BLOCK_CELLS):
+        of_cell = state[start : start + BLOCK_CELLS]
+        n_clusters = rng.poisson(edges[of_cell, -1] * rng.lognormal(0, 0.4, len(of_cell)))
+        order = np.argsort(of_cell, kind="stable")  # the clusters of all cells of a state are placed together
+        cells = np.repeat(order, n_clusters[order])
+        genes = np.empty(len(cells), dtype=np.int64)
+        for k, places in pd.Series(np.arange(len(cells))).groupby(of_cell[cells]).indices.items():
+            found = np.searchsorted(edges[k], np.sort(rng.random(len(places))) * edges[k, -1], side="right")
+            genes[places] = rng.permutation(found)
+        sizes = rng.logseries(mu[of_cell[cells], genes] / (mu[of_cell[cells], genes] + THETA)).astype(np.float32)
+        yield sp.coo_matrix((sizes, (cells, genes)), shape=(len(of_cell), mu.shape[1])).tocsr()
 
 
 def run(command: list[str]) -> tuple[float, float, str]:
     """Seconds, peak memory in GB, and output of a process."""
     program = f"""
-import atexit, re, runpy, sys
-atexit.register(lambda: print("VmHWM", re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]))
+import atexit, re, resource, runpy, sys
+def peak():
+    own = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+    print("peak, kB", own + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+atexit.register(peak)
 sys.argv = {command!r}
 sys.path.insert(0, {str(ROOT)!r})
 runpy.run_path({command[0]!r}, run_name="__main__")
@@ -67,13 +85,14 @@ runpy.run_path({command[0]!r}, run_name="__main__")
     seconds = time.perf_counter() - started
     if done.returncode:
         sys.exit(f"{command} failed:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
-    return seconds, float(done.stdout.rsplit("VmHWM", 1)[1]) / 1e6, done.stdout
+    return seconds, float(done.stdout.rsplit("peak, kB", 1)[1]) / 1e6, done.stdout
 
 
 def options_of(stage: str, place: Path, epochs: int) -> list[str]:
     options = ["--data-dir", str(place / "data")]
+    options += ["--dataset", str(place / "source.h5ad")] if stage[1] == "0" else []
     options += ["--models-dir", str(place / "models")] if stage[1] in "345" else []
-    options += ["--fig-dir", str(place / "fig")] if stage[1] != "2" else []
+    options += ["--fig-dir", str(place / "fig")] if stage[1] in "1345" else []
     options += ["--epochs", str(epochs)] if stage[1] in "34" else []
     options += ["--max-genes", "none", "--max-counts", "none"] if stage[1] == "1" else []
     return options
@@ -83,15 +102,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where the simulated data and all results go")
     parser.add_argument("--cells", type=int, nargs="+", default=[10_000, 50_000, 200_000])
+    parser.add_argument("--genes", type=int, default=N_GENES)
+    parser.add_argument("--stages", default="012345", help="digits of the stages to run")
     parser.add_argument("--epochs", type=int, default=2, help="of stage 3 and stage 4")
     arguments = parser.parse_args()
     rows = []
     for n_cells in arguments.cells:
         place = arguments.folder.resolve() / str(n_cells)
-        (place / "data").mkdir(parents=True, exist_ok=True)
-        if not (place / "data" / "counts.h5ad").exists():
-            simulate(n_cells, place / "data" / "counts.h5ad")
-        for stage in STAGES[1:]:
+        place.mkdir(parents=True, exist_ok=True)
+        if not (place / "source.h5ad").exists():
+            simulate(n_cells, arguments.genes, place / "source.h5ad")
+        for stage in (stage for stage in STAGES if stage[1] in arguments.stages):
             seconds, memory, output = run([str(ROOT / stage), *options_of(stage, place, arguments.epochs)])
             row = {"cells": n_cells, "stage": stage[1], "seconds": seconds}
             rows.append(row | {"ms per cell": 1e3 * seconds / n_cells, "peak memory, GB": memory})

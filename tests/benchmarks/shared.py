@@ -53,7 +53,7 @@ def read(data: str) -> ad.AnnData:
         If it has no obs["cell_type"].
     """
     if data == "pbmc68k_reduced":
-        adata = datasets.load(data, Path(tempfile.gettempdir()), "", None).adata
+        adata = datasets.load(data, Path(tempfile.gettempdir()), "", None).cells.in_memory()
     else:
         try:
             adata = ad.read_h5ad(user_path(data))

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import scanpy as sc
 import scipy.sparse as sp
-from helpers import simulated_dataset
+from helpers import read_dataset, simulated_dataset
 
 from lib.data.counts import (
     fingerprint,
@@ -17,18 +17,21 @@ from lib.data.counts import (
     row_blocks,
     select_cells,
     select_per_type,
-    sum_duplicate_genes,
-    to_counts,
     write_blocks,
     write_mtx,
 )
-from lib.data.readers import read_dataset
+from lib.data.streams import CellStream
+
+
+def stream(matrix) -> CellStream:
+    barcodes, genes = ([f"{kind}{i}" for i in range(n)] for kind, n in zip("cg", matrix.shape))
+    return CellStream(pd.DataFrame(index=barcodes), pd.Index(genes), [sp.csr_matrix(matrix)], "the matrix")
 
 
 @pytest.mark.parametrize(
     ("matrix", "message"),
     [
-        ([[0.0, 1.5], [2.0, 0.0]], "looks log-normalised"),
+        ([[0.0, 1.5], [2.0, 0.0]], "looks log-normalised: 50% of its non-zero values"),
         ([[0.0, 150.5], [2.0, 0.0]], "looks normalised"),
         ([[0.0, -1.0], [2.0, 0.0]], "negative"),
         ([[0.0, np.nan], [2.0, 0.0]], "NaN"),
@@ -39,18 +42,18 @@ from lib.data.readers import read_dataset
 )
 def test_what_is_not_counts_is_refused(matrix, message):
     with pytest.raises(ValueError, match=message):
-        to_counts(sp.csr_matrix(matrix) if message == "NaN" else np.array(matrix), "the matrix")
+        stream(np.array(matrix)).tidy().in_memory()
 
 
 def test_counts_come_out_as_clean_csr():
     dirty = sp.csr_matrix((np.array([0, 3, 2], dtype=np.int64), ([0, 1, 1], [0, 2, 1])), shape=(2, 3))
-    clean = to_counts(dirty, "the matrix")
-    assert clean.format == "csr" and clean.dtype == np.float32 and clean.nnz == 2 and clean.has_sorted_indices
-    np.testing.assert_array_equal(clean.toarray(), [[0, 0, 0], [0, 2, 3]])
+    counts = stream(dirty).tidy().in_memory().X
+    assert counts.format == "csr" and counts.dtype == np.float32 and counts.nnz == 2 and counts.has_sorted_indices
+    np.testing.assert_array_equal(counts.toarray(), [[0, 0, 0], [0, 2, 3]])
 
 
 def test_the_largest_count_that_float32_holds_exactly_is_accepted():
-    assert to_counts(np.array([[0, 2**24 - 1]]), "the matrix").max() == 2**24 - 1
+    assert stream(np.array([[0, 2**24 - 1]])).tidy().in_memory().X.max() == 2**24 - 1
 
 
 def test_log_normalisation_by_hand():
@@ -59,9 +62,11 @@ def test_log_normalisation_by_hand():
 
 
 def test_duplicate_genes_are_summed_with_a_message(capsys):
-    summed, names = sum_duplicate_genes(sp.csr_matrix([[1.0, 2.0, 3.0]]), pd.Index(["A", "B", "A"]))
-    np.testing.assert_array_equal(summed.toarray(), [[4, 2]])
-    assert list(names) == ["A", "B"]
+    cells = CellStream(
+        pd.DataFrame(index=["c"]), pd.Index(["A", "B", "A"]), [sp.csr_matrix([[1.0, 2.0, 3.0]])], "-"
+    ).tidy()
+    np.testing.assert_array_equal(cells.in_memory().X.toarray(), [[4, 2]])
+    assert list(cells.gene_names) == ["A", "B"]
     assert "1 duplicate gene names (such as A): their counts are summed" in capsys.readouterr().out
 
 

@@ -246,7 +246,7 @@ def test_every_address_is_that_of_the_source_itself():
 
 
 def test_the_counts_of_pbmc68k_reduced_follow_from_what_scanpy_stores(tmp_path):
-    adata = datasets.load("pbmc68k_reduced", tmp_path, "", "").adata
+    adata = datasets.load("pbmc68k_reduced", tmp_path, "", "").cells.in_memory()
     stored = sc.datasets.pbmc68k_reduced()
     assert (
         adata.shape == (700, 765)

@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 import scipy.io
 import scipy.sparse as sp
-from helpers import Workplace
+from helpers import Workplace, read_dataset
 
 import lib.data.readers
 from lib.data.labels import read_labels
-from lib.data.readers import read_count_table, read_dataset, read_gene_lengths
+from lib.data.readers import read_count_table, read_gene_lengths
 
 GENES = ["ACTB", "GAPDH", "MALAT1", "B2M", "CD3E", "CD19", "NKG7", "LYZ"]
 BARCODES = [f"{a}{b}{c}-1" for a in "AC" for b in "CGT" for c in "GT"]
