@@ -3,7 +3,7 @@
 reads   data/counts.h5ad
 writes  data/train.h5ad, data/test.h5ad: raw counts of the same genes, obs["cell_type"]; fig/umap_reference.png
 run     python _1_split_train_test.py
-note    Scrublet and the clusters use all cells, before the split, as in the original: with LABELS = "leiden" the types are
+note    Doublets and the clusters use all cells, before the split, as in the original: with LABELS = "leiden" the types are
         clusters of train and test cells. Genes are selected after the split, by the train cells alone (COUNT_TEST_CELLS).
 time    10,000 cells: 2 minutes; 700 cells: 20 seconds
 memory  3 GB for 200,000 cells, 2.5 GB for 50,000: the counts are read in blocks
@@ -15,7 +15,6 @@ from typing import Any, Literal
 import anndata as ad
 import numpy as np
 import pandas as pd
-import scanpy as sc
 from sklearn.model_selection import StratifiedGroupKFold
 
 from lib import options
@@ -23,11 +22,11 @@ from lib.data.counts import (
     digest,
     read_counts,
     row_blocks,
-    select_cells,
     select_per_type,
     selected_blocks,
     write_blocks,
 )
+from lib.data.doublets import doublet_scores
 from lib.data.embedding import embed, labels_of_neighbours, lazy, leiden, principal_components
 from lib.data.markers import MIN_SCORE, cluster_types, read_markers, with_genes_in
 from lib.evaluation import plots_cells
@@ -47,8 +46,8 @@ MIN_CELLS: Whole = 3  # a gene is detected in at least so many train cells
 COUNT_TEST_CELLS = False  # MIN_CELLS counts test cells as well (paper: True): the test cells then select genes too
 
 # Doublets
-REMOVE_DOUBLETS = True  # by Scrublet (original)
-MAX_CELLS_SCRUBLET: Count = 6_000  # in one run of Scrublet; more are split at random (ours; 20,000: 4 GB)
+REMOVE_DOUBLETS = True  # by Scrublet's method (original)
+MAX_CELLS_SCRUBLET: Count = 10_000  # at random, whose doublets are simulated; all cells are compared with these (ours)
 
 # Cell types
 LABELS: Literal["auto", "author", "leiden", "markers"] = "auto"  # auto: author's labels if any, else Leiden clusters
@@ -226,24 +225,16 @@ def within_type_ranges(n_genes: np.ndarray, pct_mt: np.ndarray, obs: pd.DataFram
 
 
 def without_doublets(adata: ad.AnnData, rows: np.ndarray) -> np.ndarray:
-    """Rows without the doublets that Scrublet calls (Wolock, Lopez and Klein, Cell Systems 2019)."""
+    """Rows without the doublets that Scrublet's method calls (`lib.data.doublets`)."""
     if len(rows) < 100:
-        print(f"doublets: Scrublet is not run, {len(rows)} cells are too few (at least 100)")
+        print(f"doublets: not looked for, {len(rows)} cells are too few (at least 100)")
         return rows
-    shuffled = np.random.default_rng(SEED).permutation(len(rows))
-    parts = np.array_split(shuffled, -(-len(rows) // MAX_CELLS_SCRUBLET))
-    is_doublet = np.zeros(len(rows), dtype=bool)
-    for part in map(np.sort, parts):
-        cells = ad.AnnData(select_cells(adata, rows[part]).X)
-        n_comps = min(30, cells.n_obs // 2, cells.n_vars - 1)
-        sc.pp.scrublet(cells, n_prin_comps=n_comps, random_state=SEED, verbose=False)
-        if "predicted_doublet" in cells.obs:
-            is_doublet[part] = cells.obs["predicted_doublet"].to_numpy(dtype=bool)
-        else:
-            which = f" of {len(part):,} cells" if len(parts) > 1 else ""
-            print(f"doublets: Scrublet finds no threshold between doublets and single cells; none{which} removed")
-    if is_doublet.any():
-        print(f"doublets: {is_doublet.sum():,} cells removed, {(~is_doublet).sum():,} left")
+    scores, threshold = doublet_scores(adata, rows, MAX_CELLS_SCRUBLET, SEED)
+    if threshold is None:
+        print("doublets: their scores have no threshold between doublets and single cells; none removed")
+        return rows
+    is_doublet = scores > threshold
+    print(f"doublets: {is_doublet.sum():,} cells removed, {(~is_doublet).sum():,} left")
     return rows[~is_doublet]
 
 
