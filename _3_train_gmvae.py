@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from anndata.abc import CSRDataset
 
@@ -25,6 +26,7 @@ from lib.evaluation import plots_training
 from lib.files import folder, print_written
 from lib.models import sampling
 from lib.models.axes import within_type_axes
+from lib.models.conditions import read_conditions
 from lib.models.gmvae import GMVAE
 from lib.models.initialise import initialise
 from lib.models.profiles import gene_marginals, nb_per_type_log_likelihood
@@ -42,6 +44,8 @@ DECODER: Literal["linear", "mlp"] = "linear"  # z to log means: a matrix or laye
 DISPERSION: Literal["gene", "gene-type"] = "gene-type"  # one theta for each gene, or for each gene and type
 PRIOR: Literal["copula", "gaussian"] = "copula"  # of z of new cells: fitted after training, or p(z|y) (as the paper)
 DROPOUT: Part = 0.0  # in encoders and decoder; with dropout z stays unused (ours)
+CONDITION: str | None = None  # column of obs such as donor: stage 5 generates cells by type and its values (ours)
+MIN_CONDITION_CELLS: Count = 10  # cells per value of CONDITION, on average; fewer: it is refused (ours)
 
 # Training (of both GMVAEs)
 EPOCHS: Count = 300  # maximum; early stopping usually ends training before (paper: 4000)
@@ -105,9 +109,14 @@ def main() -> None:
         "cell_types": list(cell_type.categories),
         "split_id": adata.uns["split_id"],
     }
+    condition_idx = None
+    if CONDITION is not None:
+        condition = condition_of(adata.obs)
+        about["conditions"] = {"column": CONDITION, "values": list(condition.cat.categories)}
+        condition_idx = condition.cat.codes.to_numpy(dtype=np.int64)
     if GENERATOR == "gmvae":
         assert held_out is not None
-        trainer = train_gmvae(train, held_out, about, models)
+        trainer = train_gmvae(train, held_out, about, models, condition_idx)
     else:
         trainer = train_other(train, held_out, about, models)
     unit = "nats per cell" if GENERATOR.endswith("gmvae") else "squared error, sum over a cell"
@@ -129,6 +138,35 @@ def paper_preset() -> dict[str, tuple[Any, Any]]:
         "LEARNING_RATE": (5e-4, published["learning_rate"]), "VALIDATION_FRACTION": (0.1, 0.0),
         "PATIENCE": (30, published["patience"]), "KEEP_EVERY": (None, published["keep_every"]),
     }  # fmt: skip
+
+
+def condition_of(obs: pd.DataFrame) -> pd.Series:
+    """The CONDITION of each train cell, categorical.
+
+    Raises
+    ------
+    ValueError
+        If the column is missing or does not suit, or the generator cannot use it.
+    """
+    if GENERATOR != "gmvae" or PRIOR != "copula":
+        raise ValueError(
+            f"CONDITION is {CONDITION!r}, but GENERATOR is {GENERATOR} and PRIOR is {PRIOR}; expected gmvae and copula: "
+            "set CONDITION to none"
+        )
+    usable = [name for name in obs if name not in ("cell_type", "sample", "library_size")]
+    if CONDITION not in usable:
+        raise ValueError(
+            f"CONDITION is {CONDITION!r}; expected a column of obs, of another name than those of generated cells: "
+            f"{', '.join(usable) or 'there is none'}; set it to one of them, or to none"
+        )
+    values = obs[CONDITION].astype("object")
+    n_values, n_missing = values.nunique(), values.isna().sum()
+    if n_missing or not 2 <= n_values <= len(obs) / MIN_CONDITION_CELLS:
+        raise ValueError(
+            f"CONDITION = {CONDITION!r} has {n_values:,} values and is missing for {n_missing:,} of {len(obs):,} cells; expected a "
+            f"value for every cell, two values or more, and {MIN_CONDITION_CELLS} cells of each on average; choose another column"
+        )
+    return values.astype(str).astype("category")
 
 
 def split_train(
@@ -157,8 +195,13 @@ def split_train(
     return train, CellDataset(counts, cell_type_idx, device, np.flatnonzero(is_held_out))
 
 
-def train_gmvae(train: CellDataset, held_out: CellDataset, about: dict[str, Any], models: Path) -> Trainer:
-    """Train, fit the prior of new cells, and compare the held-out likelihood with that of a model without latent variables."""
+def train_gmvae(
+    train: CellDataset, held_out: CellDataset, about: dict[str, Any], models: Path, condition_idx: np.ndarray | None
+) -> Trainer:
+    """Train, fit the prior of new cells, and compare the held-out likelihood with that of a model without latent variables.
+
+    condition_idx: CONDITION of each cell of data/train.h5ad, or None.
+    """
     torch.manual_seed(SEED)
     model = make_model(train, len(about["cell_types"])).to(train.device)
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=LEARNING_RATE, fused=True)
@@ -172,7 +215,10 @@ def train_gmvae(train: CellDataset, held_out: CellDataset, about: dict[str, Any]
     )
     if parallel.IS_FIRST:
         if PRIOR == "copula":
-            sampling.fit_prior(model, train, held_out, SEED)
+            of_cells = None
+            if condition_idx is not None:
+                of_cells = read_conditions(condition_idx, train, held_out, model.n_cell_types)
+            sampling.fit_prior(model, train, held_out, SEED, of_cells)
             trainer.save_best(prior=model.prior)
         ours, baseline = model.log_likelihood(held_out).mean(), nb_per_type_log_likelihood(train, held_out).mean()
         print(

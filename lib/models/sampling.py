@@ -15,7 +15,7 @@ import torch
 
 from lib import parallel
 from lib.data.batches import CellDataset
-from lib.models import copula
+from lib.models import conditions, copula
 from lib.models.gmvae import GMVAE
 from lib.models.likelihoods import Likelihood, sample_counts
 from lib.models.profiles import counts_per_type, shrunken_ratio
@@ -35,7 +35,13 @@ class Shift(NamedTuple):
 
 
 @torch.no_grad()
-def fit_prior(model: GMVAE, dataset: CellDataset, held_out: CellDataset | None, seed: int) -> None:
+def fit_prior(
+    model: GMVAE,
+    dataset: CellDataset,
+    held_out: CellDataset | None,
+    seed: int,
+    of_cells: conditions.Conditions | None = None,
+) -> None:
     """Set `model.prior`, from which `sample` takes z, library sizes and mean corrections.
 
     Parameters
@@ -45,17 +51,27 @@ def fit_prior(model: GMVAE, dataset: CellDataset, held_out: CellDataset | None, 
     held_out
         Cells not used in training. The encoder and the decoder have adapted to their train cells, so the spread of z is set by
         these; None leaves the spread of the train cells.
+    of_cells
+        Conditions of the cells; None for cells of types alone.
     """
     generator = torch.Generator(dataset.device).manual_seed(seed)
     points, types = _sample_posterior(model, dataset, generator)
-    model.prior = copula.fit_prior(points, types, model.n_cell_types, np.random.default_rng(seed))
+    of_conditions: copula.Prior = {}
+    if of_cells is not None:
+        shift = conditions.fit_shift(points, types, of_cells)
+        points = points - shift[of_cells.idx, types]
+        of_conditions = {
+            "condition_shift": torch.from_numpy(shift).float(),
+            "condition_frequency": of_cells.frequency(),
+        }
+    model.prior = copula.fit_prior(points, types, model.n_cell_types, np.random.default_rng(seed)) | of_conditions
     observed = counts_per_type(dataset, model.n_cell_types)
-    _correct_means(model, observed, generator)
+    _correct_means(model, observed, generator, of_cells)
     if held_out is not None:
         observed = observed + counts_per_type(held_out, model.n_cell_types)
         for _ in range(2):  # the encoder's response is not linear, so repeat once
             copula.respread(model.prior, _spread_factor(model, held_out, seed))
-            _correct_means(model, observed, generator)
+            _correct_means(model, observed, generator, of_cells)
 
 
 def _sample_posterior(model: GMVAE, dataset: CellDataset, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -67,12 +83,39 @@ def _sample_posterior(model: GMVAE, dataset: CellDataset, generator: torch.Gener
     return torch.cat([z, log_library], dim=1).numpy(), types
 
 
-def _correct_means(model: GMVAE, observed: np.ndarray, generator: torch.Generator) -> None:
-    """Log ratio of real to new cells' mean counts for each type and gene, by empirical Bayes. observed: (n_cell_types, n_genes)."""
+def _correct_means(
+    model: GMVAE, observed: np.ndarray, generator: torch.Generator, of_cells: conditions.Conditions | None
+) -> None:
+    """Log ratio of real to new cells' mean counts for each type and gene, by empirical Bayes. observed: (n_cell_types, n_genes).
+
+    With conditions, also the log ratio of each condition's cells to those of all conditions.
+    """
     assert model.prior is not None
     profiles = np.stack([_mean_profile(model, k, generator) for k in range(model.n_cell_types)])
     expected = profiles * observed.sum(axis=1, keepdims=True)
-    model.prior["log_ratio"] = torch.from_numpy(np.log(shrunken_ratio(observed, expected + 1e-9))).float()
+    ratio = shrunken_ratio(observed, expected + 1e-9)
+    model.prior["log_ratio"] = torch.from_numpy(np.log(ratio)).float()
+    if of_cells is not None:
+        log_ratio = conditions.fit_log_ratio(of_cells, *_shifted_profiles(model, profiles * ratio))
+        model.prior["condition_log_ratio"] = torch.from_numpy(log_ratio).float()
+
+
+def _shifted_profiles(model: GMVAE, profiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The types' mean profiles after the shift of each condition, to first order (exact change of the logits at the mean of z).
+
+    Returns
+    -------
+    Conditions x types x genes, rows sum to 1; theta, types x genes.
+    """
+    assert model.prior is not None
+    y = torch.arange(model.n_cell_types, device=model.device)
+    one, mean = torch.ones(len(y), device=model.device), model.prior["mean"][:, :-1].to(model.device)
+    middle = model.p_x(mean, one, y)
+    shifts = model.prior["condition_shift"][:, :, :-1].to(model.device)
+    change = torch.stack([model.p_x(mean + shift, one, y).logits - middle.logits for shift in shifts])
+    shifted = profiles * change.double().exp().cpu().numpy()
+    theta = middle.log_theta.expand(len(y), -1).double().exp().cpu().numpy()
+    return shifted / shifted.sum(axis=2, keepdims=True), theta
 
 
 def _mean_profile(model: GMVAE, cell_type_idx: int, generator: torch.Generator) -> np.ndarray:
@@ -123,7 +166,7 @@ def sample_z(
 
 def sample(
     model: GMVAE, cell_type_idx: np.ndarray, seed: int, latent_spread: float = 1.0, blocks: range | None = None,
-    shift: Shift | None = None, groups: np.ndarray | None = None,
+    shift: Shift | None = None, groups: np.ndarray | None = None, condition_idx: np.ndarray | None = None,
 ) -> Iterator[sp.csr_matrix]:  # fmt: skip
     """New cells of the given types, `BLOCK_CELLS` at a time.
 
@@ -139,11 +182,16 @@ def sample(
         Numbers of the blocks to sample; None for all.
     shift, groups
         What bulk samples say about the states of the cells, and the group of each cell, (n_cells,): sample x n_cell_types + type.
+    condition_idx
+        (n_cells,) condition of each new cell, for a model with conditions; None: random, as frequent as in the type's train cells.
 
     Yields
     ------
     Cells x n_genes, raw counts, CSR.
     """
+    prior = model.prior or {}
+    if condition_idx is None and "condition_shift" in prior:
+        condition_idx = conditions.assign(prior, cell_type_idx, seed)
 
     @torch.no_grad()
     def sample_block(stream: tuple[slice, torch.Generator]) -> sp.csr_matrix:
@@ -151,11 +199,17 @@ def sample(
         y = torch.from_numpy(np.asarray(cell_type_idx[rows], dtype=np.int64)).to(model.device)
         z, log_library = sample_z(model, y, latent_spread, generator)
         log_ratio = None
+        if condition_idx is not None:
+            kind = torch.from_numpy(condition_idx[rows].astype(np.int64)), y.cpu()
+            moved, log_ratio = (prior[name][kind].to(z) for name in ("condition_shift", "condition_log_ratio"))
+            z, log_library = z + moved[:, :-1], log_library + moved[:, -1]
         if shift is not None:
             assert groups is not None
             group = torch.from_numpy(groups[rows].astype(np.int64)).to(model.device)
             z = torch.einsum("nij,nj->ni", shift.matrix.to(z)[group], z) + shift.offset.to(z)[group]
-            log_ratio = None if shift.log_ratio is None else shift.log_ratio.to(z)[group // model.n_cell_types]
+            if shift.log_ratio is not None:
+                of_sample = shift.log_ratio.to(z)[group // model.n_cell_types]
+                log_ratio = of_sample if log_ratio is None else log_ratio + of_sample
         order = y.argsort(stable=True)
         likelihoods = _by_type(model, y, z, log_library.exp() * model.library_median, log_ratio, order)
         return sample_counts(likelihoods, generator)[order.argsort().cpu().numpy()]

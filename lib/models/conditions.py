@@ -1,0 +1,163 @@
+"""How the cells of one condition, such as a donor or a batch, differ from the other cells of their type.
+
+The GMVAE is trained on the cells of all conditions together. After training, each condition c gets a shift of z and log library
+size, s(c,y), and a log ratio of mean counts per gene, r(c,y), and its cells are sampled from
+
+    z, log l = copula of y + s(c,y);        p(x|z,y,l) with logits + r(c,y).
+
+Both are sums of an effect of the condition on all types and one on each type alone, each shrunk by empirical Bayes: shifts
+towards 0, by the variance between the conditions that cells of the same condition do not explain; ratios towards 1 as in
+`lib.models.profiles.shrunken_ratio`. A condition with few cells of a type so borrows from its other types, and where these
+are few as well, from the other conditions.
+
+A condition that the train cells lack is sampled from the normal distribution with the covariance of the effects of the known
+ones, over all genes, types and dimensions of z together (`add_new`).
+"""
+
+import copy
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from lib.data.batches import CellDataset
+from lib.models.copula import Prior
+from lib.models.profiles import counts_per_type, shrunken_ratio
+
+
+class Conditions(NamedTuple):
+    """The conditions of the train cells of known type."""
+
+    idx: np.ndarray  # (n_cells,) condition of each cell that is trained on
+    counts: (
+        np.ndarray
+    )  # (n_conditions, n_cell_types, n_genes) sums of the counts of all train cells, with those held out
+    n_cells: np.ndarray  # (n_conditions, n_cell_types) their numbers
+
+    def frequency(self) -> torch.Tensor:
+        """Share of each condition in each type's cells, conditions x types; in all cells for a type without cells."""
+        n_cells = np.where(self.n_cells.any(axis=0), self.n_cells, self.n_cells.sum(axis=1, keepdims=True))
+        return torch.from_numpy(n_cells / n_cells.sum(axis=0)).float()
+
+
+def read_conditions(
+    condition_idx: np.ndarray, train: CellDataset, held_out: CellDataset | None, n_cell_types: int
+) -> Conditions:
+    """The conditions of two data sets that are parts of one file. condition_idx: of all cells of the file, none unknown."""
+    n_conditions = condition_idx.max() + 1
+    counts: np.ndarray | float = 0.0
+    n_cells: np.ndarray | int = 0
+    for dataset in (train, held_out) if held_out is not None else (train,):
+        by_group = copy.copy(dataset)  # the same cells, labelled with condition and type
+        by_group.cell_type_idx = np.where(
+            dataset.cell_type_idx < 0, -1, condition_idx[dataset.cells] * n_cell_types + dataset.cell_type_idx
+        )
+        counts = counts + counts_per_type(by_group, n_conditions * n_cell_types)
+        n_cells = n_cells + np.bincount(by_group.cell_type_idx + 1, minlength=n_conditions * n_cell_types + 1)[1:]
+    shape = (n_conditions, n_cell_types)
+    idx = condition_idx[train.cells[train.cell_type_idx >= 0]]
+    return Conditions(idx, np.reshape(counts, (*shape, train.n_genes)), np.reshape(n_cells, shape))
+
+
+def fit_shift(points: np.ndarray, cell_type_idx: np.ndarray, conditions: Conditions) -> np.ndarray:
+    """Estimate s(c,y): shift of z and log library size from the mean of the type's cells.
+
+    Parameters
+    ----------
+    points
+        Cells x dimensions: z and, as the last column, log library size of each train cell.
+    cell_type_idx
+        (n_cells,) type of each.
+
+    Returns
+    -------
+    Conditions x types x dimensions.
+    """
+    n_conditions, n_cell_types = conditions.n_cells.shape
+    deviations = points - _group_means(points, cell_type_idx, n_cell_types)[0][cell_type_idx]
+    of_all = shrunken_means(deviations, conditions.idx, n_conditions)
+    groups = conditions.idx * n_cell_types + cell_type_idx
+    of_type = shrunken_means(deviations - of_all[conditions.idx], groups, n_conditions * n_cell_types)
+    return of_all[:, None] + of_type.reshape(n_conditions, n_cell_types, -1)
+
+
+def shrunken_means(x: np.ndarray, groups: np.ndarray, n_groups: int) -> np.ndarray:
+    """Mean of each group, shrunk towards 0: mean x between / (between + within / n).
+
+    `between` is the variance of the groups' true means and `within` the variance of cells in a group, by the moments of the
+    one-way analysis of variance (Searle, Casella and McCulloch, "Variance Components", 1992, ch. 3).
+
+    Parameters
+    ----------
+    x
+        Cells x dimensions, with mean 0.
+    groups
+        (n_cells,) group of each cell.
+
+    Returns
+    -------
+    Groups x dimensions; 0 for a group without cells.
+    """
+    mean, n = _group_means(x, groups, n_groups)
+    n_present = np.count_nonzero(n)
+    within = ((x - mean[groups]) ** 2).sum(axis=0) / max(1, len(x) - n_present)
+    sum_of_squares = (n[:, None] * mean**2).sum(axis=0)
+    between = np.maximum(sum_of_squares - (n_present - 1) * within, 0) / max(len(x) - (n**2).sum() / len(x), 1e-9)
+    return mean * between / np.maximum(between + within / np.maximum(n, 1)[:, None], 1e-300)
+
+
+def fit_log_ratio(conditions: Conditions, profiles: np.ndarray, theta: np.ndarray) -> np.ndarray:
+    """Estimate r(c,y): log ratio of the mean counts of a condition's cells to those that the model expects.
+
+    Parameters
+    ----------
+    profiles
+        Conditions x types x genes: mean expression of new cells with shift s(c,y), as fractions of their counts.
+    theta
+        (n_genes,) or types x genes: inverse dispersion within the types. As in `lib.models.profiles.type_profiles`, counts are
+        divided by the ratio of variance to mean, so that one outlier cell cannot make a ratio.
+
+    Returns
+    -------
+    Conditions x types x genes.
+    """
+    counts, n_cells = conditions.counts, conditions.n_cells[:, :, None]
+    expected = profiles * counts.sum(axis=2, keepdims=True)
+    overdispersion = 1 + expected / np.maximum(n_cells, 1) / theta
+    observed, expected = counts / overdispersion, expected / overdispersion + 1e-9
+    of_all = shrunken_ratio(observed.sum(axis=1), expected.sum(axis=1))
+    expected = expected * of_all[:, None]
+    of_type = shrunken_ratio(observed.reshape(-1, observed.shape[2]), expected.reshape(-1, expected.shape[2]))
+    return np.log(of_all[:, None] * of_type.reshape(observed.shape))
+
+
+def assign(prior: Prior, cell_type_idx: np.ndarray, seed: int) -> np.ndarray:
+    """A random condition for each new cell, with the frequencies of its type's train cells: (n_cells,)."""
+    share = prior["condition_frequency"].double().cumsum(dim=0).numpy()  # conditions x types
+    u = np.random.default_rng([seed, 6]).random(len(cell_type_idx))
+    return (u > share[:-1, cell_type_idx]).sum(axis=0)
+
+
+def add_new(prior: Prior, seed: int) -> Prior:
+    """The prior with one more condition, the last one, sampled from the distribution between the known ones.
+
+    Its effects are the mean over the conditions plus their deviations from it, weighted by independent normal numbers of
+    variance 1 / (n_conditions - 1): a sample from the normal distribution with the covariance of the effects. Effects are shrunk
+    estimates, so new conditions differ slightly less than real ones.
+    """
+    n_conditions = len(prior["condition_shift"])
+    epsilon = np.random.default_rng([seed, 7]).normal(0, (n_conditions - 1) ** -0.5, n_conditions)
+    weight = torch.from_numpy(epsilon - epsilon.mean() + 1 / n_conditions).float()
+    more = {
+        name: torch.einsum("c,c...->...", weight, prior[name])[None]
+        for name in ("condition_shift", "condition_log_ratio")
+    }
+    return prior | {name: torch.cat([prior[name], row]) for name, row in more.items()}
+
+
+def _group_means(x: np.ndarray, groups: np.ndarray, n_groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of each group, groups x dimensions (0 without cells), and number of its cells, (n_groups,)."""
+    n = np.bincount(groups, minlength=n_groups)
+    sums = np.zeros((n_groups, x.shape[1]))
+    np.add.at(sums, groups, x)
+    return sums / np.maximum(n, 1)[:, None], n
