@@ -10,8 +10,9 @@ towards 0, by the variance between the conditions that cells of the same conditi
 `lib.models.profiles.shrunken_ratio`. A condition with few cells of a type so borrows from its other types, and where these
 are few as well, from the other conditions.
 
-A condition that the train cells lack is sampled from the normal distribution with the covariance of the effects of the known
-ones, over all genes, types and dimensions of z together (`add_new`).
+A condition that the train cells lack is sampled from a normal distribution between the known ones (`add_new`). Its covariance, over
+all genes, types and dimensions of z, is that of the estimated effects, plus the posterior variance of each effect: shrunk estimates
+vary less than true effects, and the posterior variance is what they lack.
 """
 
 import copy
@@ -22,7 +23,7 @@ import torch
 
 from lib.data.batches import CellDataset
 from lib.models.copula import Prior
-from lib.models.profiles import counts_per_type, shrunken_ratio
+from lib.models.profiles import counts_per_type, posterior_ratio
 
 
 class Conditions(NamedTuple):
@@ -59,7 +60,18 @@ def read_conditions(
     return Conditions(idx, np.reshape(counts, (*shape, train.n_genes)), np.reshape(n_cells, shape))
 
 
-def fit_shift(points: np.ndarray, cell_type_idx: np.ndarray, conditions: Conditions) -> np.ndarray:
+class Effects(NamedTuple):
+    """Estimated effects of the conditions, and their posterior variances, means over the conditions."""
+
+    mean: np.ndarray  # (n_conditions, n_cell_types, n_dims)
+    variance: np.ndarray  # (1 + n_cell_types, n_dims) of the effect on all types, then of those on each type
+
+    def tensors(self, name: str) -> Prior:
+        """As entries of the prior."""
+        return {name: torch.from_numpy(self.mean).float(), f"{name}_variance": torch.from_numpy(self.variance).float()}
+
+
+def fit_shift(points: np.ndarray, cell_type_idx: np.ndarray, conditions: Conditions) -> Effects:
     """Estimate s(c,y): shift of z and log library size from the mean of the type's cells.
 
     Parameters
@@ -68,20 +80,16 @@ def fit_shift(points: np.ndarray, cell_type_idx: np.ndarray, conditions: Conditi
         Cells x dimensions: z and, as the last column, log library size of each train cell.
     cell_type_idx
         (n_cells,) type of each.
-
-    Returns
-    -------
-    Conditions x types x dimensions.
     """
     n_conditions, n_cell_types = conditions.n_cells.shape
     deviations = points - _group_means(points, cell_type_idx, n_cell_types)[0][cell_type_idx]
-    of_all = shrunken_means(deviations, conditions.idx, n_conditions)
+    of_all, variance_of_all = shrunken_means(deviations, conditions.idx, n_conditions)
     groups = conditions.idx * n_cell_types + cell_type_idx
-    of_type = shrunken_means(deviations - of_all[conditions.idx], groups, n_conditions * n_cell_types)
-    return of_all[:, None] + of_type.reshape(n_conditions, n_cell_types, -1)
+    of_type, variance = shrunken_means(deviations - of_all[conditions.idx], groups, n_conditions * n_cell_types)
+    return _combined(of_all, variance_of_all, of_type, variance)
 
 
-def shrunken_means(x: np.ndarray, groups: np.ndarray, n_groups: int) -> np.ndarray:
+def shrunken_means(x: np.ndarray, groups: np.ndarray, n_groups: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean of each group, shrunk towards 0: mean x between / (between + within / n).
 
     `between` is the variance of the groups' true means and `within` the variance of cells in a group, by the moments of the
@@ -96,17 +104,18 @@ def shrunken_means(x: np.ndarray, groups: np.ndarray, n_groups: int) -> np.ndarr
 
     Returns
     -------
-    Groups x dimensions; 0 for a group without cells.
+    Shrunken means and their posterior variances, groups x dimensions; 0 and `between` for a group without cells.
     """
     mean, n = _group_means(x, groups, n_groups)
     n_present = np.count_nonzero(n)
     within = ((x - mean[groups]) ** 2).sum(axis=0) / max(1, len(x) - n_present)
     sum_of_squares = (n[:, None] * mean**2).sum(axis=0)
     between = np.maximum(sum_of_squares - (n_present - 1) * within, 0) / max(len(x) - (n**2).sum() / len(x), 1e-9)
-    return mean * between / np.maximum(between + within / np.maximum(n, 1)[:, None], 1e-300)
+    weight = n[:, None] * between / np.maximum(n[:, None] * between + within, 1e-300)
+    return mean * weight, between * (1 - weight)
 
 
-def fit_log_ratio(conditions: Conditions, profiles: np.ndarray, theta: np.ndarray) -> np.ndarray:
+def fit_log_ratio(conditions: Conditions, profiles: np.ndarray, theta: np.ndarray) -> Effects:
     """Estimate r(c,y): log ratio of the mean counts of a condition's cells to those that the model expects.
 
     Parameters
@@ -116,19 +125,26 @@ def fit_log_ratio(conditions: Conditions, profiles: np.ndarray, theta: np.ndarra
     theta
         (n_genes,) or types x genes: inverse dispersion within the types. As in `lib.models.profiles.type_profiles`, counts are
         divided by the ratio of variance to mean, so that one outlier cell cannot make a ratio.
-
-    Returns
-    -------
-    Conditions x types x genes.
     """
     counts, n_cells = conditions.counts, conditions.n_cells[:, :, None]
     expected = profiles * counts.sum(axis=2, keepdims=True)
     overdispersion = 1 + expected / np.maximum(n_cells, 1) / theta
     observed, expected = counts / overdispersion, expected / overdispersion + 1e-9
-    of_all = shrunken_ratio(observed.sum(axis=1), expected.sum(axis=1))
+    of_all, variance_of_all = posterior_ratio(observed.sum(axis=1), expected.sum(axis=1))
     expected = expected * of_all[:, None]
-    of_type = shrunken_ratio(observed.reshape(-1, observed.shape[2]), expected.reshape(-1, expected.shape[2]))
-    return np.log(of_all[:, None] * of_type.reshape(observed.shape))
+    rows = (-1, observed.shape[2])
+    of_type, variance = posterior_ratio(observed.reshape(rows), expected.reshape(rows))
+    # variance of the log of a log-normal ratio
+    return _combined(
+        np.log(of_all), np.log1p(variance_of_all / of_all**2), np.log(of_type), np.log1p(variance / of_type**2)
+    )
+
+
+def _combined(of_all: np.ndarray, variance_of_all: np.ndarray, of_type: np.ndarray, variance: np.ndarray) -> Effects:
+    """Sum of the effects on all types, conditions x dimensions, and on each type, (conditions x types) x dimensions."""
+    shape = (len(of_all), -1, of_all.shape[1])
+    of_all, of_type, variance = of_all[:, None], of_type.reshape(shape), variance.reshape(shape)
+    return Effects(of_all + of_type, np.vstack([variance_of_all.mean(axis=0), variance.mean(axis=0)]))
 
 
 def assign(prior: Prior, cell_type_idx: np.ndarray, seed: int) -> np.ndarray:
@@ -141,18 +157,22 @@ def assign(prior: Prior, cell_type_idx: np.ndarray, seed: int) -> np.ndarray:
 def add_new(prior: Prior, seed: int) -> Prior:
     """The prior with one more condition, the last one, sampled from the distribution between the known ones.
 
-    Its effects are the mean over the conditions plus their deviations from it, weighted by independent normal numbers of
-    variance 1 / (n_conditions - 1): a sample from the normal distribution with the covariance of the effects. Effects are shrunk
-    estimates, so new conditions differ slightly less than real ones.
+    Its effects are the mean over the conditions, plus their deviations from it weighted by independent normal numbers of
+    variance 1 / (n_conditions - 1), which have the covariance of the estimates, plus normal numbers of the posterior variance.
     """
+    rng = np.random.default_rng([seed, 7])
     n_conditions = len(prior["condition_shift"])
-    epsilon = np.random.default_rng([seed, 7]).normal(0, (n_conditions - 1) ** -0.5, n_conditions)
+    epsilon = rng.normal(0, (n_conditions - 1) ** -0.5, n_conditions)
     weight = torch.from_numpy(epsilon - epsilon.mean() + 1 / n_conditions).float()
-    more = {
-        name: torch.einsum("c,c...->...", weight, prior[name])[None]
-        for name in ("condition_shift", "condition_log_ratio")
-    }
-    return prior | {name: torch.cat([prior[name], row]) for name, row in more.items()}
+    more = {}
+    for name in ("condition_shift", "condition_log_ratio"):
+        sd = prior[f"{name}_variance"].sqrt()
+        noise = sd * torch.from_numpy(rng.normal(size=tuple(sd.shape))).float()
+        new = torch.einsum("c,c...->...", weight, prior[name]) + noise[0] + noise[1:]
+        if name == "condition_log_ratio":  # the mean of a ratio, not of its log, stays the same
+            new = new - 0.5 * (sd[0].square() + sd[1:].square())
+        more[name] = torch.cat([prior[name], new[None]])
+    return prior | more
 
 
 def _group_means(x: np.ndarray, groups: np.ndarray, n_groups: int) -> tuple[np.ndarray, np.ndarray]:

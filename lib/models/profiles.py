@@ -58,6 +58,11 @@ def shrunken_ratio(x: np.ndarray, expected: np.ndarray) -> np.ndarray:
     of the ratio is (x + 1/c) / (expected + 1/c). The prior of c is learned by EM over a grid from all genes of similar
     expression. A marker keeps its ratio even in a type of ten cells; a gene counted there by chance is shrunk to 1.
     """
+    return posterior_ratio(x, expected)[0]
+
+
+def posterior_ratio(x: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Posterior mean and variance of the ratios of `shrunken_ratio`."""
     shapes = 1 / PROFILE_VARIATION  # 1/c
     log_evidence = np.stack([_gamma_poisson(x, expected, shape).sum(axis=0) for shape in shapes])
     evidence = np.exp(log_evidence - log_evidence.max(axis=0))
@@ -70,7 +75,11 @@ def shrunken_ratio(x: np.ndarray, expected: np.ndarray) -> np.ndarray:
             posterior /= posterior.sum(axis=0)
             prior = posterior.mean(axis=1)
         weights[:, genes] = posterior
-    return sum(weight * (x + shape) / (expected + shape) for weight, shape in zip(weights, shapes))
+    mean, square = np.zeros_like(expected), np.zeros_like(expected)
+    for weight, shape in zip(weights, shapes):
+        mean += weight * (x + shape) / (expected + shape)
+        square += weight * (x + shape) * (x + shape + 1) / (expected + shape) ** 2
+    return mean, square - mean**2
 
 
 def type_means(x: np.ndarray, cell_type_idx: np.ndarray, n_cell_types: int) -> np.ndarray:

@@ -59,11 +59,8 @@ def fit_prior(
     of_conditions: copula.Prior = {}
     if of_cells is not None:
         shift = conditions.fit_shift(points, types, of_cells)
-        points = points - shift[of_cells.idx, types]
-        of_conditions = {
-            "condition_shift": torch.from_numpy(shift).float(),
-            "condition_frequency": of_cells.frequency(),
-        }
+        points = points - shift.mean[of_cells.idx, types]
+        of_conditions = shift.tensors("condition_shift") | {"condition_frequency": of_cells.frequency()}
     model.prior = copula.fit_prior(points, types, model.n_cell_types, np.random.default_rng(seed)) | of_conditions
     observed = counts_per_type(dataset, model.n_cell_types)
     _correct_means(model, observed, generator, of_cells)
@@ -97,7 +94,7 @@ def _correct_means(
     model.prior["log_ratio"] = torch.from_numpy(np.log(ratio)).float()
     if of_cells is not None:
         log_ratio = conditions.fit_log_ratio(of_cells, *_shifted_profiles(model, profiles * ratio))
-        model.prior["condition_log_ratio"] = torch.from_numpy(log_ratio).float()
+        model.prior |= log_ratio.tensors("condition_log_ratio")
 
 
 def _shifted_profiles(model: GMVAE, profiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -42,8 +42,8 @@ def add_data_option(options: argparse.ArgumentParser, other: str = "") -> None:
     options.add_argument("--data", default="data/counts.h5ad", help=text)
 
 
-def read(data: str) -> ad.AnnData:
-    """The cells that have a type: counts (n_cells, n_genes) in CSR, obs["cell_type"].
+def read(data: str, column: str | None = None) -> ad.AnnData:
+    """The cells that have a type: counts (n_cells, n_genes) in CSR, obs["cell_type"], and another column of obs, as text.
 
     Raises
     ------
@@ -69,6 +69,8 @@ def read(data: str) -> ad.AnnData:
         obs=pd.DataFrame({"cell_type": pd.Categorical(adata.obs["cell_type"].astype(str))}, index=adata.obs_names),
         var=pd.DataFrame(index=adata.var_names),
     )
+    if column is not None:
+        cells.obs[column] = adata.obs[column].astype(str).to_numpy()
     cells.uns["dataset"] = data
     return cells
 

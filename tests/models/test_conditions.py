@@ -60,10 +60,11 @@ def test_means_are_shrunk_as_known_variances_say():
     true = rng.normal(0, 0.5, 2000)
     groups = np.repeat(np.arange(2000), n)
     x = true[groups, None] + rng.normal(0, 1.5, (len(groups), 1))
-    found = conditions.shrunken_means(x, groups, 2001)
+    found, variance = conditions.shrunken_means(x, groups, 2001)
     mean = np.bincount(groups, x[:, 0]) / n
     np.testing.assert_allclose(found[:2000, 0], mean * 0.25 / (0.25 + 2.25 / n), atol=0.1)
-    assert found[2000] == 0  # without cells
+    assert found[2000] == 0 and variance[2000] == pytest.approx(0.25, abs=0.03)  # without cells
+    assert np.mean((found[:2000, 0] - true) ** 2) == pytest.approx(variance[:2000].mean(), rel=0.1)
     assert np.mean((found[:2000, 0] - true) ** 2) < 0.7 * np.mean((mean - true) ** 2)
 
 
@@ -74,7 +75,7 @@ def test_a_shift_of_some_cells_is_found_and_noise_is_none():
     points[donor == 1, 1] += 2.0
     points[(donor == 1) & (types == 2), 1] += 1.0
     counts = sp.csr_matrix(np.ones((len(types), 2), np.float32))
-    found = conditions.fit_shift(points, types, conditions_of(counts, types, donor))
+    found = conditions.fit_shift(points, types, conditions_of(counts, types, donor)).mean
     between = found[1, :, 1] - found[0, :, 1]
     np.testing.assert_allclose(between, [2, 2, 3], atol=0.35)
     assert np.abs(found[:, :, [0, 2]]).max() < 0.25
@@ -85,7 +86,7 @@ def test_ratios_of_donors_are_found_and_a_small_donor_borrows():
     group = conditions_of(counts, types, donor)
     pooled = group.counts.sum(axis=0)
     profiles = np.repeat((pooled / pooled.sum(axis=1, keepdims=True))[None], 3, axis=0)
-    found = conditions.fit_log_ratio(group, profiles, np.full(N_GENES, 5.0))
+    found = conditions.fit_log_ratio(group, profiles, np.full(N_GENES, 5.0)).mean
     own = np.log(group.counts / group.counts.sum(axis=2, keepdims=True) + 1e-6) - np.log(profiles)
     weights = group.n_cells[:, :, None] / group.n_cells.sum(axis=0)[:, None]
     true = effect - np.log((weights * np.exp(effect)).sum(axis=0))  # against the mean of all donors
@@ -102,7 +103,7 @@ def test_a_shrunken_donor_lies_between_its_own_mean_and_that_of_the_others():
     counts = rng.poisson(expected * np.exp(rng.normal(0, 0.7, (3, 300))))[:, None].astype(float)
     group = conditions.Conditions(np.zeros(0, int), counts, np.array([[1000], [1000], [10]]))
     profiles = (expected / expected.sum(axis=1, keepdims=True))[:, None]
-    found = conditions.fit_log_ratio(group, profiles, np.full(300, 1e6))[:, 0]
+    found = conditions.fit_log_ratio(group, profiles, np.full(300, 1e6)).mean[:, 0]
     own = counts[:, 0] / counts.sum(axis=2) / profiles[:, 0]
     assert np.all(np.abs(found[2]) <= np.abs(np.log(own[2] + 1e-12)) + 1e-6)
     assert np.all(np.sign(found[2][own[2] != 1]) == np.sign(own[2] - 1)[own[2] != 1])
@@ -110,21 +111,45 @@ def test_a_shrunken_donor_lies_between_its_own_mean_and_that_of_the_others():
     assert slope[0] > 0.95 and slope[1] < 0.4
 
 
-def prior_of(effects: np.ndarray) -> dict[str, torch.Tensor]:
-    return {"condition_shift": torch.from_numpy(effects[:, :, :2]).float(),
-            "condition_log_ratio": torch.from_numpy(effects[:, :, 2:]).float()}  # fmt: skip
+def prior_of(effects: np.ndarray, variance: np.ndarray) -> dict[str, torch.Tensor]:
+    """Effects of two dimensions of z and of genes; their posterior variances."""
+    prior = {}
+    for name, columns in (("condition_shift", slice(2)), ("condition_log_ratio", slice(2, None))):
+        prior |= conditions.Effects(effects[:, :, columns], variance[:, columns]).tensors(name)
+    return prior
 
 
-def test_new_conditions_vary_as_the_known_ones_do():
-    effects = np.random.default_rng(4).normal(1, 2, (5, 2, 6))
+def test_new_conditions_vary_as_the_known_ones_do_and_as_much_as_is_unknown_of_these():
+    rng = np.random.default_rng(4)
+    effects, variance = rng.normal(1, 2, (5, 2, 6)), rng.uniform(0, 3, (3, 6))
     new = []
-    for seed in range(2000):
-        prior = conditions.add_new(prior_of(effects), seed)
+    for seed in range(3000):
+        prior = conditions.add_new(prior_of(effects, variance), seed)
         assert len(prior["condition_shift"]) == len(prior["condition_log_ratio"]) == 6
-        new.append(np.concatenate([prior[name][5].numpy() for name in prior], axis=1).ravel())
+        new.append(np.concatenate([prior[f"condition_{name}"][5] for name in ("shift", "log_ratio")], axis=1).ravel())
     known = effects.reshape(5, -1)
-    np.testing.assert_allclose(np.mean(new, axis=0), known.mean(axis=0), atol=0.2)
-    np.testing.assert_allclose(np.cov(np.array(new).T), np.cov(known.T), atol=0.15 * known.var(axis=0).max())
+    noise = np.kron(np.ones((2, 2)), np.diag(variance[0])) + np.diag(variance[1:].ravel())
+    covariance = np.cov(known.T) + noise
+    np.testing.assert_allclose(np.cov(np.array(new).T), covariance, atol=0.12 * covariance.max())
+    correction = np.where(np.arange(6) < 2, 0, (variance[0] + variance[1:]) / 2).ravel()
+    np.testing.assert_allclose(np.mean(new, axis=0), known.mean(axis=0) - correction, atol=0.2)
+
+
+def test_new_donors_are_as_far_from_the_known_as_these_from_each_other():
+    rng = np.random.default_rng(6)
+    profiles = rng.dirichlet(np.full(400, 3.0))
+    effect = rng.normal(0, 0.5, (8, 1, 400)) + rng.normal(0, 0.2, (8, 3, 400))
+    expected = 4000 * profiles * np.ones((8, 3, 1))  # few counts: the estimates are shrunk
+    counts = rng.poisson(expected * np.exp(effect)).astype(float)
+    group = conditions.Conditions(np.zeros(0, int), counts, np.full((8, 3), 50))
+    found = conditions.fit_log_ratio(group, np.broadcast_to(profiles, counts.shape), np.full(400, 1e6))
+    prior = prior_of(np.zeros((8, 3, 2)), np.zeros((4, 2))) | found.tensors("condition_log_ratio")
+    new = np.stack([conditions.add_new(prior, seed)["condition_log_ratio"][8].numpy() for seed in range(200)])
+    estimated = found.mean.var(axis=0, ddof=1).mean()
+    true = effect.var(axis=0, ddof=1).mean()
+    assert estimated < 0.85 * true
+    assert new.var(axis=0).mean() == pytest.approx(true, rel=0.1)
+    assert new.mean(axis=1).var(axis=0).mean() == pytest.approx(effect.mean(axis=1).var(axis=0, ddof=1).mean(), rel=0.1)
 
 
 def test_conditions_are_as_frequent_as_in_the_train_cells_of_the_type():
