@@ -159,6 +159,17 @@ def read_constants(source: str, module: dict[str, Any]) -> list[Constant]:
     return found
 
 
+def defaults(source: str) -> dict[str, tuple[Any, str]]:
+    """Value and comment of every constant in the text of a script, which is not run."""
+    values = {}
+    for node in ast.parse(source).body:
+        target = node.target if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [None])[0]
+        if isinstance(target, ast.Name) and target.id.isupper():
+            assert isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None
+            values[target.id] = ast.literal_eval(node.value)
+    return {constant.name: (values[constant.name], constant.comment) for constant in read_constants(source, values)}
+
+
 def _type_of(value: Any) -> Any:
     if isinstance(value, tuple) and value:
         return tuple[type(value[0]), ...]  # type: ignore[misc]  # a type made at run time

@@ -42,8 +42,8 @@ def replace(temporary: Path, path: Path) -> None:
         os.replace(temporary, path)
         record_path(path).unlink(missing_ok=True)
         return
-    new = runs.description() | _state(temporary)
-    old = _read(path)
+    new = runs.description() | runs.invocation() | _state(temporary)
+    old = read(path)
     if old is not None:
         _write(path, new | {"replaces": old["sha256"]})
     os.replace(temporary, path)
@@ -73,7 +73,7 @@ def _write(path: Path, record: dict[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def read(path: Path) -> dict[str, Any] | None:
     """The record of a file; None if there is none, or if it is damaged and thus of no use."""
     try:
         record = json.loads(record_path(path).read_text(encoding="utf-8"))
@@ -84,13 +84,13 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def is_intact(path: Path) -> bool:
     """Whether a file has a record and fits it."""
-    record = _read(path)
+    record = read(path)
     return record is not None and record["sha256"] == sha256(path)
 
 
 def maker(path: Path) -> str | None:
     """The stage that has written a file, if that is known."""
-    return (_read(path) or {}).get("stage")
+    return (read(path) or {}).get("stage")
 
 
 def note_input(path: Path) -> str:
@@ -109,7 +109,7 @@ def check(path: Path, remedy: str) -> None:
     Unusable
         If its size or SHA-256 is not the recorded one; the message names both.
     """
-    record, got = _read(path), note_input(path)
+    record, got = read(path), note_input(path)
     if record is None and record_path(path).exists():
         raise Unusable(
             f"{record_path(path)} is damaged, so {path} cannot be checked: {remedy}, or delete {record_path(path)} to use the file as it is"

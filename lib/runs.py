@@ -8,9 +8,11 @@ import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +39,7 @@ class Run(NamedTuple):
     inputs: dict[str, str]  # file: its SHA-256
     locks: dict[Path, int]  # folder: descriptor of its lock file
     started: str
+    clock: float  # `time.monotonic` at the start, seconds
 
 
 class Stopped(KeyboardInterrupt):
@@ -62,7 +65,7 @@ def current() -> Run | None:
 def started(stage: str, constants: Callable[[], dict[str, Any]]) -> Iterator[None]:
     """Be a run of this stage: signals raise `Stopped`, folders are locked, and files record what made them."""
     global _current
-    _current = Run(stage, constants, {}, {}, time.strftime("%Y-%m-%d %H:%M:%S"))
+    _current = Run(stage, constants, {}, {}, time.strftime("%Y-%m-%d %H:%M:%S"), time.monotonic())
     before = _handle_signals()
     try:
         yield
@@ -102,6 +105,19 @@ def description() -> dict[str, Any]:
         "versions": versions,
         "commit": _commit(),
     }
+
+
+def invocation() -> dict[str, Any]:
+    """The command that started this run, and the seconds since then; empty outside of a run.
+
+    They are kept apart from `description`, which is the same for two runs that make the same bytes.
+    """
+    if _current is None:
+        return {}
+    n_processes = os.environ.get("WORLD_SIZE", "1")
+    program = ["python"] if n_processes == "1" else ["torchrun", "--nproc-per-node", n_processes]
+    command = shlex.join([*program, _current.stage, *sys.argv[1:]])
+    return {"command": command, "seconds": round(time.monotonic() - _current.clock, 1)}
 
 
 def _commit() -> str | None:

@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, STAGES
 
-FOLDERS = ("data", "models", "baselines", "bulk", "evaluation")
+FOLDERS = ("data", "models", "baselines", "bulk", "evaluation", "report")
 FORBIDDEN = {  # folder of lib: folders that its files must not import; "" are the files directly in lib
-    "data": {"models", "baselines", "bulk", "evaluation"},
-    "models": {"baselines", "bulk", "evaluation"},
-    "baselines": {"bulk", "evaluation"},
-    "bulk": {"baselines", "evaluation"},
-    "evaluation": set(),
-    "": {"models", "baselines", "bulk", "evaluation"},
+    "data": {"models", "baselines", "bulk", "evaluation", "report"},
+    "models": {"baselines", "bulk", "evaluation", "report"},
+    "baselines": {"bulk", "evaluation", "report"},
+    "bulk": {"baselines", "evaluation", "report"},
+    "evaluation": {"report"},
+    "report": set(),
+    "": {"models", "baselines", "bulk", "evaluation", "report"},
 }
 
 

@@ -82,6 +82,8 @@ def evaluate_proportions(
                 {"mixtures of test cells": f"{kind} ({of_kind.sum()})", "deconvolution": name} | agreement.to_dict()
             )
     print(pd.DataFrame(rows).to_string(index=False, float_format="{:.4f}".format))
+    with replacing(fig / "mixtures.csv") as temporary:
+        pd.DataFrame(rows).to_csv(temporary, index=False, float_format="%.5f")
     truth = None
     if of_test_cells:
         truth = test.obs["cell_type"].value_counts(normalize=True)[true.columns].to_frame("test_cells").T
@@ -99,7 +101,7 @@ def evaluate_proportions(
     if estimate.signature is None:  # the bulk encoder predicts shares of cells alone
         del shares["RNA"]
     plots_bulk.intervals(shares, fig / "proportions_of_bulk.png")
-    written = [fig / "proportions.png", fig / "proportions_of_bulk.png"]
+    written = [fig / "proportions.png", fig / "proportions_of_bulk.png", fig / "mixtures.csv"]
     if estimate.signature is None:
         return written
     reference = Reference.from_checkpoint(checkpoint["reference"])
@@ -176,7 +178,9 @@ def _plot_embeddings(test: ad.AnnData, generated: ad.AnnData, settings: PlotSett
     embeddings = {"UMAP": embed(pcs, settings.n_neighbors, settings.seed).obsm["X_umap"]}
     if settings.mde:
         embeddings["MDE"] = mde(pcs, settings.n_neighbors, settings.seed)
-    written = []
+    with replacing(fig / "umap.csv") as temporary:
+        _embedding_table(both, embeddings).to_csv(temporary, float_format="%.5g")
+    written = [fig / "umap.csv"]
     for method, embedding in embeddings.items():
         by_source, by_type = (
             fig / f"{method.lower()}_{what}.png" for what in ("original_vs_generated", "by_cell_type")
@@ -185,6 +189,17 @@ def _plot_embeddings(test: ad.AnnData, generated: ad.AnnData, settings: PlotSett
         plots_cells.original_vs_generated_by_type(embedding, is_generated, cell_type, by_type, method)
         written += [by_source, by_type]
     return written
+
+
+def _embedding_table(both: ad.AnnData, embeddings: dict[str, np.ndarray]) -> pd.DataFrame:
+    """One row per cell: its source, cell type, sample (of generated cells), library size, genes detected and places."""
+    table = both.obs[["source", "cell_type"]].assign(sample=both.obs.get("sample"))
+    table["library_size"], table["genes_detected"] = cell_statistics.library_and_genes(both)
+    for method, embedding in embeddings.items():
+        for axis in (0, 1):
+            table[f"{method.lower()}_{axis + 1}"] = embedding[:, axis]
+    table["source"] = table["source"].astype(str).replace("original", "test")
+    return table.rename_axis("cell")
 
 
 def _plot_four_stages(
