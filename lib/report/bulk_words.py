@@ -219,9 +219,9 @@ def mixture_sentence(accuracy: pd.DataFrame | None, method: str) -> str:
     if method not in table or constant.empty:
         return ""
     n_mixtures = re.findall(r"\d+", str(accuracy["mixtures of test cells"].iloc[-1]))[-1]
-    error, guess = percent(table[method], 1), percent(constant.iloc[0], 1)
+    error, guess = (f"{100 * value:.1f} percentage points" for value in (table[method], constant.iloc[0]))
     return (
-        f"On {n_mixtures} mixtures of test cells with known, random proportions, an estimated share is off by {error} of the cells on "
+        f"On {n_mixtures} mixtures of test cells with known, random proportions, an estimated share is off by {error} on "
         f"average; the proportions of the train cells, as a guess for all mixtures, are off by {guess}. A real bulk was measured with "
         "another technology, so expect larger errors there."
     )

@@ -210,17 +210,23 @@ def joined(names: list[str], most: int = 4) -> str:
 
 def cells_sentence(readings: list[Reading], verdicts: list[Verdict]) -> str:
     """The answer to "are the generated cells good?" in two sentences."""
-    counted = [one for one in verdicts if one.kind != "unknown"]
-    good = [one.cell_type for one in counted if one.kind == "good"]
-    others = [one.cell_type for one in counted if one.kind in ("clear", "bad")]
-    unknown = [one.cell_type for one in verdicts if one.kind == "unknown"]
+
+    def of_kind(*kinds: str) -> list[str]:
+        return [one.cell_type for one in verdicts if one.kind in kinds]
+
+    good, small, large, unknown = of_kind("good"), of_kind("small"), of_kind("clear", "bad"), of_kind("unknown")
+    n_judged = len(good) + len(small) + len(large)
     parts = []
-    if counted:
-        parts.append(f"Generated cells of {len(good)} of {len(counted)} judged types cannot be told from real cells.")
-    if others:
-        parts.append(f"They differ clearly in {joined(others)}.")
+    if n_judged:
+        parts.append(
+            f"Generated cells cannot be told from real cells in {len(good)} of {n_judged} types with enough cells."
+        )
+    if small:
+        parts.append(f"They differ a little in {joined(small)}.")
+    if large:
+        parts.append(f"They differ clearly in {joined(large)}.")
     if unknown:
-        parts.append(f"Not reliable, with too few cells: {joined(unknown)}.")
+        parts.append(f"Too few cells for a verdict: {joined(unknown)}.")
     levels = pd.Series([one.level for one in readings if one.level in LEVELS])
     if len(levels):
         counts = levels.value_counts().reindex(LEVELS, fill_value=0)
