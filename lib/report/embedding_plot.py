@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from bokeh.core.properties import value
 from bokeh.embed import components
 from bokeh.models import BooleanFilter, CDSView, ColumnDataSource, HoverTool, Range1d, Text
 from bokeh.plotting import figure
@@ -109,7 +110,7 @@ def _panel(
     panel.add_tools(HoverTool(tooltips=TOOLTIPS, renderers=[dots]))
     if name != "both":
         style: dict[str, Any] = {"text_align": "center", "text_baseline": "middle", "text_font_style": "bold"}
-        style |= {"text_font": "sans-serif", "text_font_size": "12px", "text_color": "#000000", "padding": 1}
+        style |= {"text_font": value("sans-serif"), "text_font_size": "12px", "text_color": "#000000", "padding": 1}
         panel.add_glyph(
             numbers, Text(text="number", background_fill_color="#FFFFFF", background_fill_alpha=0.75, **style)
         )

@@ -28,7 +28,8 @@ def results(folder: Path) -> page.Results:
     data = simulated_dataset(n_cells=120)
     data.obs["cell_type"] = data.obs["cell_type"].cat.rename_categories(types)
     data.uns["source"] = EVIL
-    train, test = data[:80].copy(), data[80:].copy()
+    is_test = np.arange(data.n_obs) % 3 == 0
+    train, test = data[~is_test].copy(), data[is_test].copy()
     for cells in (train, test):
         cells.obs["cell_type"] = cells.obs["cell_type"].cat.set_categories(types)
     rng = np.random.default_rng(0)
@@ -134,7 +135,7 @@ def test_a_run_without_bulk_and_without_test_cells_says_so(tmp_path):
     few = results(tmp_path)._replace(deconvolution=None, cells=None, written=[], histories=[])
     text = Elements(page.write(few, tmp_path / "report.html").read_text()).text
     assert "No bulk was read" in text and "were not compared with real cells, because no test cells are at hand" in text
-    assert "Bokeh" not in (tmp_path / "report.html").read_text()
+    assert (tmp_path / "report.html").stat().st_size < 100_000  # without BokehJS
 
 
 def test_constants_are_compared_with_those_of_the_script():
@@ -226,10 +227,8 @@ def opened(browser, path: Path, **context):
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["hostile names", "pipeline"])
 def test_the_page_works_in_a_browser(browser, request, which):
-    if which == "hostile names":
-        path = request.getfixturevalue("written")
-    else:
-        path = request.getfixturevalue("pipeline").fig / "report.html"
+    is_ours = which == "hostile names"
+    path = request.getfixturevalue("written") if is_ours else request.getfixturevalue("pipeline").fig / "report.html"
     tab, wrong = opened(browser, path, viewport={"width": 1280, "height": 900})
     for details in tab.query_selector_all("details"):
         details.evaluate("one => one.open = true")
@@ -260,7 +259,7 @@ def test_the_page_works_in_a_browser(browser, request, which):
         )
         assert heading.get_attribute("aria-sort") == order
         assert values == sorted(values, reverse=order == "descending") and len(set(values)) > 1
-    if which == "hostile names":
+    if is_ours:
         tab.select_option("#sample-filter", EVIL)
         assert tab.locator("#proportions tbody tr:visible").count() == 3
     assert wrong == []
