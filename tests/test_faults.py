@@ -148,6 +148,7 @@ def test_a_record_says_what_made_the_file(place):
         == train["sha256"]
     )
     assert record["versions"]["numpy"] == np.__version__
+    assert record["command"].startswith(f"python {STAGES[3]} --") and record["seconds"] > 0
     made_by = torch.load(place.models / "gmvae.pt", weights_only=True)["made_by"]
     assert made_by["inputs"] == record["inputs"] and made_by["commit"] == record["commit"]
     assert json.loads(ad.read_h5ad(place.data / "train.h5ad").uns["made_by"])["stage"] == STAGES[1]

@@ -33,7 +33,7 @@ data/predicted_spread.csv data/predicted_samples.csv data/signature_matrix.csv
 models/gmvae.pt models/gmvae_last.pt models/gmvae_history.csv models/sctape.pt models/sctape_last.pt models/sctape_history.csv
 fig/umap_reference.png fig/gmvae_loss.png fig/sctape_loss.png fig/proportions.png fig/proportions_of_bulk.png fig/signature.png
 fig/umap_original_vs_generated.png fig/umap_by_cell_type.png fig/paper_fig1.png fig/paper_fig3.png fig/paper_fig4.png
-fig/fidelity.png fig/metrics.csv
+fig/fidelity.png fig/metrics.csv fig/mixtures.csv fig/umap.csv fig/report.html
 """.split()
 
 
