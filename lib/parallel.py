@@ -18,7 +18,8 @@ import torch.distributed as dist
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
 N_RANKS = int(os.environ.get("WORLD_SIZE", 1))
 IS_FIRST = RANK == 0  # the process that prints and writes
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def pick_device(name: str) -> torch.device:

@@ -40,4 +40,4 @@ def forest_probability(features: np.ndarray, labels: np.ndarray, new_features: n
 
     n_threads = os.cpu_count() or 1
     with ThreadPoolExecutor(n_threads) as pool:
-        return sum(pool.map(sum_of_trees, np.array_split(seeds, n_threads))) / N_TREES
+        return np.sum(list(pool.map(sum_of_trees, np.array_split(seeds, n_threads))), axis=0) / N_TREES

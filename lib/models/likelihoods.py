@@ -260,8 +260,8 @@ def sample_counts(likelihoods: Iterable[Likelihood], generator: torch.Generator)
         cells, *others = likelihood.above_zero(generator)
         found.append([cells + n_cells, *others])
         n_cells, n_genes = n_cells + len(likelihood.logits), likelihood.logits.shape[1]
-    cells, genes, *parameters = (torch.cat(parts) for parts in zip(*found))
-    counts = sample_positive_nb(*parameters, generator)
+    cells, genes, ratio, theta, quantile = (torch.cat(parts) for parts in zip(*found))
+    counts = sample_positive_nb(ratio, theta, quantile, generator)
     indptr = F.pad(cells.bincount(minlength=n_cells).cumsum(0), (1, 0)).cpu().numpy()
     return sp.csr_matrix((counts.float().cpu().numpy(), genes.int().cpu().numpy(), indptr), shape=(n_cells, n_genes))
 
