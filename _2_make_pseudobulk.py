@@ -2,17 +2,17 @@
 
 reads   data/train.h5ad, data/test.h5ad
 writes  data/pseudobulk_test_counts.csv, _tpm.csv (samples x genes), _proportions.csv (samples x cell types);
-        data/pseudobulk_train.h5ad: X counts, obsm["proportions"] (columns: uns["cell_types"]), obs["role"]. Proportions are of
-        cells; with RNA_PER_CELL the cells of a type enter with its mRNA content instead of their own counts
+        data/pseudobulk_train.h5ad: obsm["proportions"] (columns: uns["cell_types"]), obs["role"], and from which cells each mixture
+        is made; with WRITE_TRAIN_COUNTS also X, the counts. Proportions are of cells; with RNA_PER_CELL the cells of a type
+        enter with its mRNA content instead of their own counts
 run     python _2_make_pseudobulk.py
-time    15,000 mixtures of 1,200 cells x 16,000 genes: half a minute, 1 GB on disk; 700 genes: seconds
+time    seconds; with WRITE_TRAIN_COUNTS, 15,000 mixtures of 1,200 cells x 16,000 genes: half a minute, 1 GB on disk
 
-Stage 4 trains scTAPE on the mixtures of train cells. The default deconvolution, a regression on the train cells' mean profiles,
-does not use them. Stage 5 evaluates the deconvolution on the mixtures of test cells.
+Stage 4 makes the mixtures of train cells and trains scTAPE on them. The default deconvolution, a regression on the train cells'
+mean profiles, does not use them. Stage 5 evaluates the deconvolution on the mixtures of test cells.
 """
 
 from collections.abc import Iterable, Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from lib import options
 from lib.bulk import pseudobulk
 from lib.bulk.reference import reference_profiles
 from lib.bulk.rna_content import print_rna_per_cell, rna_per_cell
-from lib.data.counts import hold_out, n_entries, read_split
+from lib.data.counts import hold_out, read_split
 from lib.files import folder, print_written, replacing
 from lib.ranges import Count, NotNegative, Part, Seed, Several, Share
 
@@ -38,6 +38,9 @@ N_TRAIN_SAMPLES: Several = 15_000  # original code
 CELLS_PER_SAMPLE: Count = 1_200  # original code; sampled with replacement
 MIN_DISTINCT_CELLS: Count | None = 3  # smallest random subset that a type's cells come from; none: all cells (original)
 VALIDATION_FRACTION: Part = 0.15  # share of train cells held out; as many mixtures are made of them (ours; paper: 0)
+WRITE_TRAIN_COUNTS = (
+    False  # also write the counts of these mixtures (1 GB), which stage 4 then reads instead of making them
+)
 
 # Mixtures of test cells, to evaluate the deconvolution
 N_TEST_OWN: Count = 5  # at the test set's own proportions: random 33-40 % of its cells each (original: nested subsets)
@@ -67,7 +70,10 @@ def main() -> None:
     gene_length_bp = gene_lengths(train) if USE_GENE_LENGTHS else None
     content = None if RNA_PER_CELL == "reference" else mrna_contents(train)
     written = write_test_mixtures(test, content, gene_length_bp, data)
-    written.append(write_train_mixtures(train, content, gene_length_bp, data / "pseudobulk_train.h5ad"))
+    mixtures = describe_train_mixtures(train, content, gene_length_bp)
+    blocks = pseudobulk.make_train_mixtures(mixtures, train, MEMORY_GB) if WRITE_TRAIN_COUNTS else None
+    written.append(data / "pseudobulk_train.h5ad")
+    pseudobulk.write_train_mixtures(mixtures, None if blocks is None else with_progress(blocks), written[-1])
     print_written("stage 2", written, f"python _3_train_gmvae.py{options.preset_option(PRESET)}")
 
 
@@ -167,12 +173,11 @@ def test_mixing_matrix(cell_type: pd.Series) -> sp.csr_matrix:
     return sp.vstack([sp.csr_matrix(own), pseudobulk.sample_cells(cells_per_type, codes, rng)], format="csr")
 
 
-def write_train_mixtures(
-    train: ad.AnnData, content: pd.DataFrame | None, gene_length_bp: pd.Series | None, path: Path
-) -> Path:
-    """Thousands of mixtures of train cells, written block by block."""
+def describe_train_mixtures(
+    train: ad.AnnData, content: pd.DataFrame | None, gene_length_bp: pd.Series | None
+) -> ad.AnnData:
+    """Thousands of mixtures of train cells: all but their counts, and the recipe by which these are made."""
     rng = np.random.default_rng([SEED, 1])
-    counts = train.X[:] if n_entries(train.X) * 8 <= MEMORY_GB * 1e9 else train.X
     cell_types = list(train.obs["cell_type"].cat.categories)
     codes = train.obs["cell_type"].cat.codes.to_numpy()
     fit_codes, validation_codes = split_cells(codes, rng)
@@ -181,23 +186,19 @@ def write_train_mixtures(
     cells_per_type = pseudobulk.sample_cells_per_type(N_TRAIN_SAMPLES, CELLS_PER_SAMPLE, composition, shares, rng)
     n_fit = N_TRAIN_SAMPLES - round(VALIDATION_FRACTION * N_TRAIN_SAMPLES)
     role = np.where(np.arange(N_TRAIN_SAMPLES) < n_fit, "fit", "validation")
+    weight = np.ones(len(cell_types)) if content is None else content["weight"].to_numpy()
+    recipe = pseudobulk.Recipe(CELLS_PER_SAMPLE, fit_codes, validation_codes, 2 * SEED, MIN_DISTINCT_CELLS or 0, weight)
     mixtures = ad.AnnData(
         obs=pd.DataFrame({"role": pd.Categorical(role)}, index=[f"sample_{i + 1}" for i in range(N_TRAIN_SAMPLES)]),
         var=pd.DataFrame(index=train.var_names),
         obsm={"proportions": cells_per_type / CELLS_PER_SAMPLE},
-        uns={"cell_types": cell_types, "dataset": train.uns["dataset"], "split_id": train.uns["split_id"]},
-    )
+        uns={"cell_types": cell_types, "dataset": train.uns["dataset"], "split_id": train.uns["split_id"], "recipe": recipe._asdict()},
+    )  # fmt: skip
     if gene_length_bp is not None:
         mixtures.var["gene_length_bp"] = gene_length_bp
     if content is not None:
         mixtures.uns["rna_per_cell"] = content["rna_per_cell"].to_numpy()
-    weight = None if content is None else content["weight"]
-    blocks = chain(
-        pseudobulk.simulate(cells_per_type[:n_fit], fit_codes, counts, 2 * SEED, MIN_DISTINCT_CELLS, weight),
-        pseudobulk.simulate(cells_per_type[n_fit:], validation_codes, counts, 2 * SEED + 1, None, weight),
-    )
-    pseudobulk.write_train_mixtures(mixtures, with_progress(blocks), path)
-    return path
+    return mixtures
 
 
 def with_progress(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

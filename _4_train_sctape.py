@@ -16,6 +16,7 @@ run     python _4_train_sctape.py
 time    15,000 mixtures, 1,000 genes: half a minute to 2 minutes on two cores
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ from lib.bulk import sctape
 from lib.bulk.bulk_encoder import BulkEncoder, weights_id
 from lib.bulk.bulk_states import explained, make_mixtures
 from lib.bulk.network_input import most_variable_genes, read_profiles, select_genes
-from lib.bulk.pseudobulk import gene_lengths, is_for_fit, read_train_mixtures
+from lib.bulk.pseudobulk import gene_lengths, is_for_fit, read_train_mixtures, train_mixtures
 from lib.bulk.reference import reference_profiles
 from lib.bulk.sctape import ScTAPE
 from lib.bulk.tables import read_bulk, read_gene_ids
@@ -74,6 +75,9 @@ VALIDATION_FRACTION: Fraction = 0.25  # share of train cells held out; the same 
 # Running
 RESUME = False  # go on from models/sctape_last.pt
 DEVICE: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
+MEMORY_GB: NotNegative = (
+    0.5  # that the train cells may take while mixtures are made of them; a larger set is read several times
+)
 SEED: Seed = 123  # of everything random in this stage
 DATA_DIR = "data"  # folder
 MODELS_DIR = "models"  # folder
@@ -116,11 +120,12 @@ def train_sctape(mixtures: ad.AnnData, train: ad.AnnData, models: Path, device: 
     cell_types = list(mixtures.uns["cell_types"])
     codes = train.obs["cell_type"].cat.codes.to_numpy()
     reference = reference_profiles(train.X, codes, list(train.var_names), cell_types)
+    blocks = partial(train_mixtures, mixtures, train, memory_gb=MEMORY_GB)
     if VARIANCE_THRESHOLD is None:
-        genes = select_genes(mixtures, usable_genes(mixtures), N_GENES)
+        genes = select_genes(mixtures, blocks, usable_genes(mixtures), N_GENES)
     else:
-        genes = most_variable_genes(mixtures, usable_genes(mixtures), VARIANCE_THRESHOLD)
-    profiles, mean_profile = read_profiles(mixtures, genes, SCALING == "minmax")
+        genes = most_variable_genes(mixtures, blocks, usable_genes(mixtures), VARIANCE_THRESHOLD)
+    profiles, mean_profile = read_profiles(mixtures, blocks, genes, SCALING == "minmax")
     proportions = mixtures.obsm["proportions"].astype(np.float32)
     is_fit = is_for_fit(mixtures)
     fit, held_out = (

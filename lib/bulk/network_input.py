@@ -1,17 +1,17 @@
 """The input of the two networks, scTAPE and the bulk encoder: its scale, missing genes, and the selection of genes for scTAPE."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import anndata as ad
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from lib.bulk.pseudobulk import gene_lengths, is_for_fit, tpm
 from lib.bulk.tables import sample_totals
 
-ROWS_AT_ONCE = 500  # mixtures read from disk at a time
+# rows and counts of the training mixtures, block by block, of some genes (None: all): `pseudobulk.train_mixtures`
+Blocks = Callable[[np.ndarray | None], Iterator[tuple[slice, np.ndarray]]]
 
 
 def scale(tpm: np.ndarray, minmax: bool = False) -> np.ndarray:
@@ -89,7 +89,7 @@ def check_coverage(checkpoint: dict[str, Any], bulk: pd.DataFrame, network: str,
     return coverage
 
 
-def select_genes(mixtures: ad.AnnData, usable: np.ndarray, n_genes: int) -> np.ndarray:
+def select_genes(mixtures: ad.AnnData, blocks: Blocks, usable: np.ndarray, n_genes: int) -> np.ndarray:
     """Select the genes whose expression the proportions explain best; returns their positions, ascending.
 
     For each gene, a linear regression on the proportions explains a part of its variance over the mixtures to train on, on the
@@ -98,8 +98,8 @@ def select_genes(mixtures: ad.AnnData, usable: np.ndarray, n_genes: int) -> np.n
 
     Parameters
     ----------
-    mixtures
-        As `pseudobulk.read_train_mixtures` gives them.
+    mixtures, blocks
+        As `pseudobulk.read_train_mixtures` gives them, and their counts.
     usable
         Mask of the genes to select from.
     n_genes
@@ -113,7 +113,7 @@ def select_genes(mixtures: ad.AnnData, usable: np.ndarray, n_genes: int) -> np.n
     is_fit, proportions = is_for_fit(mixtures), mixtures.obsm["proportions"]
     lengths = gene_lengths(mixtures, usable)
     gram, cross, squares, total = 0.0, 0.0, 0.0, 0.0
-    for rows, counts in blocks(mixtures, "selecting genes"):
+    for rows, counts in blocks(None):
         p = proportions[rows][is_fit[rows]]
         logs = scale(tpm(counts[is_fit[rows]][:, usable], lengths)).astype(np.float64)
         gram, cross = gram + p.T @ p, cross + p.T @ logs
@@ -132,34 +132,29 @@ def select_genes(mixtures: ad.AnnData, usable: np.ndarray, n_genes: int) -> np.n
     return np.sort(np.flatnonzero(usable)[np.argsort(-score, kind="stable")[:n_genes]])
 
 
-def most_variable_genes(mixtures: ad.AnnData, usable: np.ndarray, share: float) -> np.ndarray:
+def most_variable_genes(mixtures: ad.AnnData, blocks: Blocks, usable: np.ndarray, share: float) -> np.ndarray:
     """Select this share of the usable genes, those whose TPM vary most over the mixtures to train on (published); ascending.
 
     The original also asks that the genes vary as much in the bulk to be predicted, which was made of the test cells.
     """
     is_fit, lengths = is_for_fit(mixtures), gene_lengths(mixtures, usable)
     squares, total = np.zeros(usable.sum()), np.zeros(usable.sum())
-    for rows, counts in blocks(mixtures, "selecting genes"):
+    for rows, counts in blocks(None):
         values = tpm(counts[is_fit[rows]][:, usable], lengths)
         squares, total = squares + np.square(values).sum(axis=0), total + values.sum(axis=0)
     variance = squares / is_fit.sum() - (total / is_fit.sum()) ** 2
     return np.sort(np.flatnonzero(usable)[np.argsort(-variance, kind="stable")[: int(share * len(variance))]])
 
 
-def read_profiles(mixtures: ad.AnnData, genes: np.ndarray, minmax: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def read_profiles(
+    mixtures: ad.AnnData, blocks: Blocks, genes: np.ndarray, minmax: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """The network's input for all mixtures, (n_mixtures, n_genes), and each gene's mean share of a mixture to train on."""
     is_fit, lengths = is_for_fit(mixtures), gene_lengths(mixtures, genes)
     profiles = np.empty((mixtures.n_obs, len(genes)), np.float32)
     share = np.zeros(len(genes))
-    for rows, counts in blocks(mixtures, "profiles"):
-        values = tpm(counts[:, genes], lengths)
+    for rows, counts in blocks(genes):
+        values = tpm(counts, lengths)
         profiles[rows] = scale(values, minmax)
         share += values[is_fit[rows]].sum(axis=0)
     return profiles, share / share.sum()
-
-
-def blocks(mixtures: ad.AnnData, description: str) -> Iterator[tuple[slice, np.ndarray]]:
-    """The counts of the mixtures, block by block, with the rows of each block."""
-    for start in tqdm(range(0, mixtures.n_obs, ROWS_AT_ONCE), desc=description, leave=False):
-        rows = slice(start, min(start + ROWS_AT_ONCE, mixtures.n_obs))
-        yield rows, mixtures.X[rows]

@@ -9,20 +9,23 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from anndata.abc import CSRDataset
+from tqdm import tqdm
 
-from lib.data.counts import check_same_split, read_counts, row_blocks
+from lib.data.counts import check_same_split, n_entries, read_counts, row_blocks
 from lib.data.hdf5 import new_hdf5, read_h5ad, write_described
 from lib.files import reading, replacing, require
 
 BLOCK = 250  # mixtures per thread at a time: 250 x 16,000 genes are 16 MB, and 32 MB more as a sparse matrix
 BLOCKS_AT_ONCE = 8  # blocks of mixtures for which counts on disk are read once
 BAND = 16_384  # cells on disk read at a time: 100-200 MB
+ROWS_AT_ONCE = 500  # mixtures given to a reader at a time
 ALL = slice(None)
 
 
@@ -139,9 +142,9 @@ def weighted(mixing: sp.csr_matrix, cell_type_idx: np.ndarray, weight: pd.Series
     return (mixing @ sp.diags(np.append(weight, 1.0)[cell_type_idx].astype(np.float32))).tocsr()
 
 
-def mix(mixing: sp.csr_matrix, counts: sp.csr_matrix | CSRDataset) -> np.ndarray:
-    """mixing @ counts: mixtures x genes, float32. Counts on disk are read once, in bands of cells."""
-    mixed = np.zeros((mixing.shape[0], counts.shape[1]), np.float32)
+def mix(mixing: sp.csr_matrix, counts: sp.csr_matrix | CSRDataset, genes: np.ndarray | None = None) -> np.ndarray:
+    """mixing @ counts[:, genes]: mixtures x genes, float32. Counts on disk are read once, in bands of cells."""
+    mixed = np.zeros((mixing.shape[0], counts.shape[1] if genes is None else len(genes)), np.float32)
     parts = [slice(start, start + BLOCK) for start in range(0, mixing.shape[0], BLOCK)]
     by_cell = [mixing[part].tocsc() for part in parts]
 
@@ -150,6 +153,7 @@ def mix(mixing: sp.csr_matrix, counts: sp.csr_matrix | CSRDataset) -> np.ndarray
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for cells, band in row_blocks(counts, counts.shape[0] if sp.issparse(counts) else BAND):
+            band = band if genes is None else band[:, genes]
             list(pool.map(add, parts, by_cell, itertools.repeat(cells), itertools.repeat(band)))
     return mixed
 
@@ -161,11 +165,12 @@ def simulate(
     seed: int,
     min_distinct: int | None = None,
     weight: pd.Series | None = None,
+    genes: np.ndarray | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield the counts of random mixtures, several blocks at a time: samples x genes, float32.
 
     Each block of mixtures has its own random stream, so the result does not depend on the number of blocks at a time.
-    Parameters as in `sample_cells` and `weighted`.
+    Parameters as in `sample_cells`, `weighted` and `mix`.
     """
     starts = range(0, len(cells_per_type), BLOCK)
     streams = [np.random.default_rng(stream) for stream in np.random.SeedSequence(seed).spawn(len(starts))]
@@ -173,7 +178,7 @@ def simulate(
     for first in range(0, len(blocks), BLOCKS_AT_ONCE):
         some = blocks[first : first + BLOCKS_AT_ONCE]
         sampled = [sample_cells(cells, cell_type_idx, rng, min_distinct) for cells, rng in some]
-        yield mix(weighted(sp.vstack(sampled, format="csr"), cell_type_idx, weight), counts)
+        yield mix(weighted(sp.vstack(sampled, format="csr"), cell_type_idx, weight), counts, genes)
 
 
 def true_proportions(mixing: sp.csr_matrix, cell_type: pd.Series) -> pd.DataFrame:
@@ -209,14 +214,71 @@ def tpm(counts: np.ndarray, gene_length_bp: np.ndarray | None = None) -> np.ndar
     return rate * (1e6 / total)
 
 
+# --- the mixtures of train cells
+
+
+class Recipe(NamedTuple):
+    """How the mixtures of train cells are made: the same ones whenever and wherever they are made."""
+
+    cells_per_sample: int
+    fit_types: (
+        np.ndarray
+    )  # (n_train_cells,) type of each cell in the mixtures to train on; -1 for a cell that is in none
+    validation_types: np.ndarray  # the same for the mixtures of held-out cells
+    seed: int
+    min_distinct: int  # as in `sample_cells`; 0: none
+    weight: np.ndarray  # of the cells of each type, as in `weighted`
+
+
+def make_train_mixtures(
+    mixtures: ad.AnnData, train: ad.AnnData, memory_gb: float, genes: np.ndarray | None = None
+) -> Iterator[np.ndarray]:
+    """Yield the counts of the mixtures that `mixtures` describes: its proportions, roles and recipe.
+
+    memory_gb: that the train cells may take; a larger set is read from disk several times. genes: as in `mix`.
+    """
+    recipe = Recipe(**mixtures.uns["recipe"])
+    counts = train.X[:] if n_entries(train.X) * 8 <= memory_gb * 1e9 else train.X
+    cells_per_type = np.rint(mixtures.obsm["proportions"] * recipe.cells_per_sample).astype(np.int64)
+    is_fit, seed, distinct = is_for_fit(mixtures), int(recipe.seed), int(recipe.min_distinct) or None
+    weight = pd.Series(recipe.weight) if np.any(recipe.weight != 1) else None
+    yield from simulate(cells_per_type[is_fit], recipe.fit_types, counts, seed, distinct, weight, genes)
+    yield from simulate(cells_per_type[~is_fit], recipe.validation_types, counts, seed + 1, None, weight, genes)
+
+
+def train_mixtures(
+    mixtures: ad.AnnData, train: ad.AnnData | None, genes: np.ndarray | None = None, memory_gb: float = 0.0
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """The counts of some genes (None: all) of the mixtures, `ROWS_AT_ONCE` at a time, with the rows of each block.
+
+    They are read from the file of stage 2 if it holds them; otherwise they are made of the train cells (`make_train_mixtures`).
+    """
+    has_counts = "X" in mixtures.file if mixtures.isbacked else mixtures.X is not None
+    if has_counts:
+        starts = range(0, mixtures.n_obs, ROWS_AT_ONCE)
+        every_gene = (mixtures.X[start : start + ROWS_AT_ONCE] for start in starts)
+        parts = (part if genes is None else part[:, genes] for part in every_gene)
+    else:
+        assert train is not None
+        made = make_train_mixtures(mixtures, train, memory_gb, genes)
+        parts = (block[start : start + ROWS_AT_ONCE] for block in made for start in range(0, len(block), ROWS_AT_ONCE))
+    done = 0
+    with tqdm(total=mixtures.n_obs, desc="mixtures of train cells", unit="", leave=False) as progress:
+        for part in parts:
+            yield slice(done, done + len(part)), part
+            done += len(part)
+            progress.update(len(part))
+
+
 # --- the files of stage 2
 
 
-def write_train_mixtures(mixtures: ad.AnnData, blocks: Iterable[np.ndarray], path: Path) -> None:
-    """Write the training mixtures; `mixtures` holds everything except the counts, which are written block by block."""
+def write_train_mixtures(mixtures: ad.AnnData, blocks: Iterable[np.ndarray] | None, path: Path) -> None:
+    """Write the training mixtures: all that describes them, and their counts block by block, if there are any."""
     with replacing(path) as temporary, new_hdf5(temporary) as (file, disk):
         write_described(mixtures, file)
-        file.pop("X", None)
+        if blocks is None:
+            return
         X = file.create_dataset("X", mixtures.shape, np.float32)
         X.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
         written = 0
@@ -229,19 +291,21 @@ def write_train_mixtures(mixtures: ad.AnnData, blocks: Iterable[np.ndarray], pat
 def read_train_mixtures(data_folder: Path) -> tuple[ad.AnnData, ad.AnnData]:
     """Mixtures of train cells (stage 2), and the train cells, both with counts on disk; refused if their splits differ.
 
-    The first: X counts (mixtures x genes), obsm["proportions"] (columns: uns["cell_types"]), obs["role"] ("fit" or
-    "validation"), var["gene_length_bp"] if the bulk profiles are divided by gene length, and uns["rna_per_cell"] if the cells have
-    these mRNA contents.
+    The first: obsm["proportions"] (columns: uns["cell_types"]), obs["role"] ("fit" or "validation"), var["gene_length_bp"] if the
+    bulk profiles are divided by gene length, uns["rna_per_cell"] if the cells have these mRNA contents, uns["recipe"] (`Recipe`);
+    X, counts (mixtures x genes), if stage 2 wrote them: `train_mixtures` gives them in either case.
     """
     path, train_path = data_folder / "pseudobulk_train.h5ad", data_folder / "train.h5ad"
     mixtures = read_h5ad(require(path, "_2_make_pseudobulk.py"), backed="r")
     if (
-        not {"cell_types", "split_id"} <= mixtures.uns.keys()
+        not {"cell_types", "split_id", "recipe"} <= mixtures.uns.keys()
+        or set(mixtures.uns["recipe"]) != set(Recipe._fields)
         or "proportions" not in mixtures.obsm
         or "role" not in mixtures.obs
     ):
         raise ValueError(
-            f"{path} was not written by _2_make_pseudobulk.py: it lacks the proportions or the split; run it again"
+            f"{path} was not written by this version of _2_make_pseudobulk.py: it lacks the proportions, the split or the recipe of the "
+            "mixtures; run it again"
         )
     train = read_counts(train_path, "_1_split_train_test.py")
     check_same_split(mixtures.uns["split_id"], path, train.uns["split_id"], train_path, "_2_make_pseudobulk.py")

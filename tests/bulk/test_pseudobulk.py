@@ -16,6 +16,7 @@ from lib.bulk.pseudobulk import (
     tpm,
     weighted,
 )
+from lib.data.counts import write_counts
 from lib.evaluation.metrics import mae
 from lib.training import load_checkpoint
 
@@ -104,12 +105,44 @@ def test_cells_are_weighted_by_their_type():
     assert weighted(mixing, np.array([1, 0, -1]), None) is mixing
 
 
+def test_mixtures_made_later_are_those_that_were_written(tmp_path):
+    """All genes or some, train cells in memory or on disk; the counts of a mixture are sums of cells of its types."""
+    place = Workplace(tmp_path)
+    place.data.mkdir()
+    for name in ("train", "test"):
+        adata = simulated_dataset()
+        adata.uns |= {"dataset": "simulated", "split_id": "s"}
+        write_counts(adata, place.data / f"{name}.h5ad")
+    options = {"N_TRAIN_SAMPLES": 1200, "CELLS_PER_SAMPLE": 30, "N_TEST_DIRICHLET": 1}
+    place.main(STAGES[2], WRITE_TRAIN_COUNTS=True, **options)
+    written = ad.read_h5ad(place.data / "pseudobulk_train.h5ad")
+    place.main(STAGES[2], **options)
+    mixtures, train = pseudobulk.read_train_mixtures(place.data)
+    assert "X" not in mixtures.file and mixtures.shape == written.shape == (1200, train.n_vars)
+    for memory_gb, genes in ((1.0, None), (0.0, None), (0.0, np.array([5, 2, 40]))):
+        rows, counts = zip(*pseudobulk.train_mixtures(mixtures, train, genes, memory_gb))
+        assert [(part.start, part.stop) for part in rows] == [(0, 500), (500, 1000), (1000, 1020), (1020, 1200)]
+        np.testing.assert_array_equal(np.concatenate(counts), written.X if genes is None else written.X[:, genes])
+    cells = ad.read_h5ad(place.data / "train.h5ad")
+    masks = [(cells.obs["cell_type"] == name).to_numpy() for name in mixtures.uns["cell_types"]]
+    mean = np.stack([np.asarray(cells.X[mask].mean(axis=0)).ravel() for mask in masks])
+    expected = 30 * mixtures.obsm["proportions"] @ mean
+    ratio = written.X.sum(axis=0) / expected.sum(axis=0)
+    assert np.median(np.abs(ratio - 1)) < 0.05
+
+
 @pytest.mark.slow
 def test_mixtures_with_mrna_contents_of_a_table(tmp_path):
     place = split_only(tmp_path, simulated_dataset())
     content = pd.Series({"type 0": 1.0, "type 1": 6.0, "type 2": 2.0})
     content.rename("rna_per_cell").rename_axis("cell_type").to_csv(tmp_path / "content.csv")
-    place.main(STAGES[2], RNA_PER_CELL=str(tmp_path / "content.csv"), N_TRAIN_SAMPLES=400, CELLS_PER_SAMPLE=300)
+    place.main(
+        STAGES[2],
+        RNA_PER_CELL=str(tmp_path / "content.csv"),
+        N_TRAIN_SAMPLES=400,
+        CELLS_PER_SAMPLE=300,
+        WRITE_TRAIN_COUNTS=True,
+    )
     mixtures = ad.read_h5ad(place.data / "pseudobulk_train.h5ad")
     rna = np.linalg.lstsq(mixtures.obsm["proportions"], mixtures.X.sum(axis=1), rcond=None)[0]
     np.testing.assert_allclose(rna / rna.sum(), content / content.sum(), rtol=0.1)

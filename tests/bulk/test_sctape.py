@@ -1,6 +1,7 @@
 """The scTAPE network: its input, its predictions, and bulks that it refuses."""
 
 import copy
+from functools import partial
 
 import anndata as ad
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from lib.bulk import sctape
 from lib.bulk.network_input import complete, most_variable_genes, read_profiles, scale, select_genes
+from lib.bulk.pseudobulk import train_mixtures
 from lib.bulk.sctape import ScTAPE, adapt, augment, predict
 
 
@@ -37,7 +39,9 @@ def test_the_published_gene_selection_takes_the_most_variable_share_of_the_train
     usable = np.arange(12) != 5
     tpm = counts[:20, usable] / counts[:20, usable].sum(axis=1, keepdims=True) * 1e6
     expected = np.flatnonzero(usable)[np.argsort(tpm.var(axis=0))[-9:]]  # 0.85 of 11 genes
-    assert most_variable_genes(mixtures, usable, 0.85).tolist() == sorted(expected)
+    assert most_variable_genes(mixtures, partial(train_mixtures, mixtures, None), usable, 0.85).tolist() == sorted(
+        expected
+    )
 
 
 def test_genes_that_a_bulk_lacks_get_their_mean_share():
@@ -210,17 +214,17 @@ def mixtures():
 
 
 def test_genes_that_the_proportions_explain_are_selected(mixtures):
-    usable = np.ones(30, dtype=bool)
-    np.testing.assert_array_equal(select_genes(mixtures, usable, 2), [3, 5])
+    usable, blocks = np.ones(30, dtype=bool), partial(train_mixtures, mixtures, None)
+    np.testing.assert_array_equal(select_genes(mixtures, blocks, usable, 2), [3, 5])
     usable[3] = False
-    assert 5 in select_genes(mixtures, usable, 2) and 3 not in select_genes(mixtures, usable, 29)
+    assert 5 in select_genes(mixtures, blocks, usable, 2) and 3 not in select_genes(mixtures, blocks, usable, 29)
     with pytest.raises(ValueError, match="1 genes are left to predict the proportions of 2 cell types.*raise N_GENES"):
-        select_genes(mixtures, usable, 1)
+        select_genes(mixtures, blocks, usable, 1)
 
 
 def test_profiles_and_mean_shares_by_numpy(mixtures):
     genes = np.array([3, 5, 9])
-    profiles, share = read_profiles(mixtures, genes)
+    profiles, share = read_profiles(mixtures, partial(train_mixtures, mixtures, None), genes)
     rate = mixtures.X[:, genes] / mixtures.X[:, genes].sum(axis=1, keepdims=True)
     np.testing.assert_allclose(profiles, np.log1p(rate * 1e4), rtol=1e-5)
     np.testing.assert_allclose(share, rate[:15].mean(axis=0), rtol=1e-5)  # of the mixtures to train on
