@@ -6,7 +6,7 @@ matrix times the counts of the cells, without a loop over cells.
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -297,15 +297,16 @@ def read_train_mixtures(data_folder: Path) -> tuple[ad.AnnData, ad.AnnData]:
     """
     path, train_path = data_folder / "pseudobulk_train.h5ad", data_folder / "train.h5ad"
     mixtures = read_h5ad(require(path, "_2_make_pseudobulk.py"), backed="r")
+    recipe = mixtures.uns.get("recipe")
     if (
-        not {"cell_types", "split_id", "recipe"} <= mixtures.uns.keys()
-        or set(mixtures.uns["recipe"]) != set(Recipe._fields)
+        not {"cell_types", "split_id"} <= mixtures.uns.keys()
+        or not isinstance(recipe, Mapping)
+        or set(recipe) != set(Recipe._fields)
         or "proportions" not in mixtures.obsm
         or "role" not in mixtures.obs
     ):
         raise ValueError(
-            f"{path} was not written by this version of _2_make_pseudobulk.py: it lacks the proportions, the split or the recipe of the "
-            "mixtures; run it again"
+            f"{path} was not written by _2_make_pseudobulk.py: it lacks the proportions, the split or the recipe; run it again"
         )
     train = read_counts(train_path, "_1_split_train_test.py")
     check_same_split(mixtures.uns["split_id"], path, train.uns["split_id"], train_path, "_2_make_pseudobulk.py")
