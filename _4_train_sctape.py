@@ -34,12 +34,13 @@ from lib.bulk.pseudobulk import gene_lengths, is_for_fit, read_train_mixtures, t
 from lib.bulk.reference import reference_profiles
 from lib.bulk.sctape import ScTAPE
 from lib.bulk.tables import read_bulk, read_gene_ids
+from lib.checkpoints import check_checkpoint, load_checkpoint
 from lib.data.counts import select_cells
 from lib.evaluation import plots_training
 from lib.files import folder, print_written, user_path
 from lib.models.gmvae import GMVAE
 from lib.ranges import Count, Fraction, NotNegative, Part, Positive, Seed, Several, Share
-from lib.training import Trainer, check_checkpoint, keep_freed_memory, load_checkpoint
+from lib.training import Trainer, keep_freed_memory
 
 # Preset
 PRESET: Literal["ours", "paper"] = "ours"  # paper: the settings of the paper, except constants that you set yourself

@@ -36,6 +36,7 @@ from lib.bulk.deconvolution import Estimate, signature_coverage
 from lib.bulk.pseudobulk import largest_remainder, require_test_mixtures
 from lib.bulk.rna_content import SETTINGS, print_rna_per_cell, rna_per_cell, table_path
 from lib.bulk.tables import read_bulk, read_gene_ids, to_tpm
+from lib.checkpoints import check_checkpoint, load_checkpoint
 from lib.data.counts import read_split, row_blocks, write_blocks, write_counts, write_mtx
 from lib.data.embedding import in_large_clusters, load_pymde
 from lib.evaluation import paper_figures, report
@@ -47,7 +48,7 @@ from lib.models.sampling import Shift, n_blocks
 from lib.ranges import Count, NotNegative, Positive, Seed, Several, Whole
 from lib.report import page
 from lib.runs import half_written
-from lib.training import check_checkpoint, keep_freed_memory, load_checkpoint
+from lib.training import keep_freed_memory
 
 # Preset
 PRESET: Literal["ours", "paper"] = "ours"  # paper: the settings of the paper, except constants that you set yourself

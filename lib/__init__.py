@@ -1,6 +1,7 @@
 """The shared code of the six stages, one folder per question.
 
-options, ranges, files, parallel, training    how a stage runs: constants, files, processes, epochs and checkpoints
+options, ranges, files, parallel    how a stage runs: constants, files, processes and threads
+training, checkpoints               epochs of any model; its state on disk
 runs, records  what a run holds and how it ends; checksum and maker of every file
 data/          what goes in: download, file formats, labels, the count files, mini-batches, embeddings
 models/        the GMVAE (fig. 1 of the paper), its likelihoods, and how cells are sampled from it

@@ -25,8 +25,8 @@ import lib.data.hdf5
 import lib.data.tables
 import lib.files
 from lib import runs
+from lib.checkpoints import write_checkpoint
 from lib.records import record_path
-from lib.training import write_checkpoint
 
 SMALL = {
     STAGES[1]: ["--min-genes", "none", "--no-remove-doublets"],

@@ -23,6 +23,7 @@ from lib import options, records
 from lib.bulk.cell_counts_table import read_cell_numbers, read_proportions
 from lib.bulk.rna_content import own_values
 from lib.bulk.tables import read_bulk, read_gene_ids
+from lib.checkpoints import load_checkpoint
 from lib.data.batches import CellDataset
 from lib.data.hdf5 import read_h5ad
 from lib.data.labels import read_labels
@@ -32,7 +33,6 @@ from lib.data.tables import read_table
 from lib.evaluation.classifier_transfer import read_classes
 from lib.files import require
 from lib.models.likelihoods import nb_log_prob
-from lib.training import load_checkpoint
 
 TYPES = ["B cell", "T cell", "NK cell"]
 CELLS = simulated_dataset(n_cells=12, n_genes=8)

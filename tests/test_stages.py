@@ -17,13 +17,13 @@ from lib import runs
 from lib.bulk import pseudobulk, sctape
 from lib.bulk.deconvolution import deconvolve
 from lib.bulk.reference import Reference
+from lib.checkpoints import load_checkpoint
 from lib.data.batches import CellDataset
 from lib.data.counts import read_split
 from lib.evaluation.metrics import mae
 from lib.models.gmvae import GMVAE
 from lib.models.profiles import nb_per_type_log_likelihood
 from lib.records import record_path
-from lib.training import load_checkpoint
 
 FILES = """
 data/counts.h5ad data/train.h5ad data/test.h5ad data/pseudobulk_test_tpm.csv data/pseudobulk_test_counts.csv

@@ -12,10 +12,11 @@ from helpers import Workplace, simulated_dataset
 
 from lib import parallel
 from lib.baselines import registry
+from lib.checkpoints import load_checkpoint
 from lib.data.batches import Batch
 from lib.data.counts import fingerprint, write_counts
 from lib.parallel import pick_device
-from lib.training import Trainer, clip_gradients, load_checkpoint
+from lib.training import Trainer, clip_gradients
 
 STAGE = "_3_train_gmvae.py"
 SMALL = {"DROPOUT": 0.1, "EPOCHS": 6, "KL_WARMUP_EPOCHS": 2, "N_LATENT": 4, "HIDDEN": (16, 8), "DEVICE": "cpu"}

@@ -11,10 +11,10 @@ from lib.baselines import beta_vae, expression_sampling, pca_cvae, registry
 from lib.baselines.beta_vae import BetaVAE
 from lib.baselines.conv_cvae import ConvCVAE, extra_zeros
 from lib.baselines.pca_cvae import PCACVAE
+from lib.checkpoints import load_checkpoint
 from lib.data.batches import CellDataset
 from lib.data.counts import log_normalize
 from lib.models.profiles import GeneMarginals
-from lib.training import load_checkpoint
 
 CPU = torch.device("cpu")
 ABOUT = {

@@ -29,13 +29,13 @@ import scipy.sparse as sp
 from shared import CPU, evaluation_cells, load, mean_and_half_range, parser, split, with_counts, workplace
 
 from lib.baselines import registry
+from lib.checkpoints import load_checkpoint
 from lib.data.batches import CellDataset
 from lib.data.counts import select_per_type
 from lib.data.embedding import embed, principal_components
 from lib.evaluation import metrics, plots_cells
 from lib.evaluation.report import EvaluationCells, fidelity_and_memorisation
 from lib.models.profiles import gene_marginals
-from lib.training import load_checkpoint
 
 N_NEIGHBORS = 15  # of the UMAP of --plot, as in stage 5
 VARIANTS: dict[str, dict[str, object]] = {

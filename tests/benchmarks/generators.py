@@ -18,9 +18,9 @@ import scipy.sparse as sp
 from shared import CPU, evaluation_cells, load, mean_and_half_range, parser, with_counts, workplace
 
 from lib.baselines import registry
+from lib.checkpoints import load_checkpoint
 from lib.evaluation import metrics
 from lib.evaluation.report import fidelity_and_memorisation
-from lib.training import load_checkpoint
 
 STAGE = "_3_train_gmvae.py"
 NAMES = tuple(

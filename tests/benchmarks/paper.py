@@ -31,12 +31,12 @@ from shared import CPU, ROOT, STAGES, Workplace, add_data_option, evaluation_cel
 from lib.baselines import registry
 from lib.bulk import proportions
 from lib.bulk.pseudobulk import read_test_mixtures
+from lib.checkpoints import load_checkpoint
 from lib.data.batches import CellDataset
 from lib.evaluation import metrics
 from lib.evaluation.report import EvaluationCells, fidelity_and_memorisation
 from lib.models.gmvae import GMVAE
 from lib.models.likelihoods import gaussian_log_prob
-from lib.training import load_checkpoint
 
 N_LUNG_CELLS = 10_360  # of GSE130148
 N_IMPORTANCE_SAMPLES = 20

@@ -16,9 +16,9 @@ from lib.bulk.pseudobulk import (
     tpm,
     weighted,
 )
+from lib.checkpoints import load_checkpoint
 from lib.data.counts import write_counts
 from lib.evaluation.metrics import mae
-from lib.training import load_checkpoint
 
 
 def test_largest_remainder_keeps_totals_exactly():

@@ -10,10 +10,10 @@ import torch
 from helpers import STAGES, Workplace, plain_log_zinb, plain_paper_loss, simulated_cells, simulated_dataset
 
 from lib.baselines import registry
+from lib.checkpoints import load_checkpoint
 from lib.data.batches import CellDataset
 from lib.data.counts import write_counts
 from lib.models.paper_gmvae import NEGLIGIBLE, PaperGMVAE
-from lib.training import load_checkpoint
 
 CPU = torch.device("cpu")
 N_TYPES = 3
