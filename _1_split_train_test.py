@@ -18,10 +18,10 @@ import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold
 
 from lib import options
+from lib.data import blockwise
 from lib.data.counts import (
     digest,
     read_counts,
-    row_blocks,
     select_per_type,
     selected_blocks,
     write_blocks,
@@ -72,6 +72,9 @@ UMAP_MIN_DIST: Share = 0.5  # smallest distance of cells in the UMAP (scanpy's d
 MIN_CLUSTER_CELLS: Count = 30  # smaller types are dropped, if the types are clusters
 MAX_CELLS_EMBEDDED: Count = 50_000  # clustered and plotted; others take their neighbours' cluster (ours)
 
+# Computer
+DASK_SCHEDULER: str | None = None  # none: this process; local: all processors; or the address of a dask scheduler
+
 # Where things are
 DATA_DIR = "data"  # folder
 FIG_DIR = "fig"  # folder
@@ -84,6 +87,25 @@ def main() -> None:
     adata = read_counts(data / "counts.h5ad", "_0_download_data.py")
     print(f"{adata.uns['dataset']}: {adata.n_obs:,} cells x {adata.n_vars:,} genes")
     check_constants(adata.obs)
+    with blockwise.scheduler(DASK_SCHEDULER):
+        obs, is_test, genes = select_cells_and_genes(adata)
+    print_types(obs["cell_type"][~is_test], obs["cell_type"][is_test])
+
+    umap = obs[["umap_1", "umap_2"]].to_numpy()
+    embedded = ~np.isnan(umap[:, 0])
+    plots_cells.umap_reference(
+        umap[embedded], obs["cell_type"][embedded], is_test[embedded], fig / "umap_reference.png"
+    )
+    written = write_split(adata, obs, is_test, genes, data)
+    print_written(
+        "stage 1",
+        [*written, fig / "umap_reference.png"],
+        f"python _2_make_pseudobulk.py{options.preset_option(PRESET)}",
+    )
+
+
+def select_cells_and_genes(adata: ad.AnnData) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
+    """The obs of the cells that are used, with their type and row; masks of the test cells among them, and of the genes that are used."""
     rows = good_cells(adata)
     if REMOVE_DOUBLETS:
         rows = without_doublets(adata, rows)
@@ -98,26 +120,14 @@ def main() -> None:
         typical = within_type_ranges(*quality(adata)[1:], obs, is_test)
         obs, is_test = obs[typical], is_test[typical]
     print(f"test cells: {is_test.sum():,} of {len(is_test):,} ({is_test.mean():.0%})")
-    genes = n_cells_of_genes(adata, obs["row"][~is_test | COUNT_TEST_CELLS]) >= MIN_CELLS
+    genes = blockwise.n_cells_of_genes(adata, obs["row"].to_numpy()[~is_test | COUNT_TEST_CELLS]) >= MIN_CELLS
     counted = "" if COUNT_TEST_CELLS else "train "
     print(f"genes detected in fewer than {MIN_CELLS} {counted}cells: {np.sum(~genes):,} removed, {genes.sum():,} left")
-    has_counts = n_genes_of_cells(adata, obs["row"], genes) > 0
+    has_counts = blockwise.n_genes_of_cells(adata, obs["row"].to_numpy(), genes) > 0
     if not has_counts.all():
         print(f"cells without any count in these genes: {np.sum(~has_counts):,} removed")
         obs, is_test = obs[has_counts], is_test[has_counts]
-    print_types(obs["cell_type"][~is_test], obs["cell_type"][is_test])
-
-    umap = obs[["umap_1", "umap_2"]].to_numpy()
-    embedded = ~np.isnan(umap[:, 0])
-    plots_cells.umap_reference(
-        umap[embedded], obs["cell_type"][embedded], is_test[embedded], fig / "umap_reference.png"
-    )
-    written = write_split(adata, obs, is_test, genes, data)
-    print_written(
-        "stage 1",
-        [*written, fig / "umap_reference.png"],
-        f"python _2_make_pseudobulk.py{options.preset_option(PRESET)}",
-    )
+    return obs, is_test, genes
 
 
 def paper_preset() -> dict[str, tuple[Any, Any]]:
@@ -192,12 +202,7 @@ def quality(adata: ad.AnnData) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     mitochondrial = adata.var_names.str.upper().str.startswith("MT-")
     if MAX_PCT_MT is not None and not mitochondrial.any():
         print("no gene is called MT-...: cells are not filtered by their mitochondrial counts")
-    n_counts, n_genes, pct_mt = (np.empty(adata.n_obs) for _ in range(3))
-    for rows, counts in row_blocks(adata.X):
-        n_counts[rows] = counts.sum(axis=1).ravel()
-        n_genes[rows] = np.diff(counts.indptr)
-        pct_mt[rows] = 100 * (counts @ mitochondrial.astype(np.float32)) / np.maximum(n_counts[rows], 1)
-    return n_counts, n_genes, pct_mt
+    return blockwise.quality(adata, mitochondrial)
 
 
 def within_type_ranges(n_genes: np.ndarray, pct_mt: np.ndarray, obs: pd.DataFrame, is_test: np.ndarray) -> np.ndarray:
@@ -236,19 +241,6 @@ def without_doublets(adata: ad.AnnData, rows: np.ndarray) -> np.ndarray:
     is_doublet = scores > threshold
     print(f"doublets: {is_doublet.sum():,} cells removed, {(~is_doublet).sum():,} left")
     return rows[~is_doublet]
-
-
-def n_cells_of_genes(adata: ad.AnnData, rows: pd.Series) -> np.ndarray:
-    """Number of these cells in which each gene is detected."""
-    n_cells = np.zeros(adata.n_vars, dtype=np.int64)
-    for block, _ in selected_blocks(adata.X, rows.to_numpy()):
-        n_cells += np.bincount(block.indices, minlength=adata.n_vars)
-    return n_cells
-
-
-def n_genes_of_cells(adata: ad.AnnData, rows: pd.Series, genes: np.ndarray) -> np.ndarray:
-    """Number of these genes (a mask) that are detected in each of these cells."""
-    return np.concatenate([np.diff(block[:, genes].indptr) for block, _ in selected_blocks(adata.X, rows.to_numpy())])
 
 
 # --- cell types

@@ -6,7 +6,7 @@ Scrublet compares all cells with twice as many doublets; here, above `n_referenc
 cells and with twice as many doublets of these.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import anndata as ad
 import numpy as np
@@ -16,7 +16,8 @@ from skimage.filters import threshold_minimum
 from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 
-from lib.data.counts import select_cells, selected_blocks
+from lib.data.blockwise import map_blocks
+from lib.data.counts import row_blocks, select_cells
 
 DOUBLETS_PER_CELL = 2  # simulated, for each reference cell
 EXPECTED_RATE = 0.05  # of doublets among the cells; it scales the scores and their threshold alike
@@ -27,6 +28,7 @@ MIN_CELLS = 3  # reference cells that hold a gene
 class DoubletReference(NamedTuple):
     """Reference cells and doublets of them, in principal components of standardised counts per million."""
 
+    rows: np.ndarray  # of the reference cells in the file, ascending
     genes: np.ndarray  # variable genes, indices
     mean: np.ndarray
     std: np.ndarray
@@ -38,13 +40,13 @@ class DoubletReference(NamedTuple):
         """Principal components of cells, (n_cells, N_PCS), from their counts of the variable genes."""
         return self.pca.transform((per_million(counts).toarray() - self.mean) / self.std)
 
-    def score(self, pcs: np.ndarray, itself: Literal["absent", "cell", "doublet"]) -> np.ndarray:
+    def score(self, pcs: np.ndarray, itself: str) -> np.ndarray:
         """Posterior of being a doublet: Wolock et al., equation 3, by the nearest k - 1 others of the reference.
 
         Parameters
         ----------
         itself
-            Whether these cells are part of the reference, and as what.
+            "cell" or "doublet" of the reference, or "absent" from it.
         """
         n_doublets, n_cells = self.is_doublet.sum(), np.sum(~self.is_doublet)
         k = round(round(0.5 * np.sqrt(n_cells)) * (1 + n_doublets / n_cells))
@@ -76,29 +78,27 @@ def doublet_scores(adata: ad.AnnData, rows: np.ndarray, n_reference: int, seed: 
     -------
     Scores (n_rows,) and their threshold; None if the scores of simulated doublets have no two modes.
     """
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:n_reference])
-    cells = select_cells(adata, rows[chosen])
-    reference, simulated = make_reference(ad.AnnData(cells.X), seed)
-    scores = np.empty(len(rows))
-    is_reference = np.zeros(len(rows), dtype=bool)
-    is_reference[chosen] = True
-    for counts, places in selected_blocks(adata.X, rows):
-        if not counts.shape[0]:
-            continue
-        pcs = reference.components(counts[:, reference.genes])
-        inside = is_reference[places]
-        if inside.any():
-            scores[places][inside] = reference.score(pcs[inside], "cell")
-        if not inside.all():
-            scores[places][~inside] = reference.score(pcs[~inside], "absent")
+    chosen = rows[np.sort(np.random.default_rng(seed).permutation(len(rows))[:n_reference])]
+    reference, simulated = make_reference(select_cells(adata, chosen), chosen, seed)
+    scores = np.concatenate([of_block for of_block, _ in map_blocks(_score_block, reference, adata, rows)])
     try:
         return scores, float(threshold_minimum(reference.score(simulated, "doublet")))
     except RuntimeError:
         return scores, None
 
 
-def make_reference(cells: ad.AnnData, seed: int) -> tuple[DoubletReference, np.ndarray]:
-    """The reference, and the principal components of its doublets."""
+def _score_block(reference: DoubletReference, counts: sp.csr_matrix, rows: np.ndarray) -> np.ndarray:
+    """Scores of a block of cells."""
+    scores = np.empty(len(rows))
+    inside = np.isin(rows, reference.rows)
+    for of_kind, itself in ((inside, "cell"), (~inside, "absent")):
+        if of_kind.any():
+            scores[of_kind] = reference.score(reference.components(counts[of_kind][:, reference.genes]), itself)
+    return scores
+
+
+def make_reference(cells: ad.AnnData, rows: np.ndarray, seed: int) -> tuple[DoubletReference, np.ndarray]:
+    """The reference of these cells, which are these rows of the file, and the principal components of its doublets."""
     counts = cells.X
     common = np.flatnonzero(counts.getnnz(axis=0) >= MIN_CELLS)
     normalised = ad.AnnData(counts[:, common])
@@ -114,11 +114,12 @@ def make_reference(cells: ad.AnnData, seed: int) -> tuple[DoubletReference, np.n
     std[std == 0] = 1
     n_pcs = min(N_PCS, cells.n_obs // 2, len(genes) - 1)
     pca = PCA(n_pcs, svd_solver="arpack", random_state=seed).fit((real - mean) / std)
-    reference = DoubletReference(genes, mean, std, pca, NearestNeighbors(algorithm="brute"), np.array([]))
-    parts = [pca.transform((real - mean) / std), _in_blocks(reference, sp.csr_matrix(doublets.X))]
-    reference.neighbours.fit(np.concatenate(parts))
-    return reference._replace(is_doublet=np.repeat([False, True], [len(part) for part in parts])), parts[1]
-
-
-def _in_blocks(reference: DoubletReference, counts: sp.csr_matrix) -> np.ndarray:
-    return np.concatenate([reference.components(counts[i : i + 2048]) for i in range(0, counts.shape[0], 2048)])
+    n_cells, simulated = cells.n_obs, sp.csr_matrix(doublets.X)
+    is_doublet = np.arange(n_cells + simulated.shape[0]) >= n_cells
+    reference = DoubletReference(rows, genes, mean, std, pca, NearestNeighbors(algorithm="brute"), is_doublet)
+    of_cells, of_doublets = (
+        np.concatenate([reference.components(block) for _, block in row_blocks(part)])
+        for part in (counts[:, genes], simulated)
+    )
+    reference.neighbours.fit(np.concatenate([of_cells, of_doublets]))
+    return reference, of_doublets
