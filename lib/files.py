@@ -2,15 +2,17 @@
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from lib import records, runs
+from lib import log, records, runs
 from lib.records import Unusable
 from lib.runs import ROOT
 
 PROBE_BYTES = 1 << 20  # written after an error, to find out whether the disk is full
 UNPACKED_RATIO = 200  # of a file's unpacked size to its size; tables of counts have 10-100, a compression bomb 1,000
+MAX_LISTED = 10  # files that a stage lists in the shell
 UNPACKED_BYTES = 1e9  # that any file may have, however small it is
 
 
@@ -183,11 +185,18 @@ def check_unpacked(path: Path, n_bytes: int) -> None:
 
 
 def print_written(stage: str, written: list[Path], then: str) -> None:
-    """Print the last lines of a stage: what it wrote and what to run next."""
-    print(f"\n{stage} wrote")
+    """Print the last lines of a stage: what it wrote (more than `MAX_LISTED` files: how many in each folder) and what to run next."""
+    lines = []
     for path in written:
         shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-        print(f"  {shown}  ({path.stat().st_size / 1e6:.1f} MB)" if path.is_file() else f"  {shown}/")
+        lines.append(f"  {shown}  ({path.stat().st_size / 1e6:.1f} MB)" if path.is_file() else f"  {shown}/")
+    print(f"\n{stage} wrote")
+    if len(lines) > MAX_LISTED:
+        log.detail("\n".join(lines))
+        lines = [
+            f"  {n_files} files in {place}/" for place, n_files in Counter(path.parent for path in written).items()
+        ]
+    print("\n".join(lines))
     print(f"next: {then}")
 
 

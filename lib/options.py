@@ -17,7 +17,7 @@ import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin
 
-from lib import runs
+from lib import log, runs
 from lib.ranges import Range
 from lib.runs import ROOT
 
@@ -42,7 +42,10 @@ def run(module: dict[str, Any]) -> None:
     """
     GIVEN.update(from_command_line(module))
     try:
-        with runs.started(Path(module["__file__"]).name, lambda: constants(module)):
+        with (
+            runs.started(Path(module["__file__"]).name, lambda: constants(module)),
+            log.to_file(ROOT / Path(module.get("DATA_DIR", "data")).expanduser(), runs.invocation()["command"]),
+        ):
             module["main"]()
     except runs.Stopped as stopped:
         end(

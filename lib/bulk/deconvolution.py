@@ -10,6 +10,7 @@ from lib.bulk import rna_content
 from lib.bulk.reference import TECHNICAL, Reference, signature_genes
 from lib.bulk.regression import RESIDUAL_SHARE, all_factors, fit_regression
 from lib.bulk.rna_content import to_cells, to_rna
+from lib.log import detail
 
 MODES = ("regression", "regression-per-sample", "regression-unadapted")
 MEMBER_ROUNDS = 30  # of the fits of each member of the ensemble; more do not change the spread
@@ -77,7 +78,7 @@ def deconvolve(
     values = bulk[shared.gene_names].to_numpy(dtype=np.float64)
     genes = signature_genes(shared)
     used, chosen = values[:, genes], shared.of_genes(genes)
-    print(f"deconvolution on {len(genes):,} signature genes; the bulk has {coverage:.1%} of those of the reference")
+    detail(f"deconvolution on {len(genes):,} signature genes; the bulk has {coverage:.1%} of those of the reference")
     how = {"per_sample": mode == "regression-per-sample", "adaptive": mode != "regression-unadapted"}
     fit = fit_regression(used, chosen, **how)
     factors = (

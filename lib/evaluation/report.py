@@ -23,6 +23,7 @@ from lib.data.counts import select_cells
 from lib.data.embedding import embed, mde, principal_components, variable_genes
 from lib.evaluation import cell_statistics, classifier_transfer, metrics, plots_bulk, plots_cells, plots_paper
 from lib.files import replacing
+from lib.log import detail
 from lib.models.gmvae import GMVAE
 from lib.models.profiles import log_fold_changes, nb_per_type_log_likelihood, top_genes
 from lib.models.sampling import reconstruct
@@ -81,7 +82,7 @@ def evaluate_proportions(
             rows.append(
                 {"mixtures of test cells": f"{kind} ({of_kind.sum()})", "deconvolution": name} | agreement.to_dict()
             )
-    print(pd.DataFrame(rows).to_string(index=False, float_format="{:.4f}".format))
+    detail(pd.DataFrame(rows).to_string(index=False, float_format="{:.4f}".format))
     with replacing(fig / "mixtures.csv") as temporary:
         pd.DataFrame(rows).to_csv(temporary, index=False, float_format="%.5f")
     truth = None
@@ -262,7 +263,9 @@ def evaluate_generator(model: nn.Module, evaluation: EvaluationCells, fig: Path)
     print(
         f"{evaluation.test.n_obs:,} test cells compared with as many generated cells, and with train cells of the same types:"
     )
-    print(pooled.rename(columns={"real": "train cells"}).to_string(float_format="{:.3f}".format))
+    table_of_all = pooled.rename(columns={"real": "train cells"})
+    print(table_of_all.loc[["forest AUC", "linear AUC", "iLISI"]].to_string(float_format="{:.3f}".format))
+    detail(table_of_all.to_string(float_format="{:.3f}".format))
     sets = {"test": evaluation.test, "train": evaluation.real_reference, "generated": generated}
     statistics = {name: cell_statistics.summarise(cells) for name, cells in sets.items()}
     mean_r = metrics.pearson(statistics["test"].genes["mean"], statistics["generated"].genes["mean"])
