@@ -24,7 +24,7 @@ import lib.data.anndata_files
 import lib.data.hdf5
 import lib.data.tables
 import lib.files
-from lib import runs
+from lib import log, runs
 from lib.checkpoints import write_checkpoint
 from lib.records import record_path
 
@@ -65,8 +65,9 @@ def refused(place: Workplace, stage: str, *options: str) -> str:
 
 
 def contents(place: Workplace) -> dict[str, bytes]:
+    """All files but the log, which also tells about runs that failed."""
     files = [*place.data.glob("*.*"), *place.models.glob("*.*")]
-    return {str(path): path.read_bytes() for path in files if path.is_file()}
+    return {str(path): path.read_bytes() for path in files if path.is_file() and path.name != log.NAME}
 
 
 def cut(path: Path) -> None:
