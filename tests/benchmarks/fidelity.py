@@ -3,6 +3,7 @@
 run     python tests/benchmarks/fidelity.py --data data/counts.h5ad          (3 seeds; scVI takes 20 minutes a seed, the rest 2)
         python tests/benchmarks/fidelity.py --data pbmc68k_reduced --only real ours nb
         python tests/benchmarks/fidelity.py --ablation                       (what each choice of stage 3 is worth; 15 minutes a seed)
+        python tests/benchmarks/fidelity.py --limit --only real ours         (how good a model without misfit would be)
 needs   tests/benchmarks/requirements.txt for scVI
 
 The data are split once, 75/25 within the cell types; genes are those that three train cells hold. Each generator is trained
@@ -11,6 +12,8 @@ type as there are test cells. `lib.evaluation.metrics` compares all of them with
 train cells of the same types and numbers, selected anew with each seed. Printed: the mean and, after +-, half the range over
 the seeds.
 
+--limit replaces the data by as many cells of the GMVAE itself, trained on the train cells. On these cells the GMVAE has no misfit, so
+its figures show what the error of the estimates alone costs with so many cells. The difference to a run without --limit is misfit.
 --ablation never uses the test cells: a quarter of the train cells, other ones with each seed, takes their place.
 --plot saves the test cells and the GMVAE's cells of the first seed in one UMAP, by cell type: the picture of the README.
 """
@@ -120,6 +123,15 @@ def compare(
     return pd.DataFrame(rows), cells
 
 
+def own_cells(train: ad.AnnData, test: ad.AnnData, seed: int) -> tuple[ad.AnnData, ad.AnnData]:
+    """Train and test cells of the same types and numbers, all of them new cells of a GMVAE trained on the train cells."""
+    both = ad.concat([train, test], index_unique="-", merge="same")
+    both.obs["cell_type"] = both.obs["cell_type"].astype(train.obs["cell_type"].dtype)
+    new = with_counts(both, ours(train, both.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64), seed))
+    new.uns["dataset"] = f"cells of the GMVAE, seed {seed}"
+    return split(new, np.arange(new.n_obs) >= train.n_obs)
+
+
 def plot(test: ad.AnnData, generated: ad.AnnData, seed: int, path: Path) -> None:
     both = ad.concat({"original": test, "generated": generated}, label="source", index_unique="-")
     both.obs["cell_type"] = both.obs["cell_type"].astype(test.obs["cell_type"].dtype)
@@ -135,12 +147,15 @@ def main() -> None:
     options.add_argument(
         "--ablation", action="store_true", help="variants of stage 3, compared with held-out train cells"
     )
+    options.add_argument("--limit", action="store_true", help="cells of the GMVAE itself instead of the data")
     options.add_argument("--plot", type=Path, metavar="PNG", help="UMAP by cell type: test cells and generated ones")
     arguments = options.parse_args()
+    if arguments.limit and (arguments.ablation or arguments.plot):
+        options.error("--limit goes with neither --ablation nor --plot: start them one after the other")
     if arguments.plot and (arguments.ablation or "ours" not in arguments.only):
         options.error("--plot shows the cells of ours: leave out --ablation, and name ours in --only")
-    all_train, test = load(arguments.data)
-    train, contenders = all_train, dict(GENERATORS[key] for key in arguments.only)
+    all_train, all_test = load(arguments.data)
+    train, test, contenders = all_train, all_test, dict(GENERATORS[key] for key in arguments.only)
     if arguments.ablation:
         variants = {name: functools.partial(ours, **constants) for name, constants in VARIANTS.items()}
         contenders = {REAL: None} | variants
@@ -149,6 +164,8 @@ def main() -> None:
         if arguments.ablation:
             codes = all_train.obs["cell_type"].cat.codes.to_numpy().astype(np.int64)
             train, test = split(all_train, select_per_type(codes, 0.25, np.random.default_rng(seed)))
+        if arguments.limit:
+            train, test = own_cells(all_train, all_test, seed)
         tables[seed], cells = compare(train, evaluation_cells(train, test, seed), contenders)
         if arguments.plot and seed == 0:
             plot(test, cells["ours"], seed, arguments.plot)
