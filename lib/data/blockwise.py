@@ -12,7 +12,7 @@ import numpy as np
 import scipy.sparse as sp
 from anndata.abc import CSRDataset
 
-from lib.data.counts import BLOCK_CELLS, selected_blocks
+from lib.data.counts import BLOCK_CELLS, read_rows, selected_blocks
 
 CONNECT_S = 20  # seconds that a scheduler has to answer
 
@@ -98,7 +98,10 @@ def map_blocks(
 
 def _of_block(rows: np.ndarray, start: int, common: tuple[Callable[..., T], Any, str]) -> T:
     function, shared, path = common
-    return function(shared, _open(path)[start : start + BLOCK_CELLS][rows - start], rows)
+    counts = _open(path)
+    return function(
+        shared, read_rows(counts, slice(start, min(start + BLOCK_CELLS, counts.shape[0])))[rows - start], rows
+    )
 
 
 @functools.lru_cache(maxsize=2)
