@@ -18,7 +18,6 @@ from lib.data.counts import read_rows, selected_blocks
 
 SHUFFLED_CELLS = 256  # consecutive cells on disk that are read together when cells are shuffled
 WINDOW_CELLS = 8_192  # cells of random blocks on disk that are in memory together and are shuffled
-LOG_FACTORIALS = gammaln(np.arange(1.0, 1025.0))  # of 0 to 1,023
 GPU_SHARE = 0.5  # of the GPU's free memory that the counts may take; larger sets stay in the computer's memory
 
 
@@ -103,15 +102,6 @@ def transposed(x: torch.Tensor) -> torch.Tensor:
     return _csr(F.pad(n_entries.cumsum(0), (1, 0)), rows, values[by_column], x.shape[::-1])
 
 
-def log_factorial(counts: np.ndarray) -> np.ndarray:
-    """log(count!), float64; nearly all counts are in the table."""
-    whole = counts.astype(np.int64)
-    found = LOG_FACTORIALS[np.minimum(whole, len(LOG_FACTORIALS) - 1)]
-    large = np.flatnonzero(whole >= len(LOG_FACTORIALS))
-    found[large] = gammaln(counts[large].astype(np.float64) + 1)
-    return found
-
-
 class InMemoryCells:
     """Cells in memory, their counts sparse; on the GPU if they fit."""
 
@@ -121,7 +111,9 @@ class InMemoryCells:
         self.indptr = counts.indptr.astype(np.int64)
         self.genes, self.counts = torch.from_numpy(counts.indices), torch.from_numpy(counts.data)
         self.library_size = torch.from_numpy(np.asarray(counts.sum(axis=1), dtype=np.float32).ravel())
-        logs = sp.csr_matrix((log_factorial(counts.data), counts.indices, counts.indptr), shape=counts.shape)
+        logs = sp.csr_matrix(
+            (gammaln(counts.data.astype(np.float64) + 1), counts.indices, counts.indptr), shape=counts.shape
+        )
         self.log_factorials = torch.from_numpy(np.asarray(logs.sum(axis=1)).ravel())
         self.cell_type_idx = torch.from_numpy(cell_type_idx)
         self.is_labelled = cell_type_idx >= 0

@@ -1,7 +1,6 @@
 """Batches hold the rows of the matrix, in memory and on disk."""
 
 import functools
-import math
 
 import anndata as ad
 import numpy as np
@@ -10,7 +9,7 @@ import scipy.sparse as sp
 import torch
 from helpers import simulated_cells
 
-from lib.data.batches import CellDataset, log_factorial, transposed
+from lib.data.batches import CellDataset, transposed
 from lib.data.counts import read_counts, row_blocks, write_counts
 
 
@@ -107,12 +106,3 @@ def test_the_transpose_in_csr_form():
     counts, types = simulated_cells()
     x = CellDataset(counts, types, torch.device("cpu")).in_memory_cells.batch(np.arange(20)).log_normalized(1000.0)
     assert torch.equal(transposed(x).to_dense(), x.to_dense().T)
-
-
-def test_log_factorials_are_those_of_gammaln_inside_and_outside_of_the_table():
-    counts = np.array([0, 1, 2, 170, 1_022, 1_023, 1_024, 2**24 - 1], dtype=np.float32)
-    expected = [sum(math.log(i) for i in range(2, int(n) + 1)) for n in counts[:-1]]
-    np.testing.assert_allclose(log_factorial(counts)[:-1], expected, rtol=1e-12)
-    n = 2.0**24 - 1  # Stirling's series
-    series = n * math.log(n) - n + math.log(2 * math.pi * n) / 2 + 1 / (12 * n)
-    np.testing.assert_allclose(log_factorial(counts)[-1], series, rtol=1e-12)
