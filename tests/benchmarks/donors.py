@@ -167,6 +167,15 @@ def compare_new(test: ad.AnnData, cells: ad.AnnData, seed: int) -> pd.Series:
     )
 
 
+def show(rows: list[pd.Series], seed: int) -> list[pd.Series]:
+    """Print the rows of one seed, and return them."""
+    for row in rows:
+        print(
+            f"{row.name}, seed {seed}: " + ", ".join(f"{name} {value:.3f}" for name, value in row.items()), flush=True
+        )
+    return rows
+
+
 def main() -> None:
     options = parser(__doc__, seeds=3)
     options.add_argument(
@@ -185,13 +194,10 @@ def main() -> None:
         if "known" in arguments.only:
             group = groups_of(cells).astype("category").cat.codes.to_numpy(dtype=np.int64)
             train, test = split(cells, hold_out(group, TEST_FRACTION, np.random.default_rng(seed)))
-            known += [
-                compare_known(test, part, seed).rename(name) for name, part in known_donors(train, test, seed).items()
-            ]
+            sets = known_donors(train, test, seed)
+            known += show([compare_known(test, part, seed).rename(name) for name, part in sets.items()], seed)
         if "new" in arguments.only:
-            new += new_donor(cells, seed)
-        for row in known + new:
-            print(seed, row.name, ", ".join(f"{figure} {value:.3f}" for figure, value in row.items()), flush=True)
+            new += show(new_donor(cells, seed), seed)
     for title, rows in (("known donors", known), ("a donor that was left out", new)):
         if rows:
             print(
