@@ -146,7 +146,7 @@ def main() -> None:
         written += evaluate(model, prediction, *cells, output, device)
         look_at = f"look at {FIG_DIR}/*.png, or "
     if EVALUATE and REPORT:
-        written.append(write_report(about, prediction, cells, written, cells_per_type))
+        written.append(write_report(about, prediction, cells, written, output))
         look_at = f"open {FIG_DIR}/report.html in a browser, {look_at or 'or '}"
     print_written("stage 5", written, f"{look_at}open the cells: scanpy.read_h5ad({str(output)!r})")
 
@@ -466,7 +466,7 @@ def write_report(
     prediction: Prediction | None,
     cells: tuple[ad.AnnData, ad.AnnData] | None,
     written: list[Path],
-    cells_per_type: pd.DataFrame,
+    output: Path,
 ) -> Path:
     """The page of this run. about: checkpoint of the generator; written: all files of this run so far."""
     data, models, fig = folder(DATA_DIR), folder(MODELS_DIR), folder(FIG_DIR)
@@ -479,6 +479,7 @@ def write_report(
         deconvolution = page.Deconvolution(DECONVOLUTION, estimate, coverage, content, checkpoint, BULK_FILE)
     networks = [GENERATOR, "bulk_encoder" if DECONVOLUTION == "bulk_encoder" else "sctape"][: 1 + bool(prediction)]
     last_files = ["counts.h5ad", "test.h5ad", "pseudobulk_train.h5ad"] if cells is not None else []
+    generated = ad.read_h5ad(output, backed="r").obs
     results = page.Results(
         written=written,
         last_files=[data / name for name in last_files] + [models / f"{name}.pt" for name in networks],
@@ -487,7 +488,7 @@ def write_report(
         generator_name=GENERATOR,
         deconvolution=deconvolution,
         cells=cells,
-        generated=cells_per_type,
+        generated=pd.crosstab(generated["sample"], generated["cell_type"], dropna=False),
         max_cells_evaluated=MAX_CELLS_EVALUATED,
     )
     return page.write(results, fig / "report.html")

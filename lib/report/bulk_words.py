@@ -150,8 +150,8 @@ def missing_types(estimate: Estimate) -> Advice | None:
         hint = f" These are markers of another kind of cell, {joined(hints)}, which the reference lacks."
     return Advice(
         f"The bulk has more than five times as much of {joined(genes, 8)} as the reference explains.{hint}",
-        "A cell type that the reference lacks may be in the bulk. Its share is divided among the other types, because the shares always "
-        "sum to 1: use a reference that holds it, or read the shares as relative to each other.",
+        "This can be a difference between the technologies, or a cell type that the reference lacks. The share of such a type is divided "
+        "among the others, because shares always sum to 1: compare the genes with the markers of the types that you expect.",
         is_serious=bool(hints),
     )
 
