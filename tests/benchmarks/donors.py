@@ -26,13 +26,13 @@ from fidelity import REAL, independent_nb
 from shared import CPU, mean_and_half_range, parser, read, split, with_counts, workplace
 
 from lib.baselines import registry
+from lib.checkpoints import load_checkpoint
 from lib.data.counts import hold_out
 from lib.data.embedding import principal_components
 from lib.evaluation import metrics
 from lib.evaluation.cell_statistics import mean_expression
 from lib.models import conditions, sampling
 from lib.models.gmvae import GMVAE
-from lib.training import load_checkpoint
 
 DONOR_SHARES = (0.3, 0.25, 0.2, 0.15, 0.07, 0.03)  # of the simulated donors among the cells
 EFFECT_SHARE, TYPE_EFFECT_SHARE = 0.15, 0.05  # of the genes that a simulated donor thins in all types, and in one type
