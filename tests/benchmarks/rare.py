@@ -23,13 +23,13 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.metrics import f1_score
 
 from lib.baselines import registry
+from lib.checkpoints import load_checkpoint
 from lib.data.batches import CellDataset
 from lib.data.embedding import principal_components
 from lib.evaluation import metrics
 from lib.models import sampling
 from lib.models.gmvae import GMVAE
 from lib.models.profiles import counts_per_type
-from lib.training import load_checkpoint
 
 SIZES = (10, 20, 30)  # train cells of a rare type
 
