@@ -229,9 +229,8 @@ def test_a_real_bulk_table(pipeline, tmp_path, genes_in_rows):
     )
     generated = ad.read_h5ad(tmp_path / "out.h5ad")
     assert generated.obs["sample"].value_counts().to_dict() == {"own_1": 101, "own_2": 101, "own_3": 101}
-    assert re.search(
-        r"units of the bulk: recognised as tpm.*the bulk has 9\d\.\d% of those of the reference", done.stdout, re.DOTALL
-    )
+    assert "units of the bulk: recognised as tpm" in done.stdout
+    assert re.search(r"the bulk has 9\d\.\d% of those of the reference", (place.data / "log.txt").read_text())
     predicted = pd.read_csv(place.data / "predicted_proportions.csv", index_col=0)
     assert list(predicted.index) == ["own_1", "own_2", "own_3"]
     cells = read_dataset(tmp_path / "out")  # our own stage 0 takes it
