@@ -15,6 +15,7 @@ import pandas as pd
 import scipy.io
 import scipy.sparse as sp
 from anndata.abc import CSRDataset
+from tqdm import tqdm
 
 from lib.data.hdf5 import describe, new_hdf5, read_h5ad, write_h5ad
 from lib.files import check_same_split, reading, replacing, require
@@ -192,9 +193,11 @@ def write_blocks(cells: ad.AnnData, blocks: Iterable[sp.csr_matrix], path: Path)
         ad.io.write_elem(file, "/", ad.AnnData())
         ad.io.write_elem(file, "X", sp.csr_matrix((0, cells.n_vars), dtype=np.float32), dataset_kwargs=STORED)
         X = ad.io.sparse_dataset(file["X"])
-        for block in blocks:
-            X.append(block)
-            disk.check()
+        with tqdm(total=cells.n_obs, desc=path.name, unit=" cells", delay=5, leave=False) as progress:
+            for block in blocks:
+                X.append(block)
+                disk.check()
+                progress.update(block.shape[0])
         assert X.shape == cells.shape
         describe(cells)
         for name, part in (("obs", cells.obs), ("var", cells.var), ("uns", dict(cells.uns))):

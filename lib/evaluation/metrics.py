@@ -20,6 +20,7 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from tqdm import tqdm
 
 from lib.data.embedding import principal_components, variable_genes
 from lib.evaluation.cell_statistics import (
@@ -276,7 +277,8 @@ def fidelity_table(
     nearest = memorisation(generated_pcs, reference_pcs, test_pcs)
     pooled.loc["nearest real cell is a train cell"] = [nearest, unseen]
     tables = {"all": pooled}
-    for name in test.obs["cell_type"].cat.categories:
+    names = test.obs["cell_type"].cat.categories
+    for name in tqdm(names, desc="metrics by cell type", unit="", delay=5, leave=False):
         of_type, *others = (part[(part.obs["cell_type"] == name).to_numpy()].copy() for part in (test, *sets.values()))
         if min(part.n_obs for part in (of_type, *others)) >= MIN_CELLS_PER_TYPE:
             columns = {column: fidelity(of_type, part, genes, seed, True) for column, part in zip(sets, others)}
