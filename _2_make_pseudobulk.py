@@ -38,9 +38,7 @@ N_TRAIN_SAMPLES: Several = 15_000  # original code
 CELLS_PER_SAMPLE: Count = 1_200  # original code; sampled with replacement
 MIN_DISTINCT_CELLS: Count | None = 3  # smallest random subset that a type's cells come from; none: all cells (original)
 VALIDATION_FRACTION: Part = 0.15  # share of train cells held out; as many mixtures are made of them (ours; paper: 0)
-WRITE_TRAIN_COUNTS = (
-    False  # also write the counts of these mixtures (1 GB), which stage 4 then reads instead of making them
-)
+WRITE_TRAIN_COUNTS = False  # also write the counts of these mixtures (1 GB); stage 4 then reads them
 
 # Mixtures of test cells, to evaluate the deconvolution
 N_TEST_OWN: Count = 5  # at the test set's own proportions: random 33-40 % of its cells each (original: nested subsets)

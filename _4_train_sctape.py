@@ -76,9 +76,7 @@ VALIDATION_FRACTION: Fraction = 0.25  # share of train cells held out; the same 
 # Running
 RESUME = False  # go on from models/sctape_last.pt
 DEVICE: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
-MEMORY_GB: NotNegative = (
-    0.5  # that the train cells may take while mixtures are made of them; a larger set is read several times
-)
+MEMORY_GB: NotNegative = 0.5  # for the train cells that mixtures are made of; more are read several times
 SEED: Seed = 123  # of everything random in this stage
 DATA_DIR = "data"  # folder
 MODELS_DIR = "models"  # folder

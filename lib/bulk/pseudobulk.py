@@ -221,9 +221,7 @@ class Recipe(NamedTuple):
     """How the mixtures of train cells are made: the same ones whenever and wherever they are made."""
 
     cells_per_sample: int
-    fit_types: (
-        np.ndarray
-    )  # (n_train_cells,) type of each cell in the mixtures to train on; -1 for a cell that is in none
+    fit_types: np.ndarray  # (n_train_cells,) type of each cell in the mixtures to train on; -1: in none
     validation_types: np.ndarray  # the same for the mixtures of held-out cells
     seed: int
     min_distinct: int  # as in `sample_cells`; 0: none

@@ -30,9 +30,7 @@ class Conditions(NamedTuple):
     """The conditions of the train cells of known type."""
 
     idx: np.ndarray  # (n_cells,) condition of each cell that is trained on
-    counts: (
-        np.ndarray
-    )  # (n_conditions, n_cell_types, n_genes) sums of the counts of all train cells, with those held out
+    counts: np.ndarray  # (n_conditions, n_cell_types, n_genes) sums over all train cells, with those held out
     n_cells: np.ndarray  # (n_conditions, n_cell_types) their numbers
 
     def frequency(self) -> torch.Tensor:

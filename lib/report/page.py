@@ -48,7 +48,7 @@ class Results(NamedTuple):
     written: list[Path]  # files of this run, the only ones that the page shows
     last_files: list[
         Path
-    ]  # of each stage before this one: the last file that it writes, whose record tells about the run
+    ]  # of each stage before this one: the last file that it writes; its record tells about the run
     histories: list[Path]  # losses by epoch of the models in use, <name>_history.csv
     generator: dict[str, Any]  # checkpoint of stage 3
     generator_name: str
