@@ -46,9 +46,7 @@ class Results(NamedTuple):
     """What stage 5 has at hand when it ends."""
 
     written: list[Path]  # files of this run, the only ones that the page shows
-    last_files: list[
-        Path
-    ]  # of each stage before this one: the last file that it writes; its record tells about the run
+    last_files: list[Path]  # the last file of each stage before this one; its record tells about the run
     histories: list[Path]  # losses by epoch of the models in use, <name>_history.csv
     generator: dict[str, Any]  # checkpoint of stage 3
     generator_name: str
