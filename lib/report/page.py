@@ -192,14 +192,14 @@ def loss_curve(path: Path) -> dict[str, Any]:
     for label, values in losses.items():
         y = 160 - 160 * np.clip((values - low) / max(high - low, 1e-12), 0, 1)
         lines[label] = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
-    last = {label: f"{values[-1]:.4g}" for label, values in losses.items()}
+    last = {label: f"{values[-1]:,.5g}" for label, values in losses.items()}
     criterion = history.get("held_out_stopping_criterion", history.get("held_out_loss"))
     best = None if criterion is None else int(np.argmin(criterion)) + 1
     return {
         "name": path.name.removesuffix("_history.csv"),
         "lines": lines,
-        "low": f"{low:.4g}",
-        "high": f"{high:.4g}",
+        "low": f"{low:,.5g}",
+        "high": f"{high:,.5g}",
         "n_epochs": len(history),
         "last": last,
         "best": best,
