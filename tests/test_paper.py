@@ -16,7 +16,7 @@ from lib.data.datasets import load as load_dataset
 def published(tmp_path_factory) -> Workplace:
     """All stages with PRESET = "paper" and few epochs; every gene has a length, as almost all of GSE130148 have."""
     place = Workplace(tmp_path_factory.mktemp("published"))
-    genes = load_dataset("pbmc68k_reduced", place.path, "", None).adata.var_names
+    genes = load_dataset("pbmc68k_reduced", place.path, "", None).cells.gene_names
     lengths = pd.DataFrame({"gene": genes, "bp": range(500, 500 + len(genes))})
     lengths.to_csv(place.path / "lengths.csv", index=False)
     few = [word for name, value in FEW.items() for word in ("--" + name.lower().replace("_", "-"), str(value))]
