@@ -25,7 +25,7 @@ def published(tmp_path_factory) -> Workplace:
     place.run(STAGES[2], "--preset", "paper", "--n-train-samples", "600", "--cells-per-sample", "100")
     place.run(STAGES[3], "--preset", "paper", "--epochs", "3")
     place.run(STAGES[4], "--preset", "paper", "--epochs", "2")
-    place.output = place.run(STAGES[5], "--preset", "paper", *few).stdout
+    place.run(STAGES[5], "--preset", "paper", *few)
     return place
 
 
@@ -44,7 +44,7 @@ def test_the_published_run_in_small(published):
     assert torch.equal(sctape["weights"]["gene_scale"], torch.ones(len(sctape["gene_names"])))
     gmvae = load_checkpoint(published.models / "paper_gmvae.pt", STAGES[3])
     assert gmvae["epoch"] == 3 and gmvae["settings"]["batch_size"] == 37
-    assert "sctape" in published.output
+    assert "sctape" in set(pd.read_csv(published.fig / "mixtures.csv")["deconvolution"])
     for number in (1, 3, 4):
         assert (published.fig / f"paper_fig{number}.png").exists()
 
