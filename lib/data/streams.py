@@ -53,7 +53,7 @@ class CellStream:
         return ad.AnnData(counts, obs=self.obs, var=pd.DataFrame(index=self.gene_names))
 
     def tidy(self) -> "CellStream":
-        """Check the counts while they are read (`to_counts`) and make gene names and barcodes unique.
+        """Check the counts while they are read (`check_values`) and make gene names and barcodes unique.
 
         Raises
         ------

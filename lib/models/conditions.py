@@ -23,7 +23,7 @@ import torch
 
 from lib.data.batches import CellDataset
 from lib.models.copula import Prior
-from lib.models.profiles import counts_per_type, posterior_ratio
+from lib.models.profiles import counts_per_type, posterior_ratio, type_means
 
 
 class Conditions(NamedTuple):
@@ -80,7 +80,7 @@ def fit_shift(points: np.ndarray, cell_type_idx: np.ndarray, conditions: Conditi
         (n_cells,) type of each.
     """
     n_conditions, n_cell_types = conditions.n_cells.shape
-    deviations = points - _group_means(points, cell_type_idx, n_cell_types)[0][cell_type_idx]
+    deviations = points - type_means(points, cell_type_idx, n_cell_types)[cell_type_idx]
     of_all, variance_of_all = shrunken_means(deviations, conditions.idx, n_conditions)
     groups = conditions.idx * n_cell_types + cell_type_idx
     of_type, variance = shrunken_means(deviations - of_all[conditions.idx], groups, n_conditions * n_cell_types)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from lib.bulk.deconvolution import MIN_R, Estimate
+from lib.bulk.deconvolution import FAR_ABOVE, MIN_R, Estimate
 from lib.bulk.rna_content import KINDS, kind_of
 from lib.report.sentences import joined, percent
 
@@ -149,7 +149,7 @@ def missing_types(estimate: Estimate) -> Advice | None:
     if hints:
         hint = f" These are markers of another kind of cell, {joined(hints)}, which the reference lacks."
     return Advice(
-        f"The bulk has more than five times as much of {joined(genes, 8)} as the reference explains.{hint}",
+        f"The bulk has more than {FAR_ABOVE} times as much of {joined(genes, 8)} as the reference explains.{hint}",
         "This can be a difference between the technologies, or a cell type that the reference lacks. The share of such a type is divided "
         "among the others, because shares always sum to 1: compare the genes with the markers of the types that you expect.",
         is_serious=bool(hints),

@@ -23,10 +23,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from fidelity import REAL, independent_nb
-from shared import CPU, mean_and_half_range, parser, read, split, with_counts, workplace
+from shared import mean_and_half_range, parser, read, split, train_gmvae, with_counts
 
-from lib.baselines import registry
-from lib.checkpoints import load_checkpoint
 from lib.data.counts import hold_out
 from lib.data.embedding import principal_components
 from lib.evaluation import metrics
@@ -58,14 +56,6 @@ def simulate_donors(cells: ad.AnnData, seed: int) -> None:
     cells.obs["donor"] = [f"donor{d + 1}" for d in donor]
 
 
-def train_gmvae(train: ad.AnnData, seed: int) -> tuple[GMVAE, list[str]]:
-    """The GMVAE with CONDITION, and the donors in the order of their numbers."""
-    with workplace(train) as place:
-        place.main("_3_train_gmvae.py", SEED=seed, CONDITION="donor")
-        checkpoint = load_checkpoint(place.models / "gmvae.pt", "_3_train_gmvae.py")
-    return registry.load(checkpoint, CPU), checkpoint["conditions"]["values"]
-
-
 def without_conditions(model: GMVAE) -> None:
     """Make the new cells of a model those of no donor: what is left is the model of the types, fitted to all donors."""
     assert model.prior is not None
@@ -91,7 +81,8 @@ def with_donors(test: ad.AnnData, counts: sp.csr_matrix) -> ad.AnnData:
 def known_donors(train: ad.AnnData, test: ad.AnnData, seed: int) -> dict[str, ad.AnnData]:
     """Sets of cells of the types and donors of the test cells."""
     types = test.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64)
-    model, donors = train_gmvae(train, seed)
+    model, checkpoint = train_gmvae(train, seed, CONDITION="donor")
+    donors = checkpoint["conditions"]["values"]  # in the order of their numbers
     counts = {
         "GMVAE, by type and donor": sampling.generate(
             model, types, seed, condition_idx=np.array([donors.index(name) for name in test.obs["donor"]])
@@ -132,7 +123,7 @@ def new_donor(cells: ad.AnnData, seed: int) -> list[pd.Series]:
     left_out = large[seed % len(large)]
     train, test = split(cells, (cells.obs["donor"] == left_out).to_numpy())
     sets = [("another real donor", train[train.obs["donor"] == name]) for name in large if name != left_out]
-    model, _ = train_gmvae(train, seed)
+    model, _ = train_gmvae(train, seed, CONDITION="donor")
     prior = model.prior
     codes = test.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64)
     for number in range(N_NEW):

@@ -29,10 +29,9 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-from shared import CPU, evaluation_cells, load, mean_and_half_range, parser, split, with_counts, workplace
+from shared import CPU, evaluation_cells, load, mean_and_half_range, parser, split, train_gmvae, with_counts
 
 from lib.baselines import registry
-from lib.checkpoints import load_checkpoint
 from lib.data.batches import CellDataset
 from lib.data.counts import select_per_type
 from lib.data.embedding import embed, principal_components
@@ -53,9 +52,7 @@ Generator = Callable[[ad.AnnData, np.ndarray, int], sp.csr_matrix]  # train cell
 
 def ours(train: ad.AnnData, types: np.ndarray, seed: int, **constants) -> sp.csr_matrix:
     """The real stage 3, and the sampling of stage 5."""
-    with workplace(train) as place:
-        place.main("_3_train_gmvae.py", SEED=seed, **constants)
-        model = registry.load(load_checkpoint(place.models / "gmvae.pt", "_3_train_gmvae.py"), CPU)
+    model, _ = train_gmvae(train, seed, **constants)
     return registry.generate(model, types, seed)
 
 

@@ -18,12 +18,10 @@ import numpy as np
 import pandas as pd
 import torch
 from fidelity import REAL, independent_nb
-from shared import CPU, load, mean_and_half_range, parser, with_counts, workplace
+from shared import CPU, load, mean_and_half_range, parser, train_gmvae, with_counts
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.metrics import f1_score
 
-from lib.baselines import registry
-from lib.checkpoints import load_checkpoint
 from lib.data.batches import CellDataset
 from lib.data.embedding import principal_components
 from lib.evaluation import metrics
@@ -46,12 +44,6 @@ def thinned(train: ad.AnnData, rare: list[str], size: int, seed: int) -> ad.AnnD
     for name in rare:
         keep[rng.permutation(np.flatnonzero(train.obs["cell_type"] == name))[:size]] = True
     return train[keep].copy()
-
-
-def train_gmvae(train: ad.AnnData, seed: int) -> GMVAE:
-    with workplace(train) as place:
-        place.main("_3_train_gmvae.py", SEED=seed)
-        return registry.load(load_checkpoint(place.models / "gmvae.pt", "_3_train_gmvae.py"), CPU)
 
 
 def set_theta(model: GMVAE, like: GMVAE, k: int) -> None:
@@ -77,7 +69,7 @@ def sets_of_cells(
     """Generated cells of all types, in the order of the test cells, of each way to make them."""
     types = test.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64)
     numbers = [test.obs["cell_type"].cat.categories.get_loc(name) for name in rare]
-    complete = train_gmvae(train, seed)
+    complete, _ = train_gmvae(train, seed)
     made = {
         "all cells: GMVAE": sampling.generate(complete, types, seed),
         "all cells: NB per gene and type": independent_nb(train, types, seed),
@@ -85,7 +77,7 @@ def sets_of_cells(
     for size in sizes:
         few = thinned(train, rare, size, seed)
         made[f"{size} cells: NB per gene and type"] = independent_nb(few, types, seed)
-        model = train_gmvae(few, seed)
+        model, _ = train_gmvae(few, seed)
         assert model.prior is not None
         made[f"{size} cells: GMVAE"] = sampling.generate(model, types, seed)
         ratio = model.prior["log_ratio"].clone()

@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -17,12 +18,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from helpers import CPU, STAGES, Workplace, plain_paper_loss  # noqa: E402, F401  (benchmarks import them from here)
 
+from lib.baselines import registry  # noqa: E402
+from lib.checkpoints import load_checkpoint  # noqa: E402
 from lib.data import datasets  # noqa: E402
 from lib.data.counts import digest, select_per_type, write_counts  # noqa: E402
 from lib.data.embedding import variable_genes  # noqa: E402
 from lib.evaluation import metrics  # noqa: E402
 from lib.evaluation.report import EvaluationCells  # noqa: E402
 from lib.files import user_path  # noqa: E402
+from lib.models.gmvae import GMVAE  # noqa: E402
 
 SPLIT_SEED, TEST_FRACTION = 123, 0.25
 MIN_CELLS = 3  # train cells that must hold a gene, as in stage 1
@@ -124,6 +128,14 @@ def workplace(train: ad.AnnData, test: ad.AnnData | None = None) -> Iterator[Wor
             if cells is not None:
                 write_counts(cells, place.data / f"{name}.h5ad")
         yield place
+
+
+def train_gmvae(train: ad.AnnData, seed: int, **constants) -> tuple[GMVAE, dict[str, Any]]:
+    """The GMVAE of the real stage 3, with its defaults but for these constants, and its checkpoint."""
+    with workplace(train) as place:
+        place.main(STAGES[3], SEED=seed, **constants)
+        checkpoint = load_checkpoint(place.models / "gmvae.pt", STAGES[3])
+    return registry.load(checkpoint, CPU), checkpoint
 
 
 def mean_and_half_range(groups: pd.api.typing.DataFrameGroupBy, style: str = "{:.3f}") -> pd.DataFrame:
