@@ -107,7 +107,7 @@ def options_of(stage: str, place: Path, epochs: int) -> list[str]:
     options += ["--dataset", str(place / "source.h5ad")] if stage[1] == "0" else []
     options += ["--models-dir", str(place / "models")] if stage[1] in "345" else []
     options += ["--fig-dir", str(place / "fig")] if stage[1] in "1345" else []
-    options += ["--epochs", str(epochs)] if stage[1] in "34" else []
+    options += ["--epochs", str(epochs)] if stage[1] in "34" and epochs else []
     options += ["--max-genes", "none", "--max-counts", "none"] if stage[1] == "1" else []
     return options
 
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--cells", type=int, nargs="+", default=[10_000, 50_000, 200_000])
     parser.add_argument("--genes", type=int, default=N_GENES)
     parser.add_argument("--stages", default="012345", help="digits of the stages to run")
-    parser.add_argument("--epochs", type=int, default=2, help="of stage 3 and stage 4")
+    parser.add_argument("--epochs", type=int, default=2, help="of stages 3 and 4; 0: their defaults")
     arguments = parser.parse_args()
     rows = []
     for n_cells in arguments.cells:
