@@ -122,16 +122,17 @@ def invocation() -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The git commit of the project, "+ changes" if tracked files differ from it; None if it is no clone."""
-    if not (ROOT / ".git").exists():
-        return None
+    commit = git("rev-parse", "HEAD") if (ROOT / ".git").exists() else None
+    return commit and commit.strip() + " + changes" * bool(git("status", "--porcelain", "--untracked-files=no"))
+
+
+def git(*words: str) -> str | None:
+    """Output of a git command on the project; None if it fails."""
+    command = ["git", "-C", str(ROOT), *words]
     try:
-        commit, changes = (
-            subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )  # fmt: skip
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + (" + changes" if changes else "")
 
 
 def hold(folder: Path) -> None:

@@ -88,6 +88,7 @@ COMMANDS: dict[str, Run | Elsewhere | Installation] = {
         "--seeds 0 --only regression nnls constant true-rna"
     ),
     "python tests/benchmarks/speed.py --data data/counts.h5ad": Run("--rounds 1 --no-likelihood --n-cell-types 3"),
+    "python tests/benchmarks/loader.py --folder /tmp/loader": Run("--folder loader --cells 400 --genes 2000"),
     "python tests/benchmarks/scale.py --folder /tmp/scale --cells 10000": Run(
         "--folder scale --cells 400 --genes 2000 --epochs 1"
     ),

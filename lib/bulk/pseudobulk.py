@@ -23,7 +23,7 @@ from lib.data.hdf5 import new_hdf5, read_h5ad, write_described
 from lib.files import reading, replacing, require
 
 BLOCK = 250  # mixtures per thread at a time: 250 x 16,000 genes are 16 MB, and 32 MB more as a sparse matrix
-BLOCKS_AT_ONCE = 8  # blocks of mixtures for which counts on disk are read once
+MIXED_BYTES = 256_000_000  # of the mixtures for which counts on disk are read once
 BAND = 16_384  # cells on disk read at a time: 100-200 MB
 ROWS_AT_ONCE = 500  # mixtures given to a reader at a time
 ALL = slice(None)
@@ -175,8 +175,10 @@ def simulate(
     starts = range(0, len(cells_per_type), BLOCK)
     streams = [np.random.default_rng(stream) for stream in np.random.SeedSequence(seed).spawn(len(starts))]
     blocks = [(cells_per_type[start : start + BLOCK], stream) for start, stream in zip(starts, streams)]
-    for first in range(0, len(blocks), BLOCKS_AT_ONCE):
-        some = blocks[first : first + BLOCKS_AT_ONCE]
+    n_genes = counts.shape[1] if genes is None else len(genes)
+    at_once = max(1, MIXED_BYTES // (4 * BLOCK * n_genes))
+    for first in range(0, len(blocks), at_once):
+        some = blocks[first : first + at_once]
         sampled = [sample_cells(cells, cell_type_idx, rng, min_distinct) for cells, rng in some]
         yield mix(weighted(sp.vstack(sampled, format="csr"), cell_type_idx, weight), counts, genes)
 

@@ -18,6 +18,7 @@ from lib.data.counts import read_rows, selected_blocks
 
 SHUFFLED_CELLS = 256  # consecutive cells on disk that are read together when cells are shuffled
 WINDOW_CELLS = 8_192  # cells of random blocks on disk that are in memory together and are shuffled
+LOG_FACTORIALS = gammaln(np.arange(1024) + 1.0)
 GPU_SHARE = 0.5  # of the GPU's free memory that the counts may take; larger sets stay in the computer's memory
 
 
@@ -102,6 +103,14 @@ def transposed(x: torch.Tensor) -> torch.Tensor:
     return _csr(F.pad(n_entries.cumsum(0), (1, 0)), rows, values[by_column], x.shape[::-1])
 
 
+def log_factorials(counts: np.ndarray) -> np.ndarray:
+    """log(count!) of whole numbers, float64; small ones from a table, which takes a tenth of the time."""
+    logs = LOG_FACTORIALS[np.minimum(counts, len(LOG_FACTORIALS) - 1).astype(np.int64)]
+    large = counts >= len(LOG_FACTORIALS)
+    logs[large] = gammaln(counts[large].astype(np.float64) + 1)
+    return logs
+
+
 class InMemoryCells:
     """Cells in memory, their counts sparse; on the GPU if they fit."""
 
@@ -111,9 +120,7 @@ class InMemoryCells:
         self.indptr = counts.indptr.astype(np.int64)
         self.genes, self.counts = torch.from_numpy(counts.indices), torch.from_numpy(counts.data)
         self.library_size = torch.from_numpy(np.asarray(counts.sum(axis=1), dtype=np.float32).ravel())
-        logs = sp.csr_matrix(
-            (gammaln(counts.data.astype(np.float64) + 1), counts.indices, counts.indptr), shape=counts.shape
-        )
+        logs = sp.csr_matrix((log_factorials(counts.data), counts.indices, counts.indptr), shape=counts.shape)
         self.log_factorials = torch.from_numpy(np.asarray(logs.sum(axis=1)).ravel())
         self.cell_type_idx = torch.from_numpy(cell_type_idx)
         self.is_labelled = cell_type_idx >= 0
@@ -246,6 +253,7 @@ class CellDataset:
         for start in np.sort(blocks) * SHUFFLED_CELLS:
             rows = slice(start, min(start + SHUFFLED_CELLS, self.counts.shape[0]))
             places = slice(*np.searchsorted(self.cells, [rows.start, rows.stop]))
-            parts.append(read_rows(self.counts, rows)[self.cells[places] - start])
+            block, chosen = read_rows(self.counts, rows), self.cells[places] - start
+            parts.append(block if len(chosen) == block.shape[0] else block[chosen])
             cell_type_idx.append(self.cell_type_idx[places])
         return InMemoryCells(sp.vstack(parts, format="csr"), np.concatenate(cell_type_idx), self.device)

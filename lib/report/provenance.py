@@ -2,12 +2,11 @@
 
 import json
 import shlex
-import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lib import options, records, runs
-from lib.runs import ROOT
+from lib.runs import ROOT, git
 
 FOLDERS = {"DATA_DIR", "MODELS_DIR", "FIG_DIR", "OUTPUT"}  # constants that change no number
 
@@ -99,18 +98,8 @@ def _shown(value: Any) -> str:
 
 def _source(script: str, commit: str | None) -> str:
     """Text of a script at a commit; the file as it is where git does not know it."""
-    if commit is not None:
-        try:
-            return subprocess.run(
-                ["git", "-C", str(ROOT), "show", f"{commit.split()[0]}:{script}"],
-                capture_output=True,
-                text=True,
-                timeout=10,
-                check=True,
-            ).stdout
-        except (OSError, subprocess.SubprocessError):
-            pass
-    return (ROOT / script).read_text(encoding="utf-8")
+    at_commit = git("show", f"{commit.split()[0]}:{script}") if commit is not None else None
+    return (ROOT / script).read_text(encoding="utf-8") if at_commit is None else at_commit
 
 
 def duration(seconds: float | None) -> str:

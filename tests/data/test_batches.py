@@ -1,6 +1,7 @@
 """Batches hold the rows of the matrix, in memory and on disk."""
 
 import functools
+import math
 
 import anndata as ad
 import numpy as np
@@ -9,7 +10,7 @@ import scipy.sparse as sp
 import torch
 from helpers import simulated_cells
 
-from lib.data.batches import CellDataset, transposed
+from lib.data.batches import CellDataset, log_factorials, transposed
 from lib.data.counts import read_counts, row_blocks, write_counts
 
 
@@ -23,6 +24,11 @@ def test_a_batch_is_the_rows_of_the_matrix():
     np.testing.assert_array_equal(batch.cell_type_idx, types[[5, 2, 9]])
     expected = np.log1p(dense.numpy() / dense.numpy().sum(axis=1, keepdims=True) * 1000)
     np.testing.assert_allclose(batch.log_normalized(1000.0).to_dense(), expected, rtol=1e-5)
+
+
+def test_log_factorials_of_small_and_large_counts():
+    counts = np.array([1, 2, 5, 1022, 1023, 1024, 30_000], np.float32)
+    np.testing.assert_allclose(log_factorials(counts), [math.lgamma(count + 1) for count in counts], rtol=1e-12)
 
 
 def test_selected_cells_are_those_cells():
