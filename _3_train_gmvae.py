@@ -42,7 +42,9 @@ HIDDEN: tuple[Count, ...] = (128, 64)  # layers of q(z|x,y), and of an mlp decod
 LIKELIHOOD: Literal["nb", "zinb"] = "nb"  # of counts: without or with zero inflation
 DECODER: Literal["linear", "mlp"] = "linear"  # z to log means: a matrix or layers
 DISPERSION: Literal["gene", "gene-type"] = "gene-type"  # one theta for each gene, or for each gene and type
-PRIOR: Literal["copula", "gaussian"] = "copula"  # of z of new cells: fitted after training, or p(z|y) (as the paper)
+PRIOR: Literal["posterior", "gaussian"] = (
+    "posterior"  # of z of new cells: that of train cells, or p(z|y) (as the paper)
+)
 DROPOUT: Part = 0.0  # in encoders and decoder; with dropout z stays unused (ours)
 CONDITION: str | None = None  # column of obs such as donor: stage 5 generates cells by type and its values (ours)
 MIN_CONDITION_CELLS: Count = 10  # cells per value of CONDITION, on average; fewer: it is refused (ours)
@@ -149,9 +151,9 @@ def condition_of(obs: pd.DataFrame) -> pd.Series:
     ValueError
         If the column is missing or does not suit, or the generator cannot use it.
     """
-    if GENERATOR != "gmvae" or PRIOR != "copula":
+    if GENERATOR != "gmvae" or PRIOR != "posterior":
         raise ValueError(
-            f"CONDITION is {CONDITION!r}, but GENERATOR is {GENERATOR} and PRIOR is {PRIOR}; expected gmvae and copula: "
+            f"CONDITION is {CONDITION!r}, but GENERATOR is {GENERATOR} and PRIOR is {PRIOR}; expected gmvae and posterior: "
             "set CONDITION to none"
         )
     usable = [name for name in obs if name not in ("cell_type", "sample", "library_size")]
@@ -215,7 +217,7 @@ def train_gmvae(
         EPOCHS, lambda epoch: train_epoch(shared, optimizer, train, epoch, generator), lambda: validate(model, held_out)
     )
     if parallel.IS_FIRST:
-        if PRIOR == "copula":
+        if PRIOR == "posterior":
             of_cells = None
             if condition_idx is not None:
                 of_cells = read_conditions(condition_idx, train, held_out, model.n_cell_types)

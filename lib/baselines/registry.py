@@ -48,7 +48,7 @@ def load(checkpoint: dict[str, Any], device: torch.device) -> Any:
         If the training was interrupted: what new cells are sampled from is fitted at the end.
     """
     name, prior = checkpoint.get("generator", "gmvae"), checkpoint.get("prior")
-    fits_prior = name not in WITHOUT_PRIOR or (name == "gmvae" and checkpoint["constants"].get("PRIOR") == "copula")
+    fits_prior = name not in WITHOUT_PRIOR or (name == "gmvae" and checkpoint["constants"].get("PRIOR") == "posterior")
     if prior is None and fits_prior:
         raise ValueError(
             f"the training of {name} was interrupted: what new cells are sampled from is fitted at its end; finish it with "

@@ -103,14 +103,14 @@ def _our_architecture(model: GMVAE) -> Architecture:
     if model.p_x_zyl_zi_logits is not None:
         heads["extra zeros"] = sizes_of(model.p_x_zyl_zi_logits)
     library = {"library size": sizes_of(model.p_l_zy_mean)}
-    is_linear, has_copula = isinstance(model.p_x_zyl_features, nn.Identity), model.prior is not None
+    is_linear, has_prior = isinstance(model.p_x_zyl_features, nn.Identity), model.prior is not None
     return Architecture(
         name="Gaussian-mixture VAE (ours)", input="log-normalised counts,\nlibrary size", q_y=encoder(model.q_y_x),
         q_z={"mean" + " (plus linear axes)" * is_linear: encoder(model.q_z_xy_mean), "log-variance": encoder(model.q_z_xy_log_var)},
         p_z=p_z, trunk=(model.n_latent,) if is_linear else sizes_of(model.p_x_zyl_features), heads=heads | library,
-        new_z={"copula\nof type": (model.n_cell_types, model.n_latent + 1)} if has_copula else p_z,
-        new_heads=heads if has_copula else heads | library,
-        prior=f"z and library size sampled from {'the copula' if has_copula else 'p(z|y) p(l|z,y)'}, then counts",
+        new_z={"train cells\nof type": (model.n_cell_types, model.n_latent + 1)} if has_prior else p_z,
+        new_heads=heads if has_prior else heads | library,
+        prior=f"z and library size sampled from {'train cells' if has_prior else 'p(z|y) p(l|z,y)'}, then counts",
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 The GMVAE is trained on the cells of all conditions together. After training, each condition c gets a shift of z and log library
 size, s(c,y), and a log ratio of mean counts per gene, r(c,y), and its cells are sampled from
 
-    z, log l = copula of y + s(c,y);        p(x|z,y,l) with logits + r(c,y).
+    z, log l = sample for y + s(c,y);        p(x|z,y,l) with logits + r(c,y).
 
 Both are sums of an effect of the condition on all types and one on each type alone, each shrunk by empirical Bayes: shifts
 towards 0, by the variance between the conditions that cells of the same condition do not explain; ratios towards 1 as in
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from lib.data.batches import CellDataset
-from lib.models.copula import Prior
+from lib.models.aggregated_posterior import Prior
 from lib.models.profiles import counts_per_type, posterior_ratio, type_means
 
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lib.data.batches import Batch, CellDataset
-from lib.models.copula import Prior
+from lib.models.aggregated_posterior import Prior
 from lib.models.layers import SparseLinear, Tower, mlp, sparse_linear
 from lib.models.likelihoods import Likelihood, gaussian_kl, gaussian_log_prob
 

@@ -1,7 +1,7 @@
 """New cells from a trained GMVAE: everything that happens after training.
 
-fit_prior    the distribution of z and library size of each type's cells (`lib.models.copula`), its spread set so that new cells
-             vary as much as held-out cells, and a correction of each type's mean counts
+fit_prior    z and library size of new cells, from train cells of their type (`lib.models.aggregated_posterior`), their spread set
+             so that new cells vary as much as held-out cells, and a correction of each type's mean counts
 sample       cells of given types, block by block; every block has its own random stream, so that processes can share the work
 Shift        how the bulk encoder moves the cells of a bulk sample
 """
@@ -15,7 +15,7 @@ import torch
 
 from lib import parallel
 from lib.data.batches import CellDataset
-from lib.models import conditions, copula
+from lib.models import aggregated_posterior, conditions
 from lib.models.gmvae import GMVAE
 from lib.models.likelihoods import Likelihood, sample_counts
 from lib.models.profiles import counts_per_type, shrunken_ratio
@@ -56,18 +56,20 @@ def fit_prior(
     """
     generator = torch.Generator(dataset.device).manual_seed(seed)
     points, types = _sample_posterior(model, dataset, generator)
-    of_conditions: copula.Prior = {}
+    of_conditions: aggregated_posterior.Prior = {}
     if of_cells is not None:
         shift = conditions.fit_shift(points, types, of_cells)
         points = points - shift.mean[of_cells.idx, types]
         of_conditions = shift.tensors("condition_shift") | {"condition_frequency": of_cells.frequency()}
-    model.prior = copula.fit_prior(points, types, model.n_cell_types, np.random.default_rng(seed)) | of_conditions
+    model.prior = (
+        aggregated_posterior.fit_prior(points, types, model.n_cell_types, np.random.default_rng(seed)) | of_conditions
+    )
     observed = counts_per_type(dataset, model.n_cell_types)
     _correct_means(model, observed, generator, of_cells)
     if held_out is not None:
         observed = observed + counts_per_type(held_out, model.n_cell_types)
         for _ in range(2):  # the encoder's response is not linear, so repeat once
-            copula.respread(model.prior, _spread_factor(model, held_out, seed))
+            aggregated_posterior.respread(model.prior, _spread_factor(model, held_out, seed))
             _correct_means(model, observed, generator, of_cells)
 
 
@@ -142,7 +144,7 @@ def _spread_factor(model: GMVAE, held_out: CellDataset, seed: int) -> np.ndarray
 def encoded_variance(model: GMVAE, dataset: CellDataset) -> np.ndarray:
     """Variance within the types of the means of q(z|x,y) of labelled cells, (n_latent,)."""
     mean, _, cell_types = model.get_latent_representation(dataset)
-    return copula.within_type_variance(mean.double().numpy(), cell_types)
+    return aggregated_posterior.within_type_variance(mean.double().numpy(), cell_types)
 
 
 def sample_z(
@@ -151,7 +153,7 @@ def sample_z(
     """z, (n_cells, n_latent), and log(l / median l), (n_cells,), of new cells: from the fitted prior, else from p(z|y) p(l|z,y)."""
     mean, log_var = model.p_z(cell_type_idx)
     if model.prior is not None:
-        *z, log_library = copula.sample_prior(model.prior, cell_type_idx, generator).unbind(dim=1)
+        *z, log_library = aggregated_posterior.sample_prior(model.prior, cell_type_idx, generator).unbind(dim=1)
         middle = model.prior["mean"][:, :-1].to(mean.device)[cell_type_idx]
         return middle + latent_spread * (torch.stack(z, dim=1) - middle), log_library
     new_z = mean + latent_spread * (0.5 * log_var).exp() * torch.randn(

@@ -222,5 +222,5 @@ def test_unknown_conditions_and_columns_are_refused(place):
     for column, message in (("patient", "of obs"), ("barcode", "240 values"), ("cell_type", "another name")):
         with pytest.raises(ValueError, match=message):
             place.main(STAGES[3], CONDITION=column, EPOCHS=1)
-    with pytest.raises(ValueError, match="expected gmvae and copula"):
+    with pytest.raises(ValueError, match="expected gmvae and posterior"):
         place.main(STAGES[3], CONDITION="donor", PRIOR="gaussian", EPOCHS=1)

@@ -315,9 +315,9 @@ def test_z_spreads_as_held_out_cells_do(data):
     (counts, types), held_out = data
     model = trained_gmvae(counts, types, epochs=60)
     fit_prior(model, CellDataset(counts, types, CPU), None, seed=0)
-    train_like = model.prior["quantiles"].clone()
+    train_like = model.prior["deviations"].clone()
     fit_prior(model, CellDataset(counts, types, CPU), CellDataset(*held_out, CPU), seed=0)
-    assert not torch.equal(train_like, model.prior["quantiles"])
+    assert not torch.equal(train_like, model.prior["deviations"])
     types = np.resize(held_out[1], 3000)
     new = CellDataset(generate(model, types, 1), types, CPU)
     np.testing.assert_allclose(

@@ -1,0 +1,68 @@
+"""Distribution of z and library size of each type's cells: the aggregated posterior of its train cells, taken after training.
+
+Training brings q(z|x,y) and p(z|y) together, but not completely: the aggregated posterior of a type's cells (Tomczak and Welling,
+"VAE with a VampPrior", AISTATS 2018) is not Gaussian, because programmes that only few cells switch on are skewed and
+heavy-tailed, and a type may consist of several groups of cells. New cells therefore take their z and library size from samples of
+q(z|x,y) of the train cells.
+"""
+
+import numpy as np
+import torch
+
+from lib.models.profiles import type_means
+
+MAX_POINTS = 10_000  # of each type
+PRIOR_CELLS = 10  # weight, in cells, of the deviations of all types in the distribution of one type
+
+Prior = dict[str, torch.Tensor]
+
+
+def fit_prior(points: np.ndarray, cell_type_idx: np.ndarray, n_cell_types: int, rng: np.random.Generator) -> Prior:
+    """Keep the points of each type; types with few cells borrow from the deviations of all cells from the mean of their type.
+
+    Parameters
+    ----------
+    points
+        Cells x dimensions: z and, as the last column, log library size of each train cell.
+    cell_type_idx
+        (n_cells,) type of each.
+
+    Returns
+    -------
+    mean (types x dimensions); deviations (points x dimensions) of the points from the mean of their type, sorted by type;
+    n_points (types).
+    """
+    rows = np.concatenate(
+        [rng.permutation(np.flatnonzero(cell_type_idx == k))[:MAX_POINTS] for k in range(n_cell_types)]
+    )
+    points, cell_type_idx = points[rows].astype(np.float64), cell_type_idx[rows]
+    mean = type_means(points, cell_type_idx, n_cell_types)
+    n_points = np.bincount(cell_type_idx, minlength=n_cell_types)
+    return {
+        "mean": torch.from_numpy(mean).float(),
+        "deviations": torch.from_numpy(points - mean[cell_type_idx]).float(),
+        "n_points": torch.from_numpy(n_points),
+    }
+
+
+def respread(prior: Prior, factor: np.ndarray) -> None:
+    """Multiply the distances from the mean of the type in every dimension except the last (library size). factor: (n_dims - 1,)."""
+    prior["deviations"][:, :-1] *= torch.from_numpy(factor).float()
+
+
+def within_type_variance(x: np.ndarray, types: np.ndarray) -> np.ndarray:
+    """Unbiased variance of each column about the means of the types: (n_columns,)."""
+    names, idx = np.unique(types, return_inverse=True)
+    mean = np.stack([x[idx == k].mean(axis=0) for k in range(len(names))])
+    return ((x - mean[idx]) ** 2).sum(axis=0) / max(1, len(x) - len(names))
+
+
+def sample_prior(prior: Prior, cell_type_idx: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """New points for cells of the given types, (n_cells, n_dims)."""
+    device = cell_type_idx.device
+    mean, deviations, n_points = (prior[name].to(device) for name in ("mean", "deviations", "n_points"))
+    n_own, start = n_points[cell_type_idx], (n_points.cumsum(0) - n_points)[cell_type_idx]
+    u, v = torch.rand(2, len(cell_type_idx), generator=generator, device=device, dtype=torch.float64)
+    is_own = u * (n_own + PRIOR_CELLS) < n_own
+    place = torch.where(is_own, start + (v * n_own).long(), (v * len(deviations)).long())
+    return mean[cell_type_idx] + deviations[place]
