@@ -127,7 +127,7 @@ def test_the_mixtures_are_sums_of_test_cells_and_the_compositions_vary(pipeline)
 def test_training_mixtures_come_from_train_cells_alone(pipeline):
     train = ad.read_h5ad(pipeline.data / "train.h5ad")
     samples = ad.read_h5ad(pipeline.data / "pseudobulk_train.h5ad", backed="r")
-    assert samples.shape == (4_000, train.n_vars) and list(samples.var_names) == list(train.var_names)
+    assert samples.shape == (2_000, train.n_vars) and list(samples.var_names) == list(train.var_names)
     proportions = samples.obsm["proportions"]
     np.testing.assert_allclose(proportions.sum(axis=1), 1)
     # the counts of a mixture are a non-negative combination of its types' cells: a gene that no train cell of any of its
