@@ -9,6 +9,7 @@ time    10,000 cells: 2 minutes; 700 cells: 20 seconds
 memory  3 GB for 200,000 cells, 2.5 GB for 50,000: the counts are read in blocks
 """
 
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,7 +71,7 @@ LEIDEN_RESOLUTION: Positive = 0.7  # higher: more clusters
 LEIDEN_ITERATIONS: Count = 2  # of the Leiden algorithm (scanpy's recommendation; paper: 100)
 UMAP_MIN_DIST: Share = 0.5  # smallest distance of cells in the UMAP (scanpy's default; paper: 0.25)
 MIN_CLUSTER_CELLS: Count = 30  # smaller types are dropped, if the types are clusters
-MAX_CELLS_EMBEDDED: Count = 50_000  # clustered and plotted; others take their neighbours' cluster (ours)
+MAX_CELLS_EMBEDDED: Count = 50_000  # clustered and plotted; if types are clusters, others take their neighbours' (ours)
 
 # Computer
 DASK_SCHEDULER: str | None = None  # none: this process; local: all processors; or the address of a dask scheduler
@@ -247,13 +248,20 @@ def without_doublets(adata: ad.AnnData, rows: np.ndarray) -> np.ndarray:
 
 
 def cluster(adata: ad.AnnData, rows: np.ndarray) -> pd.DataFrame:
-    """The obs of these cells with their Leiden cluster, their UMAP (missing above MAX_CELLS_EMBEDDED cells) and their row."""
+    """The obs of these cells with their Leiden cluster, their UMAP and their row.
+
+    UMAP is missing above MAX_CELLS_EMBEDDED cells. So is the cluster where the types are the author's; otherwise the other cells take
+    that of their neighbours.
+    """
     obs = adata.obs.iloc[rows].copy()
-    pcs = principal_components(lazy(adata, rows), N_TOP_GENES, N_PCS)
     embedded = np.sort(np.random.default_rng(SEED).permutation(len(rows))[:MAX_CELLS_EMBEDDED])
-    embedding = embed(pcs[embedded], N_NEIGHBORS, SEED, UMAP_MIN_DIST)
-    clusters = leiden(embedding, LEIDEN_RESOLUTION, SEED, LEIDEN_ITERATIONS)
-    clusters = labels_of_neighbours(pcs, embedded, clusters, N_NEIGHBORS)
+    clustered = embedded if by_author(obs) else np.arange(len(rows))
+    pcs = principal_components(lazy(adata, rows[clustered]), N_TOP_GENES, N_PCS)
+    places = np.searchsorted(clustered, embedded)
+    embedding = embed(pcs[places], N_NEIGHBORS, SEED, UMAP_MIN_DIST)
+    found = leiden(embedding, LEIDEN_RESOLUTION, SEED, LEIDEN_ITERATIONS)
+    clusters = np.full(len(rows), None, dtype=object)
+    clusters[clustered] = labels_of_neighbours(pcs, places, found, N_NEIGHBORS)
     obs["leiden"] = pd.Categorical(clusters)
     obs[["umap_1", "umap_2"]] = np.nan
     obs.iloc[embedded, -2:] = embedding.obsm["X_umap"]
@@ -261,6 +269,10 @@ def cluster(adata: ad.AnnData, rows: np.ndarray) -> pd.DataFrame:
     if LABELS == "markers":
         obs["marker_type"] = types_by_markers(adata, rows, clusters)
     return obs
+
+
+def by_author(obs: pd.DataFrame) -> bool:
+    return LABELS == "author" or (LABELS == "auto" and "cell_type" in obs)
 
 
 def types_by_markers(adata: ad.AnnData, rows: np.ndarray, clusters: np.ndarray) -> np.ndarray:
@@ -296,19 +308,18 @@ def label(obs: pd.DataFrame) -> pd.DataFrame:
     ValueError
         If a type is too small, or fewer than two are left.
     """
-    by_author = LABELS == "author" or (LABELS == "auto" and "cell_type" in obs)
-    cell_type = choose_types(obs, by_author)
+    cell_type = choose_types(obs)
     keep = np.ones(len(obs), dtype=bool)
     is_unlabelled = cell_type.isna().to_numpy()
     if is_unlabelled.any():
         keep = ~is_unlabelled if UNLABELLED == "drop" else keep
         done = "removed" if UNLABELLED == "drop" else "kept for training"
         print(f"cells without a label: {is_unlabelled.sum():,} {done}, {keep.sum():,} left")
-    small = small_types(cell_type, by_author)
+    small = small_types(cell_type, by_author(obs))
     if len(small):
         keep &= ~cell_type.isin(small.index).to_numpy()
         print(
-            f"{'types' if by_author else 'clusters'} that are too small: {sizes_as_text(small)}; "
+            f"{'types' if by_author(obs) else 'clusters'} that are too small: {sizes_as_text(small)}; "
             f"{small.sum():,} cells removed, {keep.sum():,} left"
         )
     types = pd.Index(cell_type.dropna().unique()).difference(small.index)
@@ -317,15 +328,15 @@ def label(obs: pd.DataFrame) -> pd.DataFrame:
             f"too few cell types are left ({', '.join(types) or 'none'}); expected at least 2: give labels, or raise LEIDEN_RESOLUTION"
         )
     labelled = obs[keep].copy()
-    if not by_author and "cell_type" in labelled:
+    if not by_author(obs) and "cell_type" in labelled:
         labelled["author_cell_type"] = labelled["cell_type"]
     labelled["cell_type"] = pd.Categorical(cell_type[keep], categories=sorted(types, key=_natural))
     return labelled
 
 
-def choose_types(obs: pd.DataFrame, by_author: bool) -> pd.Series:
+def choose_types(obs: pd.DataFrame) -> pd.Series:
     """Type of each cell as text, missing where there is none: the author's, by marker genes, or the Leiden cluster."""
-    if by_author:
+    if by_author(obs):
         print("cell types: labels of the author")
         cell_type = obs["cell_type"]
     elif LABELS == "markers":
@@ -337,7 +348,7 @@ def choose_types(obs: pd.DataFrame, by_author: bool) -> pd.Series:
     return cell_type.astype("object")
 
 
-def small_types(cell_type: pd.Series, by_author: bool) -> pd.Series:
+def small_types(cell_type: pd.Series, are_the_authors: bool) -> pd.Series:
     """Sizes of the types with too few cells.
 
     Raises
@@ -346,8 +357,8 @@ def small_types(cell_type: pd.Series, by_author: bool) -> pd.Series:
         If there are any, SMALL_TYPES is error and the types are the author's.
     """
     sizes = cell_type.value_counts()
-    small = sizes[sizes < (MIN_TYPE_CELLS if by_author else MIN_CLUSTER_CELLS)]
-    if len(small) and by_author and SMALL_TYPES == "error":
+    small = sizes[sizes < (MIN_TYPE_CELLS if are_the_authors else MIN_CLUSTER_CELLS)]
+    if len(small) and are_the_authors and SMALL_TYPES == "error":
         raise ValueError(
             f"too few cells to split for {len(small)} of {len(sizes)} types: {sizes_as_text(small)}; "
             f"expected at least {MIN_TYPE_CELLS} after quality control. "
@@ -420,9 +431,8 @@ def print_types(train: pd.Series, test: pd.Series) -> None:
 def write_split(adata: ad.AnnData, obs: pd.DataFrame, is_test: np.ndarray, genes: np.ndarray, data: Path) -> list[Path]:
     """Write train.h5ad and test.h5ad, block by block, with the fingerprint of this split in uns["split_id"]."""
     uns = {key: adata.uns[key] for key in ("dataset", "source", "counts_id") if key in adata.uns}
-    uns["split_id"] = digest(
-        [uns["counts_id"], *adata.var_names[genes], *obs.index, *obs["cell_type"].astype(str), *is_test.astype(str)]
-    )
+    names = chain([uns["counts_id"]], adata.var_names[genes], obs.index, map(str, obs["cell_type"]))
+    uns["split_id"] = digest(names, is_test)
     paths = [data / "train.h5ad", data / "test.h5ad"]
     for path, part in zip(paths, (obs[~is_test], obs[is_test])):
         cells = ad.AnnData(obs=part.drop(columns=["row", "umap_1", "umap_2"]), var=adata.var[genes].copy(), uns=uns)

@@ -393,6 +393,20 @@ def test_leiden_clusters_become_types_where_labels_are_missing(tmp_path, capsys)
         place.main(STAGES[1], LABELS="author")
 
 
+def test_beyond_the_embedded_cells_only_types_that_are_clusters_need_a_cluster(tmp_path):
+    adata = simulated_dataset(n_cells=400)
+    obs = obs_of_split(split_only(tmp_path / "author", adata, MAX_CELLS_EMBEDDED=250))
+    assert len(obs) == 400 and obs["leiden"].notna().sum() == 250
+    clusters = {"LABELS": "leiden", "LEIDEN_RESOLUTION": 0.3, "MIN_CLUSTER_CELLS": 2}
+    obs = obs_of_split(split_only(tmp_path / "leiden", adata, MAX_CELLS_EMBEDDED=250, **clusters))
+    table = pd.crosstab(obs["cell_type"], obs["author_cell_type"])
+    assert len(obs) == 400 and table.max(axis=1).sum() > 0.8 * 400
+
+
+def obs_of_split(place: Workplace) -> pd.DataFrame:
+    return pd.concat([part.obs for part in read_split(place.data)])
+
+
 def test_unlabelled_cells_are_dropped_or_kept_for_training(tmp_path):
     adata = simulated_dataset(n_cells=300)
     adata.obs["cell_type"] = adata.obs["cell_type"].astype(object)

@@ -6,6 +6,7 @@ cells that it was trained on, so files and models that do not belong together ar
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import anndata as ad
@@ -117,8 +118,8 @@ class Fingerprint:
     """Twelve hexadecimal digits that change with any count, barcode, gene name or cell type; counts are added in blocks."""
 
     def __init__(self, obs: pd.DataFrame, gene_names: pd.Index):
-        cell_types = obs["cell_type"].astype(str) if "cell_type" in obs else []
-        self.names = digest([*obs.index, *gene_names, *cell_types])
+        cell_types = map(str, obs["cell_type"]) if "cell_type" in obs else ()
+        self.names = digest(chain(obs.index, gene_names, cell_types))
         self.parts = [hashlib.sha256() for _ in range(3)]
 
     def add(self, counts: sp.csr_matrix) -> None:
@@ -138,7 +139,9 @@ def fingerprint(adata: ad.AnnData) -> str:
 
 def digest(names: Iterable[str], *arrays: np.ndarray) -> str:
     """Twelve hexadecimal digits that change with any of these."""
-    sha = hashlib.sha256("\n".join(names).encode())
+    sha = hashlib.sha256()
+    for name in names:
+        sha.update(f"{name}\n".encode())
     for array in arrays:
         sha.update(np.ascontiguousarray(array).data)
     return sha.hexdigest()[:12]
