@@ -29,7 +29,7 @@ from lib.models.axes import within_type_axes
 from lib.models.conditions import read_conditions
 from lib.models.gmvae import GMVAE
 from lib.models.initialise import initialise
-from lib.models.profiles import gene_marginals, nb_per_type_log_likelihood
+from lib.models.profiles import GeneMarginals, gene_marginals, nb_per_type_log_likelihood
 from lib.ranges import Count, NotNegative, Part, Positive, Seed, Several, Whole
 from lib.training import Trainer, clip_gradients, keep_freed_memory
 
@@ -206,7 +206,8 @@ def train_gmvae(
     condition_idx: CONDITION of each cell of data/train.h5ad, or None.
     """
     torch.manual_seed(SEED)
-    model = make_model(train, len(about["cell_types"])).to(train.device)
+    marginals = gene_marginals(train, len(about["cell_types"]))
+    model = make_model(train, marginals).to(train.device)
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=LEARNING_RATE, fused=True)
     generator = torch.Generator(train.device).manual_seed(SEED)
     trainer = Trainer("gmvae", model, optimizer, generator, about | {"arguments": model.arguments}, models, PATIENCE)
@@ -223,28 +224,28 @@ def train_gmvae(
                 of_cells = read_conditions(condition_idx, train, held_out, model.n_cell_types)
             sampling.fit_prior(model, train, held_out, SEED, of_cells)
             trainer.save_best(prior=model.prior)
-        print_likelihood(model, train, held_out)
+        print_likelihood(model, marginals, held_out)
     return trainer
 
 
-def print_likelihood(model: GMVAE, train: CellDataset, held_out: CellDataset) -> None:
+def print_likelihood(model: GMVAE, marginals: GeneMarginals, held_out: CellDataset) -> None:
     """log p(x|y,l) of at most `MAX_LIKELIHOOD_CELLS` held-out cells under the GMVAE and a model without latent variables."""
     rows = np.sort(np.random.default_rng(SEED).permutation(len(held_out))[:MAX_LIKELIHOOD_CELLS])
-    cells = CellDataset(held_out.counts, held_out.cell_type_idx, held_out.device, rows)
-    ours, baseline = model.log_likelihood(cells).mean(), nb_per_type_log_likelihood(train, cells).mean()
+    cells = held_out.subset(rows)
+    ours, baseline = model.log_likelihood(cells).mean(), nb_per_type_log_likelihood(marginals, cells).mean()
     print(
         f"held-out log-likelihood, nats per cell: GMVAE {ours:.1f}; one negative binomial per gene and type {baseline:.1f}"
     )
 
 
-def make_model(train: CellDataset, n_cell_types: int) -> GMVAE:
+def make_model(train: CellDataset, marginals: GeneMarginals) -> GMVAE:
     """The GMVAE at the start of training. A linear decoder has as many dimensions of z as held-out cells confirm axes."""
-    marginals, axes, n_latent = gene_marginals(train, n_cell_types), None, N_LATENT
+    axes, n_latent = None, N_LATENT
     if DECODER == "linear":
         axes = within_type_axes(train, marginals, N_LATENT, SEED)
         n_latent = len(axes.variance)
         print(f"{n_latent} axes of variation within the cell types, confirmed by held-out cells")
-    model = GMVAE(train.n_genes, n_cell_types, n_latent, HIDDEN, LIKELIHOOD, DECODER, DISPERSION, DROPOUT)
+    model = GMVAE(train.n_genes, len(marginals.profiles), n_latent, HIDDEN, LIKELIHOOD, DECODER, DISPERSION, DROPOUT)
     initialise(model, train, marginals, axes)
     return model
 

@@ -201,6 +201,13 @@ class CellDataset:
     def __len__(self) -> int:
         return len(self.cells)
 
+    def subset(self, places: np.ndarray) -> "CellDataset":
+        """Some of the cells, read block by block. places: their numbers in this data set, ascending."""
+        rows = places if self.in_memory_cells is not None else self.cells[places]
+        cell_type_idx = np.full(self.counts.shape[0], -1)
+        cell_type_idx[rows] = self.cell_type_idx[places]
+        return CellDataset(self.counts, cell_type_idx, self.device, rows, in_memory=False)
+
     def blocks(self) -> Iterator[tuple[sp.csr_matrix, np.ndarray]]:
         """All cells in order, in blocks: counts and types."""
         rows = np.arange(len(self)) if self.in_memory_cells is not None else self.cells

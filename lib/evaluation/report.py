@@ -25,7 +25,7 @@ from lib.evaluation import cell_statistics, classifier_transfer, metrics, plots_
 from lib.files import replacing
 from lib.log import detail
 from lib.models.gmvae import GMVAE
-from lib.models.profiles import log_fold_changes, nb_per_type_log_likelihood, top_genes
+from lib.models.profiles import gene_marginals, log_fold_changes, nb_per_type_log_likelihood, top_genes
 from lib.models.sampling import reconstruct
 
 N_SIGNATURE_MARKERS = 6  # genes of each type in signature.png
@@ -126,7 +126,7 @@ def print_likelihood(model: GMVAE, train: ad.AnnData, test: ad.AnnData, seed: in
     train_cells = CellDataset(train.X, train.obs["cell_type"].cat.codes, model.device, in_memory=False)
     test_cells = CellDataset(test.X, test.obs["cell_type"].cat.codes, model.device)
     ours = model.log_likelihood(test_cells, n_samples=20, seed=seed).mean()
-    baseline = nb_per_type_log_likelihood(train_cells, test_cells).mean()
+    baseline = nb_per_type_log_likelihood(gene_marginals(train_cells, model.n_cell_types), test_cells).mean()
     print(
         f"log-likelihood of the test cells, nats per cell: GMVAE {ours:.1f}; one negative binomial per gene and type {baseline:.1f}"
     )

@@ -18,13 +18,20 @@ PRIOR_CELLS = 10  # weight, in cells, of the deviations of all types in the vari
 Prior = dict[str, torch.Tensor]
 
 
-def fit_prior(points: np.ndarray, cell_type_idx: np.ndarray, n_cell_types: int, rng: np.random.Generator) -> Prior:
+def select_cells(cell_type_idx: np.ndarray, n_cell_types: int, rng: np.random.Generator) -> np.ndarray:
+    """Numbers of the cells whose points are kept: at most `MAX_POINTS` random ones of each type, by type."""
+    return np.concatenate(
+        [rng.permutation(np.flatnonzero(cell_type_idx == k))[:MAX_POINTS] for k in range(n_cell_types)]
+    )
+
+
+def fit_prior(points: np.ndarray, cell_type_idx: np.ndarray, n_cell_types: int) -> Prior:
     """Keep the points of each type.
 
     Parameters
     ----------
     points
-        Cells x dimensions: z and, as the last column, log library size of each train cell.
+        Cells x dimensions: z and, as the last column, log library size of each selected train cell.
     cell_type_idx
         (n_cells,) type of each.
 
@@ -33,9 +40,7 @@ def fit_prior(points: np.ndarray, cell_type_idx: np.ndarray, n_cell_types: int, 
     mean (types x dimensions); deviations (points x dimensions) of the points from the mean of their type, sorted by type;
     n_points (types).
     """
-    rows = np.concatenate(
-        [rng.permutation(np.flatnonzero(cell_type_idx == k))[:MAX_POINTS] for k in range(n_cell_types)]
-    )
+    rows = np.argsort(cell_type_idx, kind="stable")
     points, cell_type_idx = points[rows].astype(np.float64), cell_type_idx[rows]
     mean = type_means(points, cell_type_idx, n_cell_types)
     n_points = np.bincount(cell_type_idx, minlength=n_cell_types)

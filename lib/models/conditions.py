@@ -27,7 +27,7 @@ from lib.models.profiles import counts_per_type, posterior_ratio, type_means
 
 
 class Conditions(NamedTuple):
-    """The conditions of the train cells of known type."""
+    """The conditions of the train cells."""
 
     idx: np.ndarray  # (n_cells,) condition of each cell that is trained on
     counts: np.ndarray  # (n_conditions, n_cell_types, n_genes) sums over all train cells, with those held out
@@ -54,8 +54,9 @@ def read_conditions(
         counts = counts + counts_per_type(by_group, n_conditions * n_cell_types)
         n_cells = n_cells + np.bincount(by_group.cell_type_idx + 1, minlength=n_conditions * n_cell_types + 1)[1:]
     shape = (n_conditions, n_cell_types)
-    idx = condition_idx[train.cells[train.cell_type_idx >= 0]]
-    return Conditions(idx, np.reshape(counts, (*shape, train.n_genes)), np.reshape(n_cells, shape))
+    return Conditions(
+        condition_idx[train.cells], np.reshape(counts, (*shape, train.n_genes)), np.reshape(n_cells, shape)
+    )
 
 
 class Effects(NamedTuple):

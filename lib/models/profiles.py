@@ -177,19 +177,17 @@ def log_theta_by_moments(dataset: CellDataset, profiles: np.ndarray) -> np.ndarr
 
 
 @torch.no_grad()
-def nb_per_type_log_likelihood(train: CellDataset, test: CellDataset, batch_size: int = 256) -> np.ndarray:
+def nb_per_type_log_likelihood(marginals: GeneMarginals, test: CellDataset, batch_size: int = 256) -> np.ndarray:
     """log p(x|y,l) of each test cell, in nats, under a model without latent variables: x ~ NB(mu = l x profile(y), theta).
 
-    The baseline of the GMVAE, with the profiles and theta that the GMVAE's training starts from.
+    The baseline of the GMVAE, with the profiles and theta that the GMVAE's training starts from (`gene_marginals` of train cells).
 
     Returns
     -------
     (n_test_cells,), summed over genes.
     """
-    n_cell_types = int(max(train.cell_type_idx.max(), test.cell_type_idx.max())) + 1
-    marginals = gene_marginals(train, n_cell_types)
-    log_theta = torch.from_numpy(marginals.log_theta).float().to(train.device)
-    log_profiles = torch.from_numpy(np.log(marginals.profiles)).float().to(train.device)
+    log_theta = torch.from_numpy(marginals.log_theta).float().to(test.device)
+    log_profiles = torch.from_numpy(np.log(marginals.profiles)).float().to(test.device)
     per_batch = [
         nb_log_prob(batch, log_profiles[batch.cell_type_idx], batch.library_size.log(), log_theta)
         for batch in test.in_order(batch_size)

@@ -55,15 +55,15 @@ def fit_prior(
         Conditions of the cells; None for cells of types alone.
     """
     generator = torch.Generator(dataset.device).manual_seed(seed)
-    points, types = _sample_posterior(model, dataset, generator)
+    cells = aggregated_posterior.select_cells(dataset.cell_type_idx, model.n_cell_types, np.random.default_rng(seed))
+    points, types = _sample_posterior(model, dataset, cells, generator), dataset.cell_type_idx[cells]
     of_conditions: aggregated_posterior.Prior = {}
     if of_cells is not None:
-        shift = conditions.fit_shift(points, types, of_cells)
-        points = points - shift.mean[of_cells.idx, types]
+        condition_idx = of_cells.idx[cells]
+        shift = conditions.fit_shift(points, types, of_cells._replace(idx=condition_idx))
+        points = points - shift.mean[condition_idx, types]
         of_conditions = shift.tensors("condition_shift") | {"condition_frequency": of_cells.frequency()}
-    model.prior = (
-        aggregated_posterior.fit_prior(points, types, model.n_cell_types, np.random.default_rng(seed)) | of_conditions
-    )
+    model.prior = aggregated_posterior.fit_prior(points, types, model.n_cell_types) | of_conditions
     observed = counts_per_type(dataset, model.n_cell_types)
     _correct_means(model, observed, generator, of_cells)
     if held_out is not None:
@@ -73,13 +73,14 @@ def fit_prior(
             _correct_means(model, observed, generator, of_cells)
 
 
-def _sample_posterior(model: GMVAE, dataset: CellDataset, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """z sampled from q(z|x,y) and log library size of each labelled cell, (n_cells, n_latent + 1), and its type."""
-    mean, log_var, types = model.get_latent_representation(dataset)
+def _sample_posterior(model: GMVAE, dataset: CellDataset, cells: np.ndarray, generator: torch.Generator) -> np.ndarray:
+    """z sampled from q(z|x,y) and log library size of these cells: (n_cells, n_latent + 1)."""
+    order = np.argsort(cells)
+    mean, log_var, _ = model.get_latent_representation(dataset.subset(cells[order]))
     z = mean + (0.5 * log_var).exp() * torch.randn(mean.shape, generator=generator, device=generator.device).cpu()
-    library_size = torch.from_numpy(dataset.library_size[dataset.cell_type_idx >= 0].astype(np.float32))
+    library_size = torch.from_numpy(dataset.library_size[cells[order]].astype(np.float32))
     log_library = model.log_library(library_size.to(model.device)).cpu()
-    return torch.cat([z, log_library], dim=1).numpy(), types
+    return torch.cat([z, log_library], dim=1).numpy()[np.argsort(order)]
 
 
 def _correct_means(

@@ -30,6 +30,7 @@ from lib.data.batches import Batch, CellDataset
 from lib.data.counts import select_per_type
 from lib.models.layers import SparseLinear
 from lib.models.paper_gmvae import PaperGMVAE
+from lib.models.profiles import gene_marginals
 from lib.training import keep_freed_memory
 
 stage = importlib.import_module("_3_train_gmvae")
@@ -56,7 +57,7 @@ class OursEpoch:
     def __init__(self, dataset: CellDataset, n_cell_types: int, likelihood: str):
         torch.manual_seed(0)
         stage.LIKELIHOOD = likelihood
-        self.model = stage.make_model(dataset, n_cell_types)
+        self.model = stage.make_model(dataset, gene_marginals(dataset, n_cell_types))
         self.optimizer = torch.optim.AdamW(stage.parameter_groups(self.model), lr=stage.LEARNING_RATE, fused=True)
         self.dataset, self.generator = dataset, torch.Generator().manual_seed(0)
 

@@ -83,6 +83,16 @@ def test_cells_on_disk_are_the_cells_in_memory(on_disk):
         np.testing.assert_array_equal(whole.toarray(), memory.counts.toarray())
 
 
+def test_a_subset_is_some_of_the_cells_of_its_data_set(on_disk):
+    *datasets, mine = on_disk
+    places = np.array([0, 4, 70, 299])
+    for dataset in datasets:
+        subset = dataset.subset(places)
+        np.testing.assert_array_equal(torch.cat([b.cell_type_idx for b in subset.in_order(7)]), mine[places])
+        whole = sp.vstack([counts for counts, _ in subset.blocks()])
+        np.testing.assert_array_equal(whole.toarray(), datasets[1].counts.toarray()[places])
+
+
 def test_an_epoch_from_disk_holds_every_cell_once_and_mixes_distant_cells(on_disk):
     disk, memory, mine = on_disk
     batches = list(disk.shuffled(12, torch.Generator().manual_seed(0)))

@@ -5,7 +5,14 @@ import pytest
 import scipy.stats
 import torch
 
-from lib.models.aggregated_posterior import PRIOR_CELLS, fit_prior, respread, sample_prior, within_type_variance
+from lib.models.aggregated_posterior import (
+    PRIOR_CELLS,
+    fit_prior,
+    respread,
+    sample_prior,
+    select_cells,
+    within_type_variance,
+)
 
 
 def samples(prior, k: int, n: int = 20_000) -> np.ndarray:
@@ -22,7 +29,14 @@ def fitted():
     points = np.concatenate([gaussian, groups, rare])
     types = np.repeat([0, 1, 2], [900, 900, 6])
     order = rng.permutation(len(types))
-    return points, fit_prior(points[order], types[order], 4, rng)
+    return points, fit_prior(points[order], types[order], 4)
+
+
+def test_large_types_keep_some_of_their_cells_and_others_all(monkeypatch):
+    monkeypatch.setattr("lib.models.aggregated_posterior.MAX_POINTS", 50)
+    types = np.repeat([0, 1, -1, 3], [80, 20, 10, 60])
+    chosen = select_cells(types, 4, np.random.default_rng(0))
+    assert len(set(chosen)) == len(chosen) and np.bincount(types[chosen]).tolist() == [50, 20, 0, 50]
 
 
 def test_mean_and_covariance_are_those_of_the_cells(fitted):
@@ -46,7 +60,7 @@ def test_library_sizes_keep_their_distribution_and_their_bond_with_z():
     rng = np.random.default_rng(2)
     z = rng.normal(size=(1000, 2))
     library = np.exp(0.8 * (0.9 * z[:, 0] + np.sqrt(1 - 0.81) * rng.normal(size=1000)))  # skewed, and tied to z
-    prior = fit_prior(np.column_stack([z, library]), np.zeros(1000, dtype=int), 1, rng)
+    prior = fit_prior(np.column_stack([z, library]), np.zeros(1000, dtype=int), 1)
     made = samples(prior, 0, 5000)
     assert scipy.stats.ks_2samp(made[:, -1], library).statistic < 0.05
     tied = [scipy.stats.spearmanr(x, y).statistic for x, y in ((made[:, 0], made[:, -1]), (z[:, 0], library))]
@@ -55,7 +69,7 @@ def test_library_sizes_keep_their_distribution_and_their_bond_with_z():
 
 def test_respread_moves_cells_from_their_types_middle_and_leaves_library_sizes(fitted):
     points, _ = fitted
-    prior = fit_prior(points, np.repeat([0, 1, 2], [900, 900, 6]), 4, np.random.default_rng(0))
+    prior = fit_prior(points, np.repeat([0, 1, 2], [900, 900, 6]), 4)
     before = samples(prior, 0)
     respread(prior, np.array([2.0, 0.5]))
     after = samples(prior, 0)

@@ -7,6 +7,7 @@ import torch
 
 from lib.data.batches import CellDataset
 from lib.models.profiles import (
+    gene_marginals,
     log_fold_changes,
     log_theta_by_moments,
     nb_per_type_log_likelihood,
@@ -88,6 +89,6 @@ def test_nb_baseline_prefers_the_true_type():
     profile = np.array([[0.7, 0.2, 0.1], [0.1, 0.2, 0.7]])
     types = np.repeat([0, 1], 100)
     counts = sp.csr_matrix(rng.poisson(200 * profile[types]).astype(np.float32))
-    right = nb_per_type_log_likelihood(CellDataset(counts, types, CPU), CellDataset(counts, types, CPU))
-    wrong = nb_per_type_log_likelihood(CellDataset(counts, types, CPU), CellDataset(counts, 1 - types, CPU))
+    marginals = gene_marginals(CellDataset(counts, types, CPU), 2)
+    right, wrong = (nb_per_type_log_likelihood(marginals, CellDataset(counts, y, CPU)) for y in (types, 1 - types))
     assert right.mean() > wrong.mean() + 10
