@@ -5,7 +5,7 @@ writes  data/counts.h5ad: cells x genes, raw counts, obs["cell_type"] if the sou
 run     python _0_download_data.py
 note    the labels of pbmc3k are those of scanpy's tutorial: eight clusters, named by marker genes
 time    GSE130148: 1 minute after its download of 30 MB; pbmc68k_reduced: seconds
-memory  0.8 GB for 200,000 cells of an h5ad file: all formats but csv and tsv are read in blocks
+memory  0.5 GB for 200,000 cells of an h5ad file, 0.8 for 1.3 million: all formats but csv and tsv are read in blocks
 """
 
 from collections.abc import Iterable, Iterator
