@@ -13,7 +13,7 @@ writes  models/sctape.pt (the epoch with the lowest error on mixtures of held-ou
 run     python _4_train_sctape.py
         python _4_train_sctape.py --network bulk_encoder
         torchrun --nproc-per-node 4 _4_train_sctape.py        on four GPUs or processors
-time    15,000 mixtures, 1,000 genes: half a minute to 2 minutes on two cores
+time    15,000 mixtures, 1,000 genes: half a minute to 3.5 minutes on two cores
 """
 
 from functools import partial
