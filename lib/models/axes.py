@@ -80,13 +80,9 @@ def within_type_axes(dataset: CellDataset, marginals: GeneMarginals, max_axes: i
 def _select_cells(dataset: CellDataset, rng: np.random.Generator) -> tuple[sp.csr_matrix, np.ndarray]:
     """Select at most `MAX_CELLS` random labelled cells: counts and types."""
     labelled = np.flatnonzero(dataset.cell_type_idx >= 0)
-    is_selected = np.zeros(len(dataset), dtype=bool)
-    is_selected[rng.permutation(labelled)[:MAX_CELLS]] = True
-    parts, start = [], 0
-    for block, types in dataset.blocks():
-        parts.append(block[is_selected[start : start + len(types)]])
-        start += len(types)
-    return sp.vstack(parts, format="csr").astype(np.float64), dataset.cell_type_idx[is_selected]
+    cells = dataset.subset(np.sort(rng.permutation(labelled)[:MAX_CELLS]))
+    counts = sp.vstack([block for block, _ in cells.blocks()], format="csr")
+    return counts.astype(np.float64), cells.cell_type_idx
 
 
 def _excess_variance(marginals: GeneMarginals, target: float, types: np.ndarray) -> np.ndarray:
