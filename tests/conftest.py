@@ -4,6 +4,8 @@ import os
 
 # OpenMP threads that wait by spinning cost minutes where other jobs use the same cores; set before torch and XGBoost are loaded
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from helpers import STAGES, Workplace

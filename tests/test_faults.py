@@ -441,10 +441,18 @@ with runs.started("another stage", dict):
     place.run(STAGES[2], *SMALL[STAGES[2]])
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as in the foreground: a shell starts jobs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("number", "status", "name"), [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")]
 )
-def test_a_signal_ends_training_with_a_message_and_a_checkpoint(place, monkeypatch, number, status, name):
+def test_a_signal_ends_training_with_a_message_and_a_checkpoint(place, monkeypatch, ctrl_c, number, status, name):
     real, calls = torch.optim.AdamW.step, []
 
     def step(self, *arguments, **options):

@@ -41,7 +41,7 @@ COMMANDS: dict[str, Run | Elsewhere | Installation] = {
     # README.md, quick start
     "python3 -m venv .venv": Installation(),
     ".venv/bin/pip install -r requirements.txt": Installation(),
-    'python -m pytest -q tests -m "not slow"': BY_CI,
+    'python -m pytest -q -n 2 --dist loadfile tests -m "not slow"': BY_CI,
     "python _0_download_data.py --dataset pbmc68k_reduced": BY_PIPELINE,
     "python _1_split_train_test.py": BY_PIPELINE,
     "python _2_make_pseudobulk.py": BY_PIPELINE,
