@@ -6,7 +6,7 @@ run     python _1_split_train_test.py
 note    Doublets and the clusters use all cells, before the split, as in the original: with LABELS = "leiden" the types are
         clusters of train and test cells. Genes are selected after the split, by the train cells alone (COUNT_TEST_CELLS).
 time    10,000 cells: 2 minutes; 700 cells: 20 seconds
-memory  1.1 GB for 200,000 cells: the counts are read in blocks
+memory  1.3 GB for 200,000 cells, and for 1.3 million: the counts are read in blocks
 """
 
 from itertools import chain
