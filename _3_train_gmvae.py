@@ -6,7 +6,7 @@ writes  models/gmvae.pt (best on held-out train cells), gmvae_last.pt (to resume
 run     python _3_train_gmvae.py                              (watch: tensorboard --logdir models/tensorboard)
         python _3_train_gmvae.py --preset paper               the model and training of the paper
         torchrun --nproc-per-node 4 _3_train_gmvae.py         the same training, divided among four GPUs or processors
-time    2,000 cells x 13,000 genes: half a minute on two cores; 7,400 x 19,000: 5 minutes on one core;
+time    2,000 cells x 13,000 genes: one minute on two cores; 7,400 x 19,000: 5 minutes on one core;
         PRESET = "paper": 2,000 cells x 13,000 genes, 9 types: 20 seconds an epoch on one core, a day for all 4,000
 """
 
