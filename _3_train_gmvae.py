@@ -24,7 +24,7 @@ from lib.data.batches import CellDataset
 from lib.data.counts import hold_out, n_entries, read_counts
 from lib.evaluation import plots_training
 from lib.files import folder, print_written
-from lib.models import sampling
+from lib.models import outliers, sampling
 from lib.models.axes import within_type_axes
 from lib.models.conditions import read_conditions
 from lib.models.gmvae import GMVAE
@@ -206,8 +206,13 @@ def train_gmvae(
     condition_idx: CONDITION of each cell of data/train.h5ad, or None.
     """
     torch.manual_seed(SEED)
+    found = outliers.find(train, len(about["cell_types"]), SEED)
+    train, held_out = (cells.corrected(found.replace) for cells in (train, held_out))
+    print(f"outlier counts: {found.rate.max() * 1e4:.1f} of 10,000 counted molecules; replaced for the training")
     marginals = gene_marginals(train, len(about["cell_types"]))
     model = make_model(train, marginals).to(train.device)
+    for buffer, values in zip((model.outlier_group, model.outlier_rate, model.outlier_sizes), found[2:]):
+        buffer.copy_(torch.from_numpy(values))
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=LEARNING_RATE, fused=True)
     generator = torch.Generator(train.device).manual_seed(SEED)
     trainer = Trainer("gmvae", model, optimizer, generator, about | {"arguments": model.arguments}, models, PATIENCE)

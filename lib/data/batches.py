@@ -1,8 +1,9 @@
 """Mini-batches of cells from sparse counts, in memory or on disk; the counts are never dense as a whole."""
 
+import copy
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -184,6 +185,7 @@ class CellDataset:
         self.cells = np.arange(counts.shape[0]) if cells is None else cells
         self.cell_type_idx = np.asarray(cell_type_idx, dtype=np.int64)[self.cells]
         self.device = device
+        self.correct: Callable[[sp.csr_matrix, np.ndarray], sp.csr_matrix] | None = None
         self.counts, self.in_memory_cells = counts, None
         if in_memory:
             self.counts = (
@@ -206,13 +208,27 @@ class CellDataset:
         rows = places if self.in_memory_cells is not None else self.cells[places]
         cell_type_idx = np.full(self.counts.shape[0], -1)
         cell_type_idx[rows] = self.cell_type_idx[places]
-        return CellDataset(self.counts, cell_type_idx, self.device, rows, in_memory=False)
+        part = CellDataset(self.counts, cell_type_idx, self.device, rows, in_memory=False)
+        part.correct = self.correct
+        return part
+
+    def corrected(self, correct: Callable[[sp.csr_matrix, np.ndarray], sp.csr_matrix]) -> "CellDataset":
+        """The same cells with other counts. correct: of counts and types of some cells, their other counts."""
+        other = copy.copy(self)
+        other.__dict__.pop("library_size", None)
+        if self.in_memory_cells is None:
+            other.correct = correct  # whenever cells are read
+        else:
+            other.counts = correct(self.counts, self.cell_type_idx)
+            other.in_memory_cells = InMemoryCells(other.counts, self.cell_type_idx, self.device)
+        return other
 
     def blocks(self) -> Iterator[tuple[sp.csr_matrix, np.ndarray]]:
         """All cells in order, in blocks: counts and types."""
         rows = np.arange(len(self)) if self.in_memory_cells is not None else self.cells
         for counts, places in selected_blocks(self.counts, rows):
-            yield counts, self.cell_type_idx[places]
+            types = self.cell_type_idx[places]
+            yield counts if self.correct is None else self.correct(counts, types), types
 
     def in_order(self, batch_size: int) -> Iterator[Batch]:
         """Every cell once, in order, in batches of at most `batch_size` cells."""
@@ -263,4 +279,5 @@ class CellDataset:
             block, chosen = read_rows(self.counts, rows), self.cells[places] - start
             parts.append(block if len(chosen) == block.shape[0] else block[chosen])
             cell_type_idx.append(self.cell_type_idx[places])
-        return InMemoryCells(sp.vstack(parts, format="csr"), np.concatenate(cell_type_idx), self.device)
+        counts, types = sp.vstack(parts, format="csr"), np.concatenate(cell_type_idx)
+        return InMemoryCells(counts if self.correct is None else self.correct(counts, types), types, self.device)

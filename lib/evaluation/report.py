@@ -24,6 +24,7 @@ from lib.data.embedding import embed, mde, principal_components, variable_genes
 from lib.evaluation import cell_statistics, classifier_transfer, metrics, plots_bulk, plots_cells, plots_paper
 from lib.files import replacing
 from lib.log import detail
+from lib.models import outliers
 from lib.models.gmvae import GMVAE
 from lib.models.profiles import gene_marginals, log_fold_changes, nb_per_type_log_likelihood, top_genes
 from lib.models.sampling import reconstruct
@@ -122,9 +123,11 @@ def signature_markers(reference: pd.DataFrame, adapted: pd.DataFrame) -> list[st
 
 
 def print_likelihood(model: GMVAE, train: ad.AnnData, test: ad.AnnData, seed: int) -> None:
-    """log p(x|y,l) of test cells under the GMVAE and under one negative binomial per gene and type, fitted to the train cells."""
+    """log p(x|y,l) of test cells under the GMVAE and one negative binomial per gene and type of the train cells; outliers replaced."""
     train_cells = CellDataset(train.X, train.obs["cell_type"].cat.codes, model.device, in_memory=False)
     test_cells = CellDataset(test.X, test.obs["cell_type"].cat.codes, model.device)
+    found = outliers.find(train_cells, model.n_cell_types, seed)
+    train_cells, test_cells = (cells.corrected(found.replace) for cells in (train_cells, test_cells))
     ours = model.log_likelihood(test_cells, n_samples=20, seed=seed).mean()
     baseline = nb_per_type_log_likelihood(gene_marginals(train_cells, model.n_cell_types), test_cells).mean()
     print(

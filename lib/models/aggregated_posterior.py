@@ -51,18 +51,6 @@ def fit_prior(points: np.ndarray, cell_type_idx: np.ndarray, n_cell_types: int) 
     }
 
 
-def respread(prior: Prior, factor: np.ndarray) -> None:
-    """Multiply the distances from the mean of the type in every dimension except the last (library size). factor: (n_dims - 1,)."""
-    prior["deviations"][:, :-1] *= torch.from_numpy(factor).float()
-
-
-def within_type_variance(x: np.ndarray, types: np.ndarray) -> np.ndarray:
-    """Unbiased variance of each column about the means of the types: (n_columns,)."""
-    names, idx = np.unique(types, return_inverse=True)
-    mean = np.stack([x[idx == k].mean(axis=0) for k in range(len(names))])
-    return ((x - mean[idx]) ** 2).sum(axis=0) / max(1, len(x) - len(names))
-
-
 def sample_prior(prior: Prior, cell_type_idx: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """New points for cells of the given types, (n_cells, n_dims).
 

@@ -28,6 +28,7 @@ from lib.data.batches import Batch, CellDataset
 from lib.models.aggregated_posterior import Prior
 from lib.models.layers import SparseLinear, Tower, mlp, sparse_linear
 from lib.models.likelihoods import Likelihood, gaussian_kl, gaussian_log_prob
+from lib.models.outliers import N_GROUPS, N_SIZES
 
 LOG_THETA_RANGE = (math.log(1e-3), math.log(1e6))
 LOG_THETA_SD = 1.5  # prior standard deviation of log theta of a gene about the mean over genes
@@ -62,6 +63,9 @@ class GMVAE(nn.Module):
     n_train_cells: torch.Tensor
     library_median: torch.Tensor  # of the train cells
     type_frequency: torch.Tensor  # (n_cell_types,) p(y)
+    outlier_group: torch.Tensor  # of new cells: `group`, `rate` and `sizes` of `lib.models.outliers`
+    outlier_rate: torch.Tensor
+    outlier_sizes: torch.Tensor
 
     def __init__(
         self, n_genes: int, n_cell_types: int, n_latent: int = 32, hidden: tuple[int, ...] = (128, 64),
@@ -99,6 +103,9 @@ class GMVAE(nn.Module):
         self.register_buffer("n_train_cells", torch.tensor(1.0))
         self.register_buffer("library_median", torch.tensor(1.0))
         self.register_buffer("type_frequency", torch.full((n_cell_types,), 1 / n_cell_types))
+        self.register_buffer("outlier_group", torch.zeros(n_genes, dtype=torch.int64))
+        self.register_buffer("outlier_rate", torch.zeros(N_GROUPS))
+        self.register_buffer("outlier_sizes", torch.zeros(N_GROUPS, N_SIZES))
 
     @property
     def device(self) -> torch.device:

@@ -1,7 +1,7 @@
 """New cells from a trained GMVAE: everything that happens after training.
 
-fit_prior    z and library size of new cells, from train cells of their type (`lib.models.aggregated_posterior`), their spread set
-             so that new cells vary as much as held-out cells, and a correction of each type's mean counts
+fit_prior    z and library size of new cells, from train cells of their type (`lib.models.aggregated_posterior`), and a correction of
+             each type's mean counts
 sample       cells of given types, block by block; every block has its own random stream, so that processes can share the work
 Shift        how the bulk encoder moves the cells of a bulk sample
 """
@@ -15,14 +15,12 @@ import torch
 
 from lib import parallel
 from lib.data.batches import CellDataset
-from lib.models import aggregated_posterior, conditions
+from lib.models import aggregated_posterior, conditions, outliers
 from lib.models.gmvae import GMVAE
 from lib.models.likelihoods import Likelihood, sample_counts
 from lib.models.profiles import counts_per_type, shrunken_ratio
 
 BLOCK_CELLS = 256  # cells sampled at a time
-SPREAD_RANGE = (0.25, 2.0)  # limits of the factor of the variance of z
-N_SPREAD_CELLS = 2000  # sampled to measure the spread
 N_PROFILE_CELLS = 1024  # sampled to measure a type's mean profile
 
 
@@ -49,8 +47,7 @@ def fit_prior(
     dataset
         Train cells.
     held_out
-        Cells not used in training. The encoder and the decoder have adapted to their train cells, so the spread of z is set by
-        these; None leaves the spread of the train cells.
+        Cells not used in training, which count for the types' means; or None.
     of_cells
         Conditions of the cells; None for cells of types alone.
     """
@@ -65,12 +62,9 @@ def fit_prior(
         of_conditions = shift.tensors("condition_shift") | {"condition_frequency": of_cells.frequency()}
     model.prior = aggregated_posterior.fit_prior(points, types, model.n_cell_types) | of_conditions
     observed = counts_per_type(dataset, model.n_cell_types)
-    _correct_means(model, observed, generator, of_cells)
     if held_out is not None:
-        observed = observed + counts_per_type(held_out, model.n_cell_types)
-        for _ in range(2):  # the encoder's response is not linear, so repeat once
-            aggregated_posterior.respread(model.prior, _spread_factor(model, held_out, seed))
-            _correct_means(model, observed, generator, of_cells)
+        observed += counts_per_type(held_out, model.n_cell_types)
+    _correct_means(model, observed, generator, of_cells)
 
 
 def _sample_posterior(model: GMVAE, dataset: CellDataset, cells: np.ndarray, generator: torch.Generator) -> np.ndarray:
@@ -131,23 +125,6 @@ def _mean_profile(model: GMVAE, cell_type_idx: int, generator: torch.Generator) 
     return (total / total.sum()).cpu().numpy()
 
 
-def _spread_factor(model: GMVAE, held_out: CellDataset, seed: int) -> np.ndarray:
-    """Factor for the deviations of z, (n_latent,), that makes encoded new cells vary as much as encoded held-out cells."""
-    types = np.resize(held_out.cell_type_idx[held_out.cell_type_idx >= 0], N_SPREAD_CELLS)
-
-    def variance_at(latent_spread: float) -> np.ndarray:
-        return encoded_variance(model, CellDataset(generate(model, types, seed, latent_spread), types, held_out.device))
-
-    wanted, without, present = encoded_variance(model, held_out), variance_at(0.0), variance_at(1.0)
-    return np.sqrt(np.clip((wanted - without) / (present - without), *SPREAD_RANGE))
-
-
-def encoded_variance(model: GMVAE, dataset: CellDataset) -> np.ndarray:
-    """Variance within the types of the means of q(z|x,y) of labelled cells, (n_latent,)."""
-    mean, _, cell_types = model.get_latent_representation(dataset)
-    return aggregated_posterior.within_type_variance(mean.double().numpy(), cell_types)
-
-
 def sample_z(
     model: GMVAE, cell_type_idx: torch.Tensor, latent_spread: float, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,6 +170,8 @@ def sample(
     if condition_idx is None and "condition_shift" in prior:
         condition_idx = conditions.assign(prior, cell_type_idx, seed)
 
+    group, rate, sizes = (v.cpu().numpy() for v in (model.outlier_group, model.outlier_rate, model.outlier_sizes))
+
     @torch.no_grad()
     def sample_block(stream: tuple[slice, torch.Generator]) -> sp.csr_matrix:
         rows, generator = stream
@@ -212,7 +191,9 @@ def sample(
                 log_ratio = of_sample if log_ratio is None else log_ratio + of_sample
         order = y.argsort(stable=True)
         likelihoods = _by_type(model, y, z, log_library.exp() * model.library_median, log_ratio, order)
-        return sample_counts(likelihoods, generator)[order.argsort().cpu().numpy()]
+        counts = sample_counts(likelihoods, generator)[order.argsort().cpu().numpy()]
+        outliers.put_back(counts, group, rate, sizes, generator)
+        return counts
 
     streams = random_streams(len(cell_type_idx), seed, blocks, model.device)
     yield from parallel.in_threads(sample_block, streams, model.device)

@@ -31,6 +31,25 @@ def test_log_factorials_of_small_and_large_counts():
     np.testing.assert_allclose(log_factorials(counts), [math.lgamma(count + 1) for count in counts], rtol=1e-12)
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_corrected_cells_have_the_other_counts_however_they_are_read(tmp_path, in_memory):
+    counts, types = simulated_cells()
+    adata = ad.AnnData(counts, uns={"dataset": "x"})
+    adata.obs["cell_type"] = "a"
+    write_counts(adata, tmp_path / "x.h5ad")
+    rows = np.arange(0, len(types), 2)
+    dataset = CellDataset(read_counts(tmp_path / "x.h5ad", "").X, types, torch.device("cpu"), rows, in_memory)
+    corrected = dataset.corrected(lambda x, y: sp.csr_matrix(x.multiply((y + 2)[:, None]), dtype=np.float32))
+    expected = counts[rows].toarray() * (types[rows] + 2)[:, None]
+    assert corrected.library_size.sum() == expected.sum() and dataset.library_size.sum() == counts[rows].sum()
+    for part in (corrected, corrected.subset(np.arange(len(rows)))):
+        np.testing.assert_array_equal(sp.vstack([block for block, _ in part.blocks()]).toarray(), expected)
+    in_order = torch.cat([batch.raw().to_dense() for batch in corrected.in_order(64)])
+    np.testing.assert_array_equal(in_order, expected)
+    shuffled = torch.cat([b.raw().to_dense() for b in corrected.shuffled(64, torch.Generator().manual_seed(0))])
+    np.testing.assert_array_equal(np.sort(shuffled.sum(dim=1)), np.sort(expected.sum(axis=1)))
+
+
 def test_selected_cells_are_those_cells():
     counts, types = simulated_cells()
     dataset = CellDataset(counts, types, torch.device("cpu"))

@@ -5,14 +5,7 @@ import pytest
 import scipy.stats
 import torch
 
-from lib.models.aggregated_posterior import (
-    PRIOR_CELLS,
-    fit_prior,
-    respread,
-    sample_prior,
-    select_cells,
-    within_type_variance,
-)
+from lib.models.aggregated_posterior import PRIOR_CELLS, fit_prior, sample_prior, select_cells
 
 
 def samples(prior, k: int, n: int = 20_000) -> np.ndarray:
@@ -65,23 +58,6 @@ def test_library_sizes_keep_their_distribution_and_their_bond_with_z():
     assert scipy.stats.ks_2samp(made[:, -1], library).statistic < 0.05
     tied = [scipy.stats.spearmanr(x, y).statistic for x, y in ((made[:, 0], made[:, -1]), (z[:, 0], library))]
     assert tied[0] == pytest.approx(tied[1], abs=0.05)
-
-
-def test_respread_moves_cells_from_their_types_middle_and_leaves_library_sizes(fitted):
-    points, _ = fitted
-    prior = fit_prior(points, np.repeat([0, 1, 2], [900, 900, 6]), 4)
-    before = samples(prior, 0)
-    respread(prior, np.array([2.0, 0.5]))
-    after = samples(prior, 0)
-    np.testing.assert_allclose(after.std(axis=0) / before.std(axis=0), [2, 0.5, 1], rtol=1e-3)
-    np.testing.assert_allclose(after.mean(axis=0), before.mean(axis=0), atol=0.05)
-
-
-def test_variance_within_types_is_unbiased_however_few_cells_a_type_has():
-    rng = np.random.default_rng(4)
-    types = np.repeat(np.arange(500), 3)
-    x = rng.normal(0, 2, (1500, 2)) + 100 * types[:, None]
-    np.testing.assert_allclose(within_type_variance(x, types), 4, rtol=0.1)
 
 
 def test_a_rare_type_borrows_deviations_and_stays_in_its_place(fitted):
