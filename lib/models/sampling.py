@@ -170,7 +170,7 @@ def sample(
     if condition_idx is None and "condition_shift" in prior:
         condition_idx = conditions.assign(prior, cell_type_idx, seed)
 
-    group, rate, sizes = (v.cpu().numpy() for v in (model.outlier_group, model.outlier_rate, model.outlier_sizes))
+    of_outliers = model.outlier_group.cpu().numpy(), model.outlier_rate.cpu().numpy(), model.outlier_sizes.cpu().numpy()
 
     @torch.no_grad()
     def sample_block(stream: tuple[slice, torch.Generator]) -> sp.csr_matrix:
@@ -192,7 +192,7 @@ def sample(
         order = y.argsort(stable=True)
         likelihoods = _by_type(model, y, z, log_library.exp() * model.library_median, log_ratio, order)
         counts = sample_counts(likelihoods, generator)[order.argsort().cpu().numpy()]
-        outliers.put_back(counts, group, rate, sizes, generator)
+        outliers.put_back(counts, *of_outliers, generator)
         return counts
 
     streams = random_streams(len(cell_type_idx), seed, blocks, model.device)
