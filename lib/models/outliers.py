@@ -1,6 +1,6 @@
 """Outlier counts: single genes of single cells, counted tens of times more often than their mean expression explains.
 
-In some data sets about one molecule in 500 has a count of 5 to 60, whatever its gene, as if its copies had been counted (pbmc3k, of
+In some data sets about one molecule in 500 has a count of 10 to 60, whatever its gene, as if its copies had been counted (pbmc3k, of
 10x's first chemistry: of the genes that less than 1 % of the cells hold, .2 % of the counts above 0 are 10 or more). A negative
 binomial explains them by a small theta, which makes all other counts too variable; they also blur mean expression and axes. So they
 are replaced before training. New cells get them back: each counted molecule is an outlier with the same probability.
@@ -17,7 +17,7 @@ from lib.data.batches import CellDataset
 from lib.models.profiles import log_theta_by_moments, type_profiles
 
 MAX_CELLS = 10_000  # random cells in which outliers are studied, at most
-MIN_COUNT = 5  # smaller counts are never outliers
+MIN_COUNT = 10  # smaller counts are never outliers: 5 to 9 may well be a gene that few cells switch on
 PROBABILITY = 0.9  # of being an outlier, above which a count is replaced
 N_ROUNDS = 5
 N_GROUPS, MIN_PER_GROUP = 10, 20  # groups of genes at most; outliers of each at least
@@ -69,13 +69,13 @@ class Outliers(NamedTuple):
 def find(dataset: CellDataset, n_cell_types: int, seed: int) -> Outliers:
     """Estimate mean expression and theta without outliers, and outliers without the other counts, in turns.
 
-    The first round takes all other counts for Poisson, and one molecule in 1,000 for an outlier of 5, 20 or 50 counts.
+    The first round takes all other counts for Poisson, and one molecule in 1,000 for an outlier of 10, 20 or 50 counts.
     """
     rng = np.random.default_rng(seed)
     sample = dataset.subset(np.sort(rng.permutation(len(dataset))[:MAX_CELLS]))
     counts = sp.vstack([block for block, _ in sample.blocks()], format="csr")
     others, theta = counts, np.full(dataset.n_genes, 1e4)
-    group, rate, sizes = np.zeros(dataset.n_genes, dtype=np.int64), np.array([1e-3]), np.array([[5.0, 20.0, 50.0]])
+    group, rate, sizes = np.zeros(dataset.n_genes, dtype=np.int64), np.array([1e-3]), np.array([[10.0, 20.0, 50.0]])
     for turn in range(N_ROUNDS):
         cells = CellDataset(others, sample.cell_type_idx, dataset.device)
         profiles = type_profiles(cells, n_cell_types)
