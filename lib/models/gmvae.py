@@ -7,7 +7,7 @@ One cell has a type y, a library size l and counts x. Generative model:
     p(l|z,y)      log l ~ Normal(mean(z), scale(y)^2)
     p(x|z,y,l)    NB or ZINB, mean l softmax(a(y) f(z) + log profile(y)), inverse dispersion theta(y)
 
-Inference model: q(y|x) and q(z|x,y).
+Inference model: q(y|x) and q(z|x,y). Counts are those without outliers, which new cells get back (`lib.models.outliers`).
 
 By default f is linear and each type has its own mean profile, so that z describes how cells of one type differ. Training starts
 on the axes of that variation (`lib.models.axes`); the loading ratio a(y), near 1, is how strongly a gene follows z in a type. In

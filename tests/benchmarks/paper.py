@@ -4,14 +4,14 @@ run     python tests/benchmarks/paper.py --data data/counts.h5ad --epochs 10 30 
         python tests/benchmarks/paper.py --data pbmc68k_reduced --epochs 10 100 1000
         python tests/benchmarks/paper.py --data simulated --epochs 1 10                  (10,360 cells, the size of GSE130148)
 
-The data are split as in fidelity.py. Each preset trains by the real stages, in processes of their own, on the train cells alone
-with the types of the data, and generates as many cells of each type as there are test cells. The paper's model is evaluated after
-each number of --epochs: the curve of its quality. Likelihood: log p(x|y) of test cells in nats per cell, integrated over z and,
-for ours, over the library size, which the published model does not have, so both say how probable the same counts are. It is an
-importance-weighted bound of 20 samples. Proportions: mean absolute error on mixtures of test cells with random proportions, ours
-by regression, the paper's by scTAPE as published, except for gene lengths, which the counts of UMIs do not need. Seconds of the
-processor (with OMP_NUM_THREADS=1: of one core, however busy the machine is) and largest memory are those of the process of stage 3
-(proportions: of stages 2 and 4).
+The data are split as in fidelity.py. Each preset trains by the real stages, in processes of their own, on the train cells alone with
+the types of the data, and generates as many cells of each type as there are test cells. The paper's model is evaluated after each
+number of --epochs: the curve of its quality. Likelihood: log p(x|y) of test cells in nats per cell, integrated over z and, for ours,
+over the library size, which the published model does not have, so both say how probable the same counts are. It is an importance-
+weighted bound of 20 samples, of the counts without outliers (lib/models/outliers.py). Proportions: mean absolute error on mixtures of
+test cells with random proportions, ours by regression, the paper's by scTAPE as published, except for gene lengths, which the counts of
+UMIs do not need. Seconds of the processor (with OMP_NUM_THREADS=1: of one core, however busy the machine is) and largest memory are
+those of the process of stage 3 (proportions: of stages 2 and 4).
 """
 
 import argparse
@@ -24,6 +24,7 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 import torch
 from scale import run, simulate
 from shared import CPU, ROOT, STAGES, Workplace, add_data_option, evaluation_cells, load, with_counts, workplace
@@ -35,6 +36,7 @@ from lib.checkpoints import load_checkpoint
 from lib.data.batches import CellDataset
 from lib.evaluation import metrics
 from lib.evaluation.report import EvaluationCells, fidelity_and_memorisation
+from lib.models import outliers
 from lib.models.gmvae import GMVAE
 from lib.models.likelihoods import gaussian_log_prob
 
@@ -72,12 +74,16 @@ def log_likelihood(model: GMVAE, dataset: CellDataset, seed: int = 0) -> np.ndar
 def evaluate(model: torch.nn.Module, evaluation: EvaluationCells) -> pd.Series:
     """Likelihood of the test cells, and fidelity of as many generated cells of the same types."""
     types = evaluation.test.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64)
-    test = CellDataset(evaluation.test.X, types, CPU)
+    train = [evaluation.real_reference, evaluation.unseen_train]
+    train_types = np.concatenate([part.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64) for part in train])
+    train_cells = CellDataset(sp.vstack([part.X for part in train], format="csr"), train_types, CPU)
+    found = outliers.find(train_cells, types.max() + 1, evaluation.seed)
+    test = CellDataset(evaluation.test.X, types, CPU).corrected(found.replace)
     is_ours = isinstance(model, GMVAE)
     likelihood = log_likelihood(model, test) if is_ours else model.log_likelihood(test, N_IMPORTANCE_SAMPLES)
     cells = with_counts(evaluation.test, registry.generate(model, types, evaluation.seed))
-    found = fidelity_and_memorisation(evaluation, cells)
-    return pd.concat([pd.Series({"log p(x|y) of test cells": likelihood.mean()}), found[SHOWN]])
+    figures = fidelity_and_memorisation(evaluation, cells)
+    return pd.concat([pd.Series({"log p(x|y) of test cells": likelihood.mean()}), figures[SHOWN]])
 
 
 def stage(place: Workplace, number: int, *options: str) -> tuple[float, float]:
