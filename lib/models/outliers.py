@@ -3,7 +3,7 @@
 In some data sets about one molecule in 500 has a count of 10 to 60, whatever its gene, as if its copies had been counted (pbmc3k, of
 10x's first chemistry: of the genes that less than 1 % of the cells hold, .2 % of the counts above 0 are 10 or more). A negative
 binomial explains them by a small theta, which makes all other counts too variable; they also blur mean expression and axes. So they
-are replaced before training. New cells get them back: each counted molecule is an outlier with the same probability.
+are replaced before training, and new cells get back as many of the same sizes.
 """
 
 from typing import NamedTuple
@@ -31,9 +31,7 @@ class Outliers(NamedTuple):
     genes of similar expression.
     """
 
-    profiles: (
-        np.ndarray
-    )  # (n_cell_types + 1, n_genes) mean fraction of the counts; last row: all types, for cells without one
+    profiles: np.ndarray  # (n_cell_types + 1, n_genes) mean fraction of the counts; last row: of cells without a type
     theta: np.ndarray  # (n_genes,) inverse dispersion of the counts that are no outliers
     group: np.ndarray  # (n_genes,) of each gene, 0 to N_GROUPS - 1
     rate: np.ndarray  # (N_GROUPS,) probability that a counted molecule is an outlier that can be found
@@ -112,7 +110,9 @@ def put_back(
         return
     seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
     rng = np.random.Generator(np.random.SFC64(seed))
-    expected = (counts.data * rate[group[counts.indices]]).cumsum()  # number of outliers up to each entry
+    expected = (counts.data * rate[group[counts.indices]]).cumsum(
+        dtype=np.float64
+    )  # number of outliers up to each entry
     entries = np.searchsorted(expected, rng.uniform(0, expected[-1], rng.poisson(expected[-1])), side="right")
     entries = np.minimum(entries, counts.nnz - 1)
     size = sizes[group[counts.indices[entries]], rng.integers(0, sizes.shape[1], len(entries))]
