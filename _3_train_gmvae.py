@@ -208,11 +208,11 @@ def train_gmvae(
     torch.manual_seed(SEED)
     found = outliers.find(train, len(about["cell_types"]), SEED)
     train, held_out = (cells.corrected(found.replace) for cells in (train, held_out))
-    print(f"outlier counts: {found.rate.max() * 1e4:.1f} of 10,000 counted molecules; replaced for the training")
+    print(f"outlier counts: up to {found.rate.max() * 1e4:.1f} of 10,000 counted molecules; replaced for the training")
     marginals = gene_marginals(train, len(about["cell_types"]))
     model = make_model(train, marginals).to(train.device)
-    for buffer, values in zip((model.outlier_group, model.outlier_rate, model.outlier_sizes), found[2:]):
-        buffer.copy_(torch.from_numpy(values))
+    for name in ("group", "rate", "sizes"):
+        getattr(model, f"outlier_{name}").copy_(torch.from_numpy(getattr(found, name)))
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=LEARNING_RATE, fused=True)
     generator = torch.Generator(train.device).manual_seed(SEED)
     trainer = Trainer("gmvae", model, optimizer, generator, about | {"arguments": model.arguments}, models, PATIENCE)

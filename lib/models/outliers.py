@@ -11,10 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import scipy.sparse as sp
 import torch
-from scipy.special import gammaln
 
 from lib.data.batches import CellDataset
-from lib.models.profiles import log_theta_by_moments, type_profiles
+from lib.models.profiles import gamma_poisson_log_prob, log_theta_by_moments, type_profiles
 
 MAX_CELLS = 10_000  # random cells in which outliers are studied, at most
 MIN_COUNT = 10  # smaller counts are never outliers: 5 to 9 may well be a gene that few cells switch on
@@ -57,7 +56,7 @@ class Outliers(NamedTuple):
         sizes = self.sizes[self.rate.argmax()]
         x, total = counts.data[entries].astype(np.float64), mu + sizes.mean()
         theta_of_total = total**2 / (mu**2 / theta + sizes.var() + 1e-9)
-        log_odds = _nb_log_prob(x, total, theta_of_total) - _nb_log_prob(x, mu, theta)
+        log_odds = gamma_poisson_log_prob(x, total, theta_of_total) - gamma_poisson_log_prob(x, mu, theta)
         log_odds += np.log(np.expm1(np.maximum(self.rate.max() * mu, 1e-300)))
         expected = np.maximum(1, mu.round())
         is_outlier = (log_odds > np.log(PROBABILITY / (1 - PROBABILITY))) & (x > expected)
@@ -117,8 +116,3 @@ def put_back(
     entries = np.minimum(entries, counts.nnz - 1)
     size = sizes[group[counts.indices[entries]], rng.integers(0, sizes.shape[1], len(entries))]
     np.add.at(counts.data, entries, size.round())
-
-
-def _nb_log_prob(x: np.ndarray, mu: np.ndarray, theta: np.ndarray) -> np.ndarray:
-    log_rising = gammaln(x + theta) - gammaln(theta) - gammaln(x + 1)
-    return log_rising - theta * np.log1p(mu / theta) + x * np.log(mu / (mu + theta))

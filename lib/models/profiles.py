@@ -64,7 +64,7 @@ def shrunken_ratio(x: np.ndarray, expected: np.ndarray) -> np.ndarray:
 def posterior_ratio(x: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Posterior mean and variance of the ratios of `shrunken_ratio`."""
     shapes = 1 / PROFILE_VARIATION  # 1/c
-    log_evidence = np.stack([_gamma_poisson(x, expected, shape).sum(axis=0) for shape in shapes])
+    log_evidence = np.stack([gamma_poisson_log_prob(x, expected, shape).sum(axis=0) for shape in shapes])
     evidence = np.exp(log_evidence - log_evidence.max(axis=0))
     weights = np.empty_like(evidence)
     by_expression = np.array_split(np.argsort(expected.sum(axis=0), kind="stable"), min(10, max(1, x.shape[1] // 100)))
@@ -141,8 +141,8 @@ def _per_type(weight: np.ndarray, cell_type_idx: np.ndarray, n_cell_types: int) 
     )
 
 
-def _gamma_poisson(x: np.ndarray, mean: np.ndarray, shape: float) -> np.ndarray:
-    """log p(x) for x ~ Poisson(rate), rate ~ Gamma(shape, mean `mean`)."""
+def gamma_poisson_log_prob(x: np.ndarray, mean: np.ndarray, shape: np.ndarray | float) -> np.ndarray:
+    """log p(x) for x ~ Poisson(rate), rate ~ Gamma(shape, mean `mean`): NB(mean, theta = shape). All arrays of one shape."""
     log_rising = gammaln(x + shape) - gammaln(shape) - gammaln(x + 1)
     return log_rising + shape * np.log(shape / (shape + mean)) + x * np.log(np.maximum(mean, 1e-300) / (shape + mean))
 

@@ -24,7 +24,6 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 import torch
 from scale import run, simulate
 from shared import CPU, ROOT, STAGES, Workplace, add_data_option, evaluation_cells, load, with_counts, workplace
@@ -71,14 +70,17 @@ def log_likelihood(model: GMVAE, dataset: CellDataset, seed: int = 0) -> np.ndar
     return torch.cat(parts).numpy()
 
 
-def evaluate(model: torch.nn.Module, evaluation: EvaluationCells) -> pd.Series:
-    """Likelihood of the test cells, and fidelity of as many generated cells of the same types."""
-    types = evaluation.test.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64)
-    train = [evaluation.real_reference, evaluation.unseen_train]
-    train_types = np.concatenate([part.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64) for part in train])
-    train_cells = CellDataset(sp.vstack([part.X for part in train], format="csr"), train_types, CPU)
-    found = outliers.find(train_cells, types.max() + 1, evaluation.seed)
-    test = CellDataset(evaluation.test.X, types, CPU).corrected(found.replace)
+def without_outliers(train: ad.AnnData, test: ad.AnnData, seed: int) -> CellDataset:
+    """The test cells, their outliers found by comparison with the train cells."""
+    of_train, of_test = (
+        CellDataset(part.X, part.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64), CPU) for part in (train, test)
+    )
+    return of_test.corrected(outliers.find(of_train, of_test.cell_type_idx.max() + 1, seed).replace)
+
+
+def evaluate(model: torch.nn.Module, evaluation: EvaluationCells, test: CellDataset) -> pd.Series:
+    """Likelihood of the test cells (`without_outliers`), and fidelity of as many generated cells of the same types."""
+    types = test.cell_type_idx
     is_ours = isinstance(model, GMVAE)
     likelihood = log_likelihood(model, test) if is_ours else model.log_likelihood(test, N_IMPORTANCE_SAMPLES)
     cells = with_counts(evaluation.test, registry.generate(model, types, evaluation.seed))
@@ -94,7 +96,7 @@ def stage(place: Workplace, number: int, *options: str) -> tuple[float, float]:
     return after.children_user + after.children_system - before.children_user - before.children_system, memory
 
 
-def generators(place: Workplace, evaluation: EvaluationCells, epochs: list[int]) -> pd.DataFrame:
+def generators(place: Workplace, train: ad.AnnData, evaluation: EvaluationCells, epochs: list[int]) -> pd.DataFrame:
     """Rows: real train cells, ours, and the paper's model after each number of epochs."""
     real = metrics.fidelity(evaluation.test, evaluation.real_reference, evaluation.genes, evaluation.seed)
     rows = {"real train cells": real[SHOWN]}
@@ -112,12 +114,13 @@ def generators(place: Workplace, evaluation: EvaluationCells, epochs: list[int])
         ]
         runs.append((f"paper, {n:,} of 4,000 epochs", "paper_gmvae", options))
     seconds = {"gmvae": 0.0, "paper_gmvae": 0.0}
+    test = without_outliers(train, evaluation.test, evaluation.seed)
     for name, generator, options in runs:
         added, memory = stage(place, 3, *options)
         seconds[generator] += added
         model = registry.load(load_checkpoint(place.models / f"{generator}.pt", STAGES[3]), CPU)
         cost = pd.Series({"training, CPU s": seconds[generator], "peak memory, GB": memory})
-        rows[name] = pd.concat([evaluate(model, evaluation), cost])
+        rows[name] = pd.concat([evaluate(model, evaluation, test), cost])
         print(rows[name].rename(name).to_frame().T.round(3).to_string(), flush=True)
     return pd.DataFrame(rows).loc[rows["ours"].index]
 
@@ -164,7 +167,7 @@ def main() -> None:
             simulate(N_LUNG_CELLS, Path(arguments.data))
         train, test = load(arguments.data)
         with workplace(train, test) as place:
-            table = generators(place, evaluation_cells(train, test, arguments.seed), arguments.epochs)
+            table = generators(place, train, evaluation_cells(train, test, arguments.seed), arguments.epochs)
             print(f"\n{arguments.data}, seed {arguments.seed}\n" + table.round(3).to_string(), flush=True)
             if arguments.sctape_epochs:
                 table = deconvolutions(place, train, arguments.sctape_epochs)
