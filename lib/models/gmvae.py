@@ -5,13 +5,15 @@ One cell has a type y, a library size l and counts x. Generative model:
     p(y)          Categorical(frequency of the types)
     p(z|y)        Normal(mean(y), variance(y))
     p(l|z,y)      log l ~ Normal(mean(z), scale(y)^2)
-    p(x|z,y,l)    NB or ZINB, mean l softmax(a(y) f(z) + log profile(y)), inverse dispersion theta(y)
+    p(x|z,y,l)    NB or ZINB, mean l softmax(log(ELU(a(y) f(z)) + 1) + log profile(y)), inverse dispersion theta(y)
 
 Inference model: q(y|x) and q(z|x,y). Counts are those without outliers, which new cells get back (`lib.models.outliers`).
 
 By default f is linear and each type has its own mean profile, so that z describes how cells of one type differ. Training starts
-on the axes of that variation (`lib.models.axes`); the loading ratio a(y), near 1, is how strongly a gene follows z in a type. In
-the paper f is a network, no parameter of p(x|z,y,l) depends on y, and z describes the type as well.
+on the axes of that variation (`lib.models.axes`); the loading ratio a(y), near 1, is how strongly a gene follows z in a type. ELU + 1,
+as in the paper, is exponential where a gene falls, and linear where it rises: with an exponential there too, the genes of most
+counts have upper tails that real ones lack. In the paper f is a network, no parameter of p(x|z,y,l) depends on y, and z describes
+the type as well; with an mlp decoder, the mean is l softmax(f(z) + log profile).
 
 A labelled cell is trained on the bound of its own type. A cell without a label is trained on the sum over all types, weighted
 by q(y|x) (Kingma et al. 2014, "Semi-supervised learning with deep generative models", eqs. 6-7), which is K times the work.
@@ -158,6 +160,7 @@ class GMVAE(nn.Module):
         logits = self.p_x_zyl_log_mean(h).float()
         if self.log_loading_ratio is not None:
             logits = logits * (y @ self.log_loading_ratio.exp())
+            logits = logits.clamp(max=0) + logits.relu().log1p()  # log(ELU + 1), without its rounding error below 0
         logits = logits + self.log_profiles[cell_type_idx]
         log_theta: torch.Tensor = self.log_theta
         if self.log_theta_ratio is not None:

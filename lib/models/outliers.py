@@ -18,6 +18,9 @@ from lib.models.profiles import gamma_poisson_log_prob, log_theta_by_moments, ty
 MAX_CELLS = 10_000  # random cells in which outliers are studied, at most
 MIN_COUNT = 10  # smaller counts are never outliers: 5 to 9 may well be a gene that few cells switch on
 PROBABILITY = 0.9  # of being an outlier, above which a count is replaced
+AS_OTHER_TYPE = (
+    0.005  # probability that a cell expresses a gene as another type does: doublets, wrong labels, precursors
+)
 N_ROUNDS = 5
 N_GROUPS, MIN_PER_GROUP = 10, 20  # groups of genes at most; outliers of each at least
 N_SIZES = 256  # quantiles kept of the sizes
@@ -47,16 +50,21 @@ class Outliers(NamedTuple):
         """Places of the outliers in `counts.data`, and expected counts, whole numbers.
 
         An outlier is the sum of an NB(mu, theta) and a size, taken as an NB of the same mean and variance. A gene of a cell has one
-        with probability 1 - exp(-rate x mu). Rate and sizes are those of the group of genes that shows most outliers.
+        with probability 1 - exp(-rate x mu). Rate and sizes are those of the group of genes that shows most outliers. Other counts
+        are NB(mu, theta) with the mean of the cell's type or, rarely, of the type in which the gene is highest.
         """
         entries = np.flatnonzero(counts.data >= MIN_COUNT)
         cells, genes = np.searchsorted(counts.indptr, entries, side="right") - 1, counts.indices[entries]
         library_size = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
         mu, theta = library_size[cells] * self.profiles[cell_type_idx[cells], genes], self.theta[genes]
+        highest = library_size[cells] * self.profiles.max(axis=0)[genes]
         sizes = self.sizes[self.rate.argmax()]
         x, total = counts.data[entries].astype(np.float64), mu + sizes.mean()
         theta_of_total = total**2 / (mu**2 / theta + sizes.var() + 1e-9)
-        log_odds = gamma_poisson_log_prob(x, total, theta_of_total) - gamma_poisson_log_prob(x, mu, theta)
+        log_other = np.logaddexp(
+            gamma_poisson_log_prob(x, mu, theta), np.log(AS_OTHER_TYPE) + gamma_poisson_log_prob(x, highest, theta)
+        )
+        log_odds = gamma_poisson_log_prob(x, total, theta_of_total) - log_other
         log_odds += np.log(np.expm1(np.maximum(self.rate.max() * mu, 1e-300)))
         expected = np.maximum(1, mu.round())
         is_outlier = (log_odds > np.log(PROBABILITY / (1 - PROBABILITY))) & (x > expected)

@@ -69,6 +69,16 @@ def test_the_bound_rises_with_importance_samples_to_the_likelihood(data, model):
     assert one < few < many
 
 
+def test_mean_expression_is_elu_plus_one_of_a_linear_function_of_z(data, model):
+    z, y = torch.tensor([[3.0], [-3.0], [-60.0]]).expand(-1, model.n_latent), torch.tensor([0, 1, 2])
+    weight = model.p_x_zyl_log_mean.weight.detach().sum(dim=1).double()
+    t = model.log_loading_ratio.detach().exp().double()[y] * (z[:, :1] * weight + model.p_x_zyl_log_mean.bias.detach())
+    relative = torch.where(t > 0, 1 + t, t.exp())
+    expected = relative.log() + model.log_profiles[y]
+    assert (t > 0.5).any() and (t < -20).any()
+    torch.testing.assert_close(model.p_x(z, torch.ones(3), y).logits.double(), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_likelihood_is_exact_where_z_does_nothing(data, model):
     """With a decoder that ignores z, p(x|y,l) is one negative binomial, and every importance weight must cancel to it."""
     blind = GMVAE(**model.arguments)
@@ -83,8 +93,10 @@ def test_the_likelihood_is_exact_where_z_does_nothing(data, model):
     )
     for head, bias in heads:
         torch.nn.init.zeros_(head.weight), torch.nn.init.constant_(head.bias, bias)
+    torch.nn.init.zeros_(blind.q_z_xy_axes.weight), torch.nn.init.zeros_(blind.q_z_xy_axes_offset)
     test, batch = CellDataset(*data[1], CPU), all_cells(*data[1])
-    logits = (blind.p_x_zyl_log_mean.bias * blind.log_loading_ratio.exp() + blind.log_profiles)[batch.cell_type_idx]
+    relative_mean = torch.nn.functional.elu(blind.p_x_zyl_log_mean.bias * blind.log_loading_ratio.exp()) + 1
+    logits = (relative_mean.log() + blind.log_profiles)[batch.cell_type_idx]
     log_theta = (blind.log_theta + blind.log_theta_ratio)[batch.cell_type_idx]
     exact = nb_log_prob(batch, logits, batch.library_size.log(), log_theta).detach().numpy()
     assert blind.eval().log_likelihood(test, n_samples=2000).mean() == pytest.approx(exact.mean(), abs=0.1)
