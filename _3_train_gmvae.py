@@ -40,7 +40,7 @@ PRESET: Literal["ours", "paper"] = "ours"  # paper: the settings of the paper, e
 N_LATENT: Count = 32  # dimensions of z (paper); linear decoder: at most, as many as held-out cells confirm (ours)
 HIDDEN: tuple[Count, ...] = (128, 64)  # layers of q(z|x,y), and of an mlp decoder in reverse (paper)
 LIKELIHOOD: Literal["nb", "zinb"] = "nb"  # of counts: without or with zero inflation
-DECODER: Literal["linear", "mlp"] = "linear"  # z to log means: a matrix or layers
+DECODER: Literal["linear", "mlp"] = "linear"  # z to mean expression: a matrix or layers
 DISPERSION: Literal["gene", "gene-type"] = "gene-type"  # one theta for each gene, or for each gene and type
 PRIOR: Literal["posterior", "gaussian"] = (
     "posterior"  # of z of new cells: that of train cells, or p(z|y) (as the paper)
