@@ -28,7 +28,7 @@ from torch import nn
 
 from lib.data.batches import Batch, CellDataset
 from lib.models.aggregated_posterior import Prior
-from lib.models.layers import SparseLinear, Tower, mlp, sparse_linear
+from lib.models.layers import LogEluPlusOne, SparseLinear, Tower, mlp, sparse_linear
 from lib.models.likelihoods import Likelihood, gaussian_kl, gaussian_log_prob
 from lib.models.outliers import N_GROUPS, N_SIZES
 
@@ -159,8 +159,7 @@ class GMVAE(nn.Module):
         y = self.one_hot(cell_type_idx)
         logits = self.p_x_zyl_log_mean(h).float()
         if self.log_loading_ratio is not None:
-            logits = logits * (y @ self.log_loading_ratio.exp())
-            logits = logits.clamp(max=0) + logits.relu().log1p()  # log(ELU + 1), without its rounding error below 0
+            logits = LogEluPlusOne.apply(logits * (y @ self.log_loading_ratio.exp()))
         logits = logits + self.log_profiles[cell_type_idx]
         log_theta: torch.Tensor = self.log_theta
         if self.log_theta_ratio is not None:

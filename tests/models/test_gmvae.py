@@ -13,6 +13,7 @@ from helpers import simulated_cells, trained_gmvae
 
 from lib.data.batches import CellDataset
 from lib.models.gmvae import GMVAE
+from lib.models.layers import LogEluPlusOne
 from lib.models.likelihoods import Likelihood, nb_log_prob, sample_counts, sample_positive_nb
 from lib.models.profiles import gene_marginals, nb_per_type_log_likelihood
 from lib.models.sampling import BLOCK_CELLS, fit_prior, generate, sample, sample_z
@@ -77,6 +78,8 @@ def test_mean_expression_is_elu_plus_one_of_a_linear_function_of_z(data, model):
     expected = relative.log() + model.log_profiles[y]
     assert (t > 0.5).any() and (t < -20).any()
     torch.testing.assert_close(model.p_x(z, torch.ones(3), y).logits.double(), expected, rtol=1e-4, atol=1e-4)
+    points = torch.tensor([-40.0, -0.1, 0.1, 40.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(LogEluPlusOne.apply, points)
 
 
 def test_the_likelihood_is_exact_where_z_does_nothing(data, model):
