@@ -14,7 +14,7 @@ import torch
 
 from lib.files import Unusable, check_same_names, check_same_split, check_unpacked, reading, replacing, require
 
-CHECKPOINT_FORMAT = 5  # raised when checkpoints of older versions cannot be used any more
+CHECKPOINT_FORMAT = 6  # raised when checkpoints of older versions cannot be used any more
 EVERY_CHECKPOINT = ("stage", "constants", "arguments", "gene_names", "cell_types", "split_id", "weights", "epoch")
 TO_RESUME = ("device", "optimizer", "scheduler", "history", "rng")  # what a checkpoint also needs to be continued
 FREE_TO_CHANGE = {

@@ -124,29 +124,21 @@ def split_only(tmp_path, adata: ad.AnnData, **constants) -> Workplace:
     return place
 
 
-def trained_gmvae(counts, cell_type_idx, epochs: int = 150, seed: int = 0, on_axes: bool = False, **arguments) -> GMVAE:
-    """A GMVAE of three types. on_axes: z starts on the within-type axes, as in stage 3; otherwise four dimensions, at random."""
+def trained_gmvae(counts, cell_type_idx, epochs: int = 150, seed: int = 0, **arguments) -> GMVAE:
+    """A GMVAE of three types."""
     torch.manual_seed(seed)
     dataset, generator = CellDataset(counts, cell_type_idx, CPU), torch.Generator().manual_seed(seed)
     marginals = gene_marginals(dataset, 3)
-    axes = within_type_axes(dataset, marginals, 8, seed) if on_axes else None
-    model = GMVAE(
-        counts.shape[1],
-        3,
-        n_latent=len(axes.variance) if on_axes else 4,
-        hidden=(32, 16),
-        **({"likelihood": "nb"} | arguments),
-    )
+    axes = within_type_axes(dataset, marginals, 8, seed)
+    model = GMVAE(counts.shape[1], 3, n_latent=len(axes.variance), hidden=32, **arguments)
     initialise(model, dataset, marginals, axes)
     dispersion = [p for n, p in model.named_parameters() if n.startswith(("log_theta", "log_loading"))]
     others = [p for n, p in model.named_parameters() if not n.startswith(("log_theta", "log_loading"))]
     optimizer = torch.optim.Adam([{"params": dispersion, "lr": 2e-2}, {"params": others}], lr=3e-3)
-    for epoch in range(epochs):
+    for _ in range(epochs):
         for batch in dataset.shuffled(64, generator):
             optimizer.zero_grad()
-            model(batch, torch.randn(batch.n_cells, model.n_latent, generator=generator), min(1.0, epoch / 50))[
-                "loss"
-            ].backward()
+            model(batch, torch.randn(batch.n_cells, model.n_latent, generator=generator))["loss"].backward()
             optimizer.step()
     return model.eval()
 

@@ -13,7 +13,7 @@ from lib.data.counts import write_counts
 from lib.parallel import in_threads
 
 pytestmark = pytest.mark.slow
-SMALL = "--hidden 16 8 --n-latent 4 --batch-size 64 --epochs 4 --learning-rate 0.01 --device cpu".split()
+SMALL = "--hidden 16 --n-latent 4 --batch-size 64 --epochs 4 --learning-rate 0.01 --device cpu".split()
 
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

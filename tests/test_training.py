@@ -19,7 +19,7 @@ from lib.parallel import pick_device
 from lib.training import Trainer, clip_gradients
 
 STAGE = "_3_train_gmvae.py"
-SMALL = {"DROPOUT": 0.1, "EPOCHS": 6, "KL_WARMUP_EPOCHS": 2, "N_LATENT": 4, "HIDDEN": (16, 8), "DEVICE": "cpu"}
+SMALL = {"EPOCHS": 6, "N_LATENT": 4, "HIDDEN": 16, "DEVICE": "cpu"}
 
 
 def workplace(path, seed: int = 0) -> Workplace:
@@ -68,9 +68,7 @@ def test_same_seed_same_model_and_another_seed_another(uninterrupted, tmp_path):
 
 def test_the_best_epoch_is_kept_not_the_last(tmp_path):
     place = workplace(tmp_path)
-    place.main(
-        STAGE, **SMALL | {"EPOCHS": 200, "LEARNING_RATE": 0.1, "PATIENCE": 6, "WEIGHT_DECAY": 0.0}
-    )  # memorises the cells
+    place.main(STAGE, **SMALL | {"EPOCHS": 200, "LEARNING_RATE": 0.1, "PATIENCE": 6})  # memorises the cells
     history = pd.read_csv(place.models / "gmvae_history.csv")
     best = load_checkpoint(place.models / "gmvae.pt", STAGE)
     assert best["epoch"] == history.loc[history["held_out_stopping_criterion"].idxmin(), "epoch"] < len(history) < 200
@@ -80,7 +78,7 @@ def test_the_best_epoch_is_kept_not_the_last(tmp_path):
 def test_a_checkpoint_is_a_plain_dict(uninterrupted):
     best = load_checkpoint(uninterrupted.models / "gmvae.pt", STAGE)
     assert best["gene_names"][:2] == ["GENE0", "GENE1"] and best["cell_types"] == ["type 0", "type 1", "type 2"]
-    assert best["constants"]["N_LATENT"] == 4 and best["arguments"]["hidden"] == (16, 8)
+    assert best["constants"]["N_LATENT"] == 4 and best["arguments"]["hidden"] == 16
     assert {"optimizer", "scheduler", "rng", "history"} <= load_checkpoint(
         uninterrupted.models / "gmvae_last.pt", STAGE
     ).keys()
@@ -126,7 +124,8 @@ def test_a_partly_labelled_set_trains(tmp_path):
     write_counts(adata, place.data / "train.h5ad")
     place.main(STAGE, **SMALL)
     history = pd.read_csv(place.models / "gmvae_history.csv")
-    assert history["held_out_loss"].iloc[-1] < history["held_out_loss"].iloc[0]
+    for loss in ("train_loss", "held_out_kl_y"):  # the types of cells that have no part in the training
+        assert history[loss].iloc[-1] < history[loss].iloc[0]
 
 
 def test_a_loss_that_is_not_finite_stops_the_training_and_says_why(tmp_path):

@@ -19,7 +19,6 @@ from lib.data.embedding import embed, principal_components
 from lib.evaluation import metrics, plots_paper
 from lib.evaluation.plots_paper import Architecture
 from lib.models.gmvae import GMVAE
-from lib.models.layers import Tower
 from lib.models.paper_gmvae import PaperGMVAE
 
 N_PCS, N_NEIGHBORS, MIN_DIST = 50, 15, 0.375  # of the UMAP of fig. 3 (original code), on all genes
@@ -93,21 +92,17 @@ def _paper_architecture(model: PaperGMVAE) -> Architecture:
 
 
 def _our_architecture(model: GMVAE) -> Architecture:
-    n_genes, width = model.n_genes, model.q_genes.weight.shape[1] // 3
-
-    def encoder(tower: Tower) -> tuple[int, ...]:
-        return (n_genes, width, *sizes_of(tower.rest)[1:])
-
-    p_z = {"mean": sizes_of(model.p_z_y_mean), "log-variance": sizes_of(model.p_z_y_log_var)}
+    n_genes, has_prior = model.n_genes, model.prior is not None
+    p_z: dict[str, tuple[int, ...]] = dict.fromkeys(("mean", "log-variance"), (model.n_cell_types, model.n_latent))
     heads = {"mean / library size": sizes_of(model.p_x_zyl_log_mean), "dispersion\n(parameters)": (n_genes,)}
     if model.p_x_zyl_zi_logits is not None:
         heads["extra zeros"] = sizes_of(model.p_x_zyl_zi_logits)
     library = {"library size": sizes_of(model.p_l_zy_mean)}
-    is_linear, has_prior = isinstance(model.p_x_zyl_features, nn.Identity), model.prior is not None
     return Architecture(
-        name="Gaussian-mixture VAE (ours)", input="log-normalised counts,\nlibrary size", q_y=encoder(model.q_y_x),
-        q_z={"mean" + " (plus linear axes)" * is_linear: encoder(model.q_z_xy_mean), "log-variance": encoder(model.q_z_xy_log_var)},
-        p_z=p_z, trunk=(model.n_latent,) if is_linear else sizes_of(model.p_x_zyl_features), heads=heads | library,
+        name="Gaussian-mixture VAE (ours)", input="log-normalised counts,\nlibrary size",
+        q_y=(n_genes, *sizes_of(model.q_y_x)),
+        q_z={"mean": (n_genes, model.n_latent), "log-variance": sizes_of(model.q_z_xy_log_var)},
+        p_z=p_z, trunk=(model.n_latent,), heads=heads | library,
         new_z={"train cells\nof type": (model.n_cell_types, model.n_latent + 1)} if has_prior else p_z,
         new_heads=heads if has_prior else heads | library,
         prior=f"z and library size sampled from {'train cells' if has_prior else 'p(z|y) p(l|z,y)'}, then counts",

@@ -1,6 +1,6 @@
 """Figures 1, 3 and 4 of the paper (bulk2sc_GMVAE), drawn of the model that was trained and the cells that it generated."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,13 +68,13 @@ class _Diagram:
     def network(
         self,
         starts: Iterable[tuple[float, float]],
-        xs: Iterable[float],
+        xs: Sequence[float],
         y: float,
-        sizes: Iterable[int],
+        sizes: Sequence[int],
         label: str = "",
     ) -> tuple[float, float]:
-        """Layers from left to right, the first connected with all `starts`; returns the middle of the last one."""
-        places = list(zip(xs, sizes))
+        """Layers from left to right, at the last of `xs`, the first connected with all `starts`; returns the middle of the last."""
+        places = list(zip(xs[-len(sizes) :], sizes))
         for i, (x, n_units) in enumerate(places):
             here = self.layer(x, y, n_units, label if i == len(places) - 1 else "")
             for start in starts:
@@ -135,7 +135,7 @@ def _decoder(
     ends = []
     for (name, sizes), row in zip(heads.items(), rows):
         starts = [z] if len(sizes) > 1 else []  # parameters have no input
-        xs = np.linspace(z[0] + 0.17, z[0] + 0.085, max(1, len(sizes) - 1))[::-1]
+        xs = np.linspace(z[0] + 0.17, z[0] + 0.085, max(1, len(sizes) - 1))[::-1].tolist()
         ends.append(diagram.network(starts, xs, row, sizes[1:] or sizes, name))
     return ends
 
@@ -146,7 +146,7 @@ def _deconvolution(diagram: _Diagram, deconvolution: tuple[str, tuple[int, ...]]
         return
     name, sizes = deconvolution
     diagram.axes.text(0.025, 0.345, f"bulk RNA profile: {name}", fontsize=11, va="top")
-    xs = np.linspace(0.05, 0.27, len(sizes))
+    xs = np.linspace(0.05, 0.27, len(sizes)).tolist()
     diagram.network([], xs, 0.19, sizes)
     diagram.axes.text(0.283, 0.19, "propor-\ntions of\nthe types", fontsize=9, va="center")
 

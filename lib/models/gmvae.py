@@ -7,13 +7,18 @@ One cell has a type y, a library size l and counts x. Generative model:
     p(l|z,y)      log l ~ Normal(mean(z), scale(y)^2)
     p(x|z,y,l)    NB or ZINB, mean l softmax(log(ELU(a(y) f(z)) + 1) + log profile(y)), inverse dispersion theta(y)
 
-Inference model: q(y|x) and q(z|x,y). Counts are those without outliers, which new cells get back (`lib.models.outliers`).
+Inference model:
 
-By default f is linear and each type has its own mean profile, so that z describes how cells of one type differ. Training starts
-on the axes of that variation (`lib.models.axes`); the loading ratio a(y), near 1, is how strongly a gene follows z in a type. ELU + 1,
-as in the paper, is exponential where a gene falls, and linear where it rises: with an exponential there too, the genes of most
-counts have upper tails that real ones lack. In the paper f is a network, no parameter of p(x|z,y,l) depends on y, and z describes
-the type as well; with an mlp decoder, the mean is l softmax(f(z) + log profile).
+    q(y|x)        Categorical, one hidden layer
+    q(z|x,y)      Normal; mean and log-variance are linear in log-normalised counts (the mean alone), type and log library size
+
+Counts are those without outliers, which new cells get back (`lib.models.outliers`).
+
+f is linear and each type has its own mean profile, so that z describes how cells of one type differ. Training starts on the axes of
+that variation (`lib.models.axes`); the loading ratio a(y), near 1, is how strongly a gene follows z in a type. ELU + 1, as in the
+paper, is exponential where a gene falls, and linear where it rises: with an exponential there too, the genes of most counts have
+upper tails that real ones lack. In the paper q(z|x,y), p(z|y) and f are networks, no parameter of p(x|z,y,l) depends on y, and z
+describes the type as well.
 
 A labelled cell is trained on the bound of its own type. A cell without a label is trained on the sum over all types, weighted
 by q(y|x) (Kingma et al. 2014, "Semi-supervised learning with deep generative models", eqs. 6-7), which is K times the work.
@@ -28,7 +33,7 @@ from torch import nn
 
 from lib.data.batches import Batch, CellDataset
 from lib.models.aggregated_posterior import Prior
-from lib.models.layers import LogEluPlusOne, SparseLinear, Tower, mlp, sparse_linear
+from lib.models.layers import LogEluPlusOne, SparseLinear, sparse_linear
 from lib.models.likelihoods import Likelihood, gaussian_kl, gaussian_log_prob
 from lib.models.outliers import N_GROUPS, N_SIZES
 
@@ -47,20 +52,16 @@ class GMVAE(nn.Module):
     n_latent
         Dimensions of z.
     hidden
-        Layers of q(z|x,y) from the genes down, and of an mlp decoder in reverse. q(y|x) and p(z|y) have the first layer only.
+        Units of the layer of q(y|x).
     likelihood
         "nb" or "zinb".
-    decoder
-        "linear" or "mlp".
     dispersion
         "gene": one theta per gene; "gene-type": one per gene and type.
-    dropout
-        In the encoders and in an mlp decoder.
 
     After training, `lib.models.sampling.fit_prior` sets `prior`; without it new cells come from p(z|y) and p(l|z,y).
     """
 
-    log_profiles: torch.Tensor  # (n_cell_types, n_genes) mean profiles; the same for all types if the decoder is an mlp
+    log_profiles: torch.Tensor  # (n_cell_types, n_genes) mean profiles
     log_theta_mean: torch.Tensor  # mean of log theta over genes
     n_train_cells: torch.Tensor
     library_median: torch.Tensor  # of the train cells
@@ -70,31 +71,21 @@ class GMVAE(nn.Module):
     outlier_sizes: torch.Tensor
 
     def __init__(
-        self, n_genes: int, n_cell_types: int, n_latent: int = 32, hidden: tuple[int, ...] = (128, 64),
-        likelihood: str = "nb", decoder: str = "linear", dispersion: str = "gene-type", dropout: float = 0.0,
+        self, n_genes: int, n_cell_types: int, n_latent: int, hidden: int = 128, likelihood: str = "nb", dispersion: str = "gene-type"
     ):  # fmt: skip
         super().__init__()
         self.arguments = dict(
-            n_genes=n_genes, n_cell_types=n_cell_types, n_latent=n_latent, hidden=tuple(hidden),
-            likelihood=likelihood, decoder=decoder, dispersion=dispersion, dropout=dropout,
+            n_genes=n_genes, n_cell_types=n_cell_types, n_latent=n_latent, hidden=hidden, likelihood=likelihood, dispersion=dispersion
         )  # fmt: skip
         self.n_genes, self.n_cell_types, self.n_latent = n_genes, n_cell_types, n_latent
-        self.q_genes = SparseLinear(n_genes, 3 * hidden[0])  # first layer of the three towers below, as one product
-        self.q_y_x = Tower(1, hidden[:1], n_cell_types, dropout)
-        self.q_z_xy_mean = Tower(n_cell_types + 1, hidden, n_latent, dropout)
-        self.q_z_xy_log_var = Tower(n_cell_types + 1, hidden, n_latent, dropout)
-        self.p_z_y_mean = nn.Sequential(nn.Linear(n_cell_types, hidden[0]), nn.ReLU(), nn.Linear(hidden[0], n_latent))
-        self.p_z_y_log_var = nn.Sequential(
-            nn.Linear(n_cell_types, hidden[0]), nn.ReLU(), nn.Linear(hidden[0], n_latent)
-        )
-        linear = decoder == "linear"
-        self.q_z_xy_axes = SparseLinear(n_genes, n_latent) if linear else None  # adds to the mean of q(z|x,y)
-        self.q_z_xy_axes_offset = nn.Parameter(torch.zeros(n_cell_types, n_latent)) if linear else None
-        self.p_x_zyl_features = nn.Identity() if linear else mlp((n_latent, *reversed(hidden)), dropout)
-        n_features = n_latent if linear else hidden[0]
-        self.p_x_zyl_log_mean = nn.Linear(n_features, n_genes)
-        self.p_x_zyl_zi_logits = nn.Linear(n_features, n_genes) if likelihood == "zinb" else None
-        self.log_loading_ratio = nn.Parameter(torch.zeros(n_cell_types, n_genes)) if linear else None  # log a(y)
+        self.q_y_x_genes, self.q_y_x_library = SparseLinear(n_genes, hidden), nn.Linear(1, hidden)
+        self.q_y_x = nn.Sequential(nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, n_cell_types))
+        self.q_z_xy_axes = SparseLinear(n_genes, n_latent)
+        self.q_z_xy_mean, self.q_z_xy_log_var = (nn.Linear(n_cell_types + 1, n_latent) for _ in range(2))
+        self.p_z_y_mean, self.p_z_y_log_var = (nn.Parameter(torch.zeros(n_cell_types, n_latent)) for _ in range(2))
+        self.p_x_zyl_log_mean = nn.Linear(n_latent, n_genes)
+        self.p_x_zyl_zi_logits = nn.Linear(n_latent, n_genes) if likelihood == "zinb" else None
+        self.log_loading_ratio = nn.Parameter(torch.zeros(n_cell_types, n_genes))  # log a(y)
         self.log_theta = nn.Parameter(torch.zeros(n_genes))
         self.log_theta_ratio = nn.Parameter(torch.zeros(n_cell_types, n_genes)) if dispersion == "gene-type" else None
         self.p_l_zy_mean = nn.Linear(n_latent, 1)
@@ -121,33 +112,22 @@ class GMVAE(nn.Module):
         return F.one_hot(cell_type_idx, self.n_cell_types).float()
 
     def encode_genes(self, batch: Batch) -> torch.Tensor:
-        """First layer of q(y|x) and q(z|x,y), one sparse product: inputs of the three towers and position on the axes."""
-        axes = [] if self.q_z_xy_axes is None else [self.q_z_xy_axes]
-        return sparse_linear(batch.log_normalized(self.library_median), self.q_genes, *axes)
+        """Position on the axes of q(z|x,y) and input of the layer of q(y|x), one sparse product: (n_cells, n_latent + hidden)."""
+        return sparse_linear(batch.log_normalized(self.library_median), self.q_z_xy_axes, self.q_y_x_genes)
 
     def q_y(self, encoded: torch.Tensor, batch: Batch) -> torch.Tensor:
         """q(y|x) as logits, (n_cells, n_cell_types). encoded: from `encode_genes`."""
-        width = self.q_genes.weight.shape[1] // 3
-        return self.q_y_x(encoded[:, :width], self.log_library(batch.library_size))
+        return self.q_y_x(encoded[:, self.n_latent :] + self.q_y_x_library(self.log_library(batch.library_size)))
 
     def q_z(self, encoded: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """q(z|x,y): mean and log-variance, each (n_cells, n_latent). encoded: from `encode_genes`."""
-        extra = torch.cat([self.one_hot(batch.cell_type_idx), self.log_library(batch.library_size)], dim=1)
-        width = self.q_genes.weight.shape[1] // 3
-        for_mean, for_log_var, on_axes = (
-            encoded[:, width : 2 * width],
-            encoded[:, 2 * width : 3 * width],
-            encoded[:, 3 * width :],
-        )
-        mean = self.q_z_xy_mean(for_mean, extra).float()
-        if self.q_z_xy_axes_offset is not None:
-            mean = mean + on_axes + self.q_z_xy_axes_offset[batch.cell_type_idx]
-        return mean, self.q_z_xy_log_var(for_log_var, extra).float().clamp(-10, 6)
+        known = torch.cat([self.one_hot(batch.cell_type_idx), self.log_library(batch.library_size)], dim=1)
+        mean = encoded[:, : self.n_latent] + self.q_z_xy_mean(known).float()
+        return mean, self.q_z_xy_log_var(known).float().clamp(-10, 6)
 
     def p_z(self, cell_type_idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """p(z|y): mean and log-variance, each (n_cells, n_latent)."""
-        y = self.one_hot(cell_type_idx)
-        return self.p_z_y_mean(y).float(), self.p_z_y_log_var(y).float().clamp(-10, 6)
+        return self.p_z_y_mean[cell_type_idx], self.p_z_y_log_var[cell_type_idx].clamp(-10, 6)
 
     def p_l(self, z: torch.Tensor, cell_type_idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """p(l|z,y): mean and log-variance of log(l / median l), each (n_cells,)."""
@@ -155,16 +135,13 @@ class GMVAE(nn.Module):
 
     def p_x(self, z: torch.Tensor, library_size: torch.Tensor, cell_type_idx: torch.Tensor) -> Likelihood:
         """p(x|z,y,l). z: (n_cells, n_latent); library_size, cell_type_idx: (n_cells,)."""
-        h = self.p_x_zyl_features(z)
         y = self.one_hot(cell_type_idx)
-        logits = self.p_x_zyl_log_mean(h).float()
-        if self.log_loading_ratio is not None:
-            logits = LogEluPlusOne.apply(logits * (y @ self.log_loading_ratio.exp()))
-        logits = logits + self.log_profiles[cell_type_idx]
+        f = self.p_x_zyl_log_mean(z).float() * (y @ self.log_loading_ratio.exp())
+        logits = LogEluPlusOne.apply(f) + self.log_profiles[cell_type_idx]
         log_theta: torch.Tensor = self.log_theta
         if self.log_theta_ratio is not None:
             log_theta = log_theta + y @ self.log_theta_ratio
-        zi_logits = None if self.p_x_zyl_zi_logits is None else self.p_x_zyl_zi_logits(h).float()
+        zi_logits = None if self.p_x_zyl_zi_logits is None else self.p_x_zyl_zi_logits(z).float()
         return Likelihood(logits, library_size.log(), log_theta.clamp(*LOG_THETA_RANGE), zi_logits)
 
     def shrinkage_penalty(self) -> torch.Tensor:
@@ -175,8 +152,7 @@ class GMVAE(nn.Module):
         penalty = ((self.log_theta - self.log_theta_mean) / LOG_THETA_SD).square().sum()
         if self.log_theta_ratio is not None:
             penalty = penalty + (self.log_theta_ratio / LOG_THETA_RATIO_SD).square().sum()
-        if self.log_loading_ratio is not None:
-            penalty = penalty + (self.log_loading_ratio / LOG_LOADING_RATIO_SD).square().sum()
+        penalty = penalty + (self.log_loading_ratio / LOG_LOADING_RATIO_SD).square().sum()
         return 0.5 * penalty / self.n_train_cells
 
     def elbo_terms(self, encoded: torch.Tensor, batch: Batch, epsilon: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -195,23 +171,20 @@ class GMVAE(nn.Module):
             "kl_z": gaussian_kl(q_mean, q_log_var, p_mean, p_log_var),
         }
 
-    def forward(self, batch: Batch, epsilon: torch.Tensor, kl_weight: float = 1.0) -> dict[str, torch.Tensor]:
+    def forward(self, batch: Batch, epsilon: torch.Tensor) -> dict[str, torch.Tensor]:
         """Mean loss per cell and its parts, in nats; `loss` is minimised. epsilon: as in `elbo_terms`.
 
-        Labelled cells: reconstruction + library + kl_weight x kl_z, and -log q(y|x) of the label (`kl_y`, the KL between the
-        label and q(y|x)). Cells without a label: the same bound of every type, weighted by q(y|x), and
-        kl_weight x KL(q(y|x) || p(y)).
+        Labelled cells: reconstruction + library + kl_z, and -log q(y|x) of the label (`kl_y`, the KL between the label and
+        q(y|x)). Cells without a label: the same bound of every type, weighted by q(y|x), and KL(q(y|x) || p(y)).
         """
         encoded = self.encode_genes(batch)
         if batch.all_labelled:
-            terms = self._labelled_terms(encoded, batch, epsilon, kl_weight)
+            terms = self._labelled_terms(encoded, batch, epsilon)
         else:
             unknown = batch.cell_type_idx < 0
-            parts = [self._unlabelled_terms(encoded[unknown], batch.select(unknown), epsilon[unknown], kl_weight)]
+            parts = [self._unlabelled_terms(encoded[unknown], batch.select(unknown), epsilon[unknown])]
             if not unknown.all():
-                parts.append(
-                    self._labelled_terms(encoded[~unknown], batch.select(~unknown), epsilon[~unknown], kl_weight)
-                )
+                parts.append(self._labelled_terms(encoded[~unknown], batch.select(~unknown), epsilon[~unknown]))
             terms = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         loss = terms.pop("loss").mean() + self.shrinkage_penalty()
         elbo = -(terms["reconstruction_loss"] + terms["library_loss"] + terms["kl_z"])
@@ -219,17 +192,13 @@ class GMVAE(nn.Module):
             name: value.mean().detach() for name, value in terms.items()
         }
 
-    def _labelled_terms(
-        self, encoded: torch.Tensor, batch: Batch, epsilon: torch.Tensor, kl_weight: float
-    ) -> dict[str, torch.Tensor]:
+    def _labelled_terms(self, encoded: torch.Tensor, batch: Batch, epsilon: torch.Tensor) -> dict[str, torch.Tensor]:
         terms = self.elbo_terms(encoded, batch, epsilon)
         terms["kl_y"] = F.cross_entropy(self.q_y(encoded, batch).float(), batch.cell_type_idx, reduction="none")
-        bound = terms["reconstruction_loss"] + terms["library_loss"] + kl_weight * terms["kl_z"]
+        bound = terms["reconstruction_loss"] + terms["library_loss"] + terms["kl_z"]
         return terms | {"loss": bound + terms["kl_y"]}
 
-    def _unlabelled_terms(
-        self, encoded: torch.Tensor, batch: Batch, epsilon: torch.Tensor, kl_weight: float
-    ) -> dict[str, torch.Tensor]:
+    def _unlabelled_terms(self, encoded: torch.Tensor, batch: Batch, epsilon: torch.Tensor) -> dict[str, torch.Tensor]:
         log_q_y = F.log_softmax(self.q_y(encoded, batch).float(), dim=1)
         q_y = log_q_y.exp()
         terms = {name: torch.zeros(()) for name in ("reconstruction_loss", "library_loss", "kl_z")}
@@ -237,7 +206,7 @@ class GMVAE(nn.Module):
             for name, value in self.elbo_terms(encoded, batch.of_type(k), epsilon).items():
                 terms[name] = terms[name] + q_y[:, k] * value
         terms["kl_y"] = (q_y * (log_q_y - self.type_frequency.log())).sum(dim=1)
-        bound = terms["reconstruction_loss"] + terms["library_loss"] + kl_weight * (terms["kl_z"] + terms["kl_y"])
+        bound = terms["reconstruction_loss"] + terms["library_loss"] + terms["kl_z"] + terms["kl_y"]
         return terms | {"loss": bound}
 
     @torch.no_grad()

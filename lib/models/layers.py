@@ -77,21 +77,3 @@ def mlp(sizes: tuple[int, ...], dropout: float = 0.0) -> nn.Sequential:
     for n_in, n_out in pairwise(sizes):
         layers += [nn.Linear(n_in, n_out), nn.LayerNorm(n_out), nn.ReLU(), nn.Dropout(dropout)]
     return nn.Sequential(*layers)
-
-
-class Tower(nn.Module):
-    """Network (genes + extra)-hidden-...-n_out without the first layer's product with the genes.
-
-    That product is computed for all towers at once by `sparse_linear`; `forward` takes it as `genes`, (n_rows, hidden[0]), beside
-    the dense inputs `extra`, (n_rows, n_extra).
-    """
-
-    def __init__(self, n_extra: int, hidden: tuple[int, ...], n_out: int, dropout: float):
-        super().__init__()
-        self.extra = nn.Linear(n_extra, hidden[0])
-        self.rest = nn.Sequential(
-            nn.LayerNorm(hidden[0]), nn.ReLU(), nn.Dropout(dropout), mlp(hidden, dropout), nn.Linear(hidden[-1], n_out)
-        )
-
-    def forward(self, genes: torch.Tensor, extra: torch.Tensor) -> torch.Tensor:
-        return self.rest(genes + self.extra(extra))

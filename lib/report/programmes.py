@@ -39,12 +39,12 @@ def read_programmes() -> pd.DataFrame:
 
 
 def axes_of(checkpoint: dict[str, Any]) -> list[Axis]:
-    """The axes of a GMVAE with a linear decoder, the strongest first; none for other models and decoders.
+    """The axes of the GMVAE, the strongest first; none for other models.
 
     checkpoint: models/gmvae.pt.
     """
     weights = checkpoint["weights"]
-    if checkpoint["arguments"].get("decoder") != "linear" or "log_profiles" not in weights:
+    if "log_profiles" not in weights:
         return []
     loadings = weights["p_x_zyl_log_mean.weight"].double().numpy()
     share = (weights["type_frequency"].double() @ weights["log_profiles"].double().softmax(dim=1)).numpy()

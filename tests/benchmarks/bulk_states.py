@@ -5,8 +5,8 @@ run     python tests/benchmarks/bulk_states.py --data data/counts.h5ad       (pb
 Real cells, split as in fidelity.py. A response to interferon is simulated on them: 28 interferon-stimulated genes gain molecules
 (Poisson; the gain varies with gene, type and cell, 4 % of a cell's counts on average), six ribosomal ones lose half. A third of
 the train cells of every type responds (--responding); no model is told which. The GMVAE and the bulk encoder are trained by the
-real stages 3 and 4 with their defaults (--weight-decay: of stage 3). Then the encoder gets two bulks of test cells, one whose
-cells all respond and one whose cells do not, and as many cells of each type are generated as there are test cells: shifted by
+real stages 3 and 4 with their defaults. Then the encoder gets two bulks of test cells, one whose cells
+all respond and one whose cells do not, and as many cells of each type are generated as there are test cells: shifted by
 the bulk, and not shifted. They are compared with the bulk's own cells, beside two references of real train cells: those in the
 bulk's state (the best that can be reached) and all (what knows nothing of the bulk). With --responding 0 no train cell
 responds: a state that the reference does not contain.
@@ -51,12 +51,11 @@ def respond(cells: ad.AnnData, responds: np.ndarray, seed: int) -> sp.csr_matrix
     return sp.csr_matrix(counts, dtype=np.float32)
 
 
-def trained(train: ad.AnnData, seed: int, weight_decay: float | None) -> tuple[torch.nn.Module, dict]:
+def trained(train: ad.AnnData, seed: int) -> tuple[torch.nn.Module, dict]:
     """The GMVAE and the bulk encoder's checkpoint, by the real stages."""
     with workplace(train, train) as place:  # stage 2 needs test cells too; only its table of genes is used here
         place.main("_2_make_pseudobulk.py", SEED=seed, N_TRAIN_SAMPLES=100)
-        decay = {} if weight_decay is None else {"WEIGHT_DECAY": weight_decay}
-        place.main("_3_train_gmvae.py", SEED=seed, **decay)
+        place.main("_3_train_gmvae.py", SEED=seed)
         place.main("_4_train_sctape.py", SEED=seed, NETWORK="bulk_encoder")
         model = registry.load(load_checkpoint(place.models / "gmvae.pt", "_3_train_gmvae.py"), CPU)
         return model, load_checkpoint(place.models / "bulk_encoder.pt", "_4_train_sctape.py")
@@ -113,7 +112,6 @@ def main() -> None:
     options.add_argument(
         "--responding", type=float, default=1 / 3, help="share of the train cells that respond; default: 1/3"
     )
-    options.add_argument("--weight-decay", type=float, help="of the GMVAE; default: stage 3's")
     arguments = options.parse_args()
     train, test = load(arguments.data)
     frequencies = np.bincount(test.obs["cell_type"].cat.codes) / test.n_obs
@@ -122,7 +120,7 @@ def main() -> None:
         responds = np.random.default_rng([seed, 1]).random(train.n_obs) < arguments.responding
         reference = with_counts(train, respond(train, responds, seed + 1000))
         reference.uns |= train.uns
-        model, checkpoint = trained(reference, seed, arguments.weight_decay)
+        model, checkpoint = trained(reference, seed)
         genes = variable_genes(reference, metrics.N_CORRELATED_GENES)
         for bulk_name, all_respond in (("cells that respond", True), ("cells that do not", False)):
             real = with_counts(test, respond(test, np.full(test.n_obs, all_respond), seed + 2000))

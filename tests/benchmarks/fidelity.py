@@ -46,7 +46,6 @@ VARIANTS: dict[str, dict[str, object]] = {
     "zero-inflated": {"LIKELIHOOD": "zinb"},
     "theta per gene": {"DISPERSION": "gene"},
     "Gaussian p(z|y)": {"PRIOR": "gaussian"},
-    "mlp decoder": {"DECODER": "mlp", "KL_WARMUP_EPOCHS": 50},
 }
 Generator = Callable[[ad.AnnData, np.ndarray, int], sp.csr_matrix]  # train cells, types of the new cells, seed: counts
 

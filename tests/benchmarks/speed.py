@@ -45,7 +45,7 @@ class Products(nn.Module):
     def __init__(self, n_genes: int, n_latent: int, n_heads: int):
         super().__init__()
         self.n_latent = n_latent
-        self.encoder = SparseLinear(n_genes, 3 * stage.HIDDEN[0] + n_latent)
+        self.encoder = SparseLinear(n_genes, stage.HIDDEN + n_latent)
         self.heads = nn.ModuleList(nn.Linear(n_latent, n_genes) for _ in range(n_heads))
 
     def forward(self, x: torch.Tensor, upstream: torch.Tensor) -> None:
@@ -58,11 +58,11 @@ class OursEpoch:
         torch.manual_seed(0)
         stage.LIKELIHOOD = likelihood
         self.model = stage.make_model(dataset, gene_marginals(dataset, n_cell_types))
-        self.optimizer = torch.optim.AdamW(stage.parameter_groups(self.model), lr=stage.LEARNING_RATE, fused=True)
+        self.optimizer = torch.optim.Adam(stage.parameter_groups(self.model), lr=stage.LEARNING_RATE, fused=True)
         self.dataset, self.generator = dataset, torch.Generator().manual_seed(0)
 
-    def __call__(self, epoch: int = 0) -> None:
-        stage.train_epoch(self.model, self.optimizer, self.dataset, epoch, self.generator)
+    def __call__(self) -> None:
+        stage.train_epoch(self.model, self.optimizer, self.dataset, self.generator)
 
 
 class ProductsEpoch:
@@ -116,7 +116,7 @@ class Scvi:
         self.adata = ad.AnnData(counts)
         scvi.model.SCVI.setup_anndata(self.adata)
         self.model = scvi.model.SCVI(
-            self.adata, n_hidden=stage.HIDDEN[0], n_layers=2, n_latent=stage.N_LATENT, gene_likelihood=likelihood
+            self.adata, n_hidden=stage.HIDDEN, n_layers=2, n_latent=stage.N_LATENT, gene_likelihood=likelihood
         )
 
     def train(self, epochs: int, **arguments) -> list[float]:
@@ -225,7 +225,7 @@ def time_to_likelihood(
     spent, best_bound, reached = 0.0, -np.inf, None
     for epoch in range(stage.EPOCHS):
         started = time.perf_counter()
-        ours(epoch)
+        ours()
         spent += time.perf_counter() - started
         with torch.no_grad():
             means = stage.validate(ours.model, validation)

@@ -41,7 +41,7 @@ def fitted(tmp_path_factory):
     """A GMVAE of cells of which four in ten respond; the encoder's checkpoint, the encoder, and its mixtures."""
     cells = two_state_cells(900, np.random.default_rng(1).random(900) < 0.4, seed=1)
     codes = cells.obs["cell_type"].cat.codes.to_numpy()
-    model = trained_gmvae(cells.X, codes, epochs=80, on_axes=True)
+    model = trained_gmvae(cells.X, codes, epochs=80)
     fit_prior(model, CellDataset(cells.X, codes, CPU), None, 0)
     made = bulk_states.make_mixtures(model, cells, np.ones(N_GENES, bool), None, N_GENES, 1500, 300, 0.25, seed=0)
     torch.manual_seed(0)

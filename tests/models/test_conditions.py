@@ -164,7 +164,7 @@ def test_generated_cells_have_the_means_and_library_sizes_of_their_donor():
     counts, types, donor, _ = simulated_donors()
     is_test = np.random.default_rng(5).random(len(types)) < 0.3
     is_test &= donor != 2
-    model = trained_gmvae(counts[~is_test], types[~is_test], epochs=30, on_axes=True)
+    model = trained_gmvae(counts[~is_test], types[~is_test], epochs=30)
     train = CellDataset(counts, types, CPU, np.flatnonzero(~is_test))
     of_cells = conditions.read_conditions(donor, train, None, N_TYPES)
     sampling.fit_prior(model, train, None, 0, of_cells)
