@@ -195,7 +195,8 @@ def test_generated_cells_are_evaluated_beside_real_ones(pipeline):
     assert pooled.loc["forest AUC", "real"] < 0.65  # train cells are hardly told from test cells
     assert pooled.loc["forest AUC", "generated"] < 0.75  # and generated cells not much more easily
     assert pooled.loc["gene correlation r", "generated"] > 0.8 * pooled.loc["gene correlation r", "real"]
-    assert abs(pooled.loc["nearest real cell is a train cell", "generated"] - 0.5) < 0.15
+    # copies of train cells have 1; cells of these small data .635 +- .041 (12 draws), and .572 if they have the types' means alone
+    assert abs(pooled.loc["nearest real cell is a train cell", "generated"] - 0.5) < 0.25
     assert table["cells"].nunique() > 3 and not table["generated"].isna().any()
     assert "compared with as many generated cells, and with train cells of the same types" in pipeline.output[STAGES[5]]
 
