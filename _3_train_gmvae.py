@@ -37,8 +37,8 @@ from lib.training import Trainer, clip_gradients, keep_freed_memory
 PRESET: Literal["ours", "paper"] = "ours"  # paper: the settings of the paper, except constants that you set yourself
 
 # Model (ours; the paper's is fixed: lib/models/paper_gmvae.py)
-N_LATENT: Count = 32  # dimensions of z at most (paper: exactly); as many as held-out cells confirm (ours)
-HIDDEN: Count = 128  # units of the layer of q(y|x) (paper)
+N_LATENT: Count = 32  # dimensions of z at most; as many as held-out cells confirm (paper: 32)
+HIDDEN: Count = 128  # units of the hidden layer of q(y|x) (paper)
 LIKELIHOOD: Literal["nb", "zinb"] = "nb"  # of counts: without or with zero inflation
 DISPERSION: Literal["gene", "gene-type"] = "gene-type"  # one theta for each gene, or for each gene and type
 PRIOR: Literal["posterior", "gaussian"] = (

@@ -1,4 +1,4 @@
-"""The Gaussian-mixture VAE (bulk2sc_GMVAE, fig. 1): its networks, the bound that trains them, and the likelihood of cells.
+"""The Gaussian-mixture VAE (after bulk2sc_GMVAE, fig. 1): its densities, the bound that trains them, and the likelihood of cells.
 
 One cell has a type y, a library size l and counts x. Generative model:
 
@@ -9,8 +9,8 @@ One cell has a type y, a library size l and counts x. Generative model:
 
 Inference model:
 
-    q(y|x)        Categorical, one hidden layer
-    q(z|x,y)      Normal; mean and log-variance are linear in log-normalised counts (the mean alone), type and log library size
+    q(y|x)        Categorical, a network with one hidden layer
+    q(z|x,y)      Normal(mean(x,y,l), variance(y,l)); mean and log-variance are linear
 
 Counts are those without outliers, which new cells get back (`lib.models.outliers`).
 
@@ -52,7 +52,7 @@ class GMVAE(nn.Module):
     n_latent
         Dimensions of z.
     hidden
-        Units of the layer of q(y|x).
+        Units of the hidden layer of q(y|x).
     likelihood
         "nb" or "zinb".
     dispersion
@@ -112,7 +112,7 @@ class GMVAE(nn.Module):
         return F.one_hot(cell_type_idx, self.n_cell_types).float()
 
     def encode_genes(self, batch: Batch) -> torch.Tensor:
-        """Position on the axes of q(z|x,y) and input of the layer of q(y|x), one sparse product: (n_cells, n_latent + hidden)."""
+        """Position on the axes of q(z|x,y) and input of the hidden layer of q(y|x), one sparse product: (n_cells, n_latent + hidden)."""
         return sparse_linear(batch.log_normalized(self.library_median), self.q_z_xy_axes, self.q_y_x_genes)
 
     def q_y(self, encoded: torch.Tensor, batch: Batch) -> torch.Tensor:
