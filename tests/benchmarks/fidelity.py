@@ -2,7 +2,7 @@
 
 run     python tests/benchmarks/fidelity.py --data data/counts.h5ad          (3 seeds; scVI takes 20 minutes a seed, the rest 2)
         python tests/benchmarks/fidelity.py --data pbmc68k_reduced --only real ours nb
-        python tests/benchmarks/fidelity.py --ablation                       (what each choice of stage 3 is worth; 20 minutes a seed)
+        python tests/benchmarks/fidelity.py --ablation                       (what each choice of stage 3 is worth; 10 minutes a seed)
         python tests/benchmarks/fidelity.py --limit --only real ours         (how good a model without misfit would be)
 needs   tests/benchmarks/requirements.txt for scVI
 
