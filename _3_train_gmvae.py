@@ -248,7 +248,8 @@ def make_model(train: CellDataset, marginals: GeneMarginals) -> GMVAE:
 
 def parameter_groups(model: GMVAE) -> list[dict]:
     """theta and the loading ratios have their own learning rate."""
-    others, dispersion = [], []
+    others: list[torch.nn.Parameter] = []
+    dispersion: list[torch.nn.Parameter] = []
     for name, p in model.named_parameters():
         (dispersion if name.startswith(("log_theta", "log_loading")) else others).append(p)
     return [{"params": others}, {"params": dispersion, "lr": DISPERSION_LEARNING_RATE}]
