@@ -5,7 +5,6 @@ best held-out loss (without early stopping, those of the last epoch), to use. `<
 and of the random generators, so that a resumed training gives the same result as an uninterrupted one.
 """
 
-import contextlib
 import ctypes
 import datetime
 import io
@@ -123,25 +122,32 @@ class Trainer:
         progress = tqdm(
             total=epochs, initial=len(self.history), desc=self.name, unit="epoch", disable=not parallel.IS_FIRST
         )
-        with progress, contextlib.ExitStack() as stack:
-            writer = stack.enter_context(SummaryWriter(events)) if parallel.IS_FIRST else None
-            while len(self.history) < epochs and not self.out_of_patience:
-                started = time.monotonic()
-                train = self._train_epoch(shared, batches(len(self.history)), max_gradient_norm)
-                validation = {} if held_out is None else self._validate(held_out())
-                row = self._record(train, validation, time.monotonic() - started)
-                if writer is not None:
-                    for name, value in row.items():
-                        writer.add_scalar(re.sub("^(train|held_out)_", r"\1/", name), value, len(self.history))
-                progress.update()
-                progress.set_postfix(loss=f"{(validation or train)['loss']:.4g}", best_epoch=self.best_epoch)
-                if keep_every and len(self.history) % keep_every == 0:
-                    self._write(
-                        self.folder / f"{self.name}_epoch{len(self.history)}.pt", weights=self.model.state_dict()
-                    )
-                if len(self.history) == 1 or time.monotonic() - saved_at > SAVE_EVERY_S:
-                    self.save()
-                    saved_at = time.monotonic()
+        writer = SummaryWriter(events) if parallel.IS_FIRST else None
+        try:
+            with progress:
+                while len(self.history) < epochs and not self.out_of_patience:
+                    started = time.monotonic()
+                    train = self._train_epoch(shared, batches(len(self.history)), max_gradient_norm)
+                    validation = {} if held_out is None else self._validate(held_out())
+                    row = self._record(train, validation, time.monotonic() - started)
+                    if writer is not None:
+                        for key, value in row.items():
+                            writer.add_scalar(re.sub("^(train|held_out)_", r"\1/", key), value, len(self.history))
+                    progress.update()
+                    progress.set_postfix(loss=f"{(validation or train)['loss']:.4g}", best_epoch=self.best_epoch)
+                    if keep_every and len(self.history) % keep_every == 0:
+                        path = self.folder / f"{self.name}_epoch{len(self.history)}.pt"
+                        self._write(path, weights=self.model.state_dict())
+                    if len(self.history) == 1 or time.monotonic() - saved_at > SAVE_EVERY_S:
+                        self.save()
+                        saved_at = time.monotonic()
+        except BaseException:  # such as a signal, or a loss that is not finite
+            if self.history:
+                print(f"{self.name}: ended in epoch {len(self.history) + 1}; continue with RESUME (--resume)")
+            raise
+        finally:
+            if writer is not None:
+                writer.close()
         self.model.eval()
         self.save()
         why = "no improvement" if self.out_of_patience else "all epochs done"

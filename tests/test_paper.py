@@ -8,8 +8,8 @@ import scipy.sparse as sp
 import torch
 from helpers import FEW, STAGES, Workplace, simulated_dataset, split_only
 
-from lib.checkpoints import load_checkpoint
 from lib.data.datasets import load as load_dataset
+from lib.training import load_checkpoint
 
 
 @pytest.fixture(scope="module")

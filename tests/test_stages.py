@@ -3,7 +3,6 @@
 import gc
 import re
 import shutil
-from itertools import pairwise
 
 import anndata as ad
 import numpy as np
@@ -13,17 +12,15 @@ import scipy.sparse as sp
 import torch
 from helpers import FEW, STAGES, Workplace, read_dataset, simulated_dataset, split_only
 
-from lib import runs
 from lib.bulk import pseudobulk, sctape
 from lib.bulk.deconvolution import deconvolve
 from lib.bulk.reference import Reference
-from lib.checkpoints import load_checkpoint
 from lib.data.batches import CellDataset
 from lib.data.counts import read_split
 from lib.evaluation.metrics import mae
 from lib.models.gmvae import GMVAE
 from lib.models.profiles import gene_marginals, nb_per_type_log_likelihood
-from lib.records import record_path
+from lib.training import load_checkpoint
 
 FILES = """
 data/counts.h5ad data/train.h5ad data/test.h5ad data/pseudobulk_test_tpm.csv data/pseudobulk_test_counts.csv
@@ -50,8 +47,6 @@ def copy_of(pipeline: Workplace, path) -> Workplace:
 
 
 def change(path, edit) -> None:
-    """A file that was edited on purpose: its record is deleted, as the message about changed files says."""
-    record_path(path).unlink(missing_ok=True)
     gc.collect()  # a stage that ended with an error may still hold the file open
     adata = ad.read_h5ad(path)
     edit(adata).write_h5ad(path)
@@ -64,14 +59,8 @@ def test_every_file_is_there_and_nothing_half_written(pipeline):
     for name in FILES:
         assert (pipeline.path / name).stat().st_size > 0, name
     hidden = {path.name for path in pipeline.path.rglob(".*")}
-    assert hidden == {runs.RECORDS}, "temporary files are left"
+    assert hidden <= {".lock"}, "temporary files are left"
     assert list((pipeline.models / "tensorboard").rglob("events*"))
-
-
-def test_every_stage_prints_its_files_and_the_next_command(pipeline):
-    for number, (stage, following) in enumerate(pairwise(STAGES)):
-        assert f"stage {number} wrote" in pipeline.output[stage]
-        assert pipeline.output[stage].rstrip().endswith(f"next: python {following}")
 
 
 def test_figures_are_pictures_of_a_readable_size(pipeline):
@@ -195,8 +184,7 @@ def test_generated_cells_are_evaluated_beside_real_ones(pipeline):
     assert pooled.loc["forest AUC", "real"] < 0.65  # train cells are hardly told from test cells
     assert pooled.loc["forest AUC", "generated"] < 0.75  # and generated cells not much more easily
     assert pooled.loc["gene correlation r", "generated"] > 0.8 * pooled.loc["gene correlation r", "real"]
-    # copies of train cells have 1; cells of these small data .635 +- .041 (12 draws), and .572 if they have the types' means alone
-    assert abs(pooled.loc["nearest real cell is a train cell", "generated"] - 0.5) < 0.25
+    assert abs(pooled.loc["membership AUC", "generated"] - 0.5) < 0.15
     assert table["cells"].nunique() > 3 and not table["generated"].isna().any()
     assert "compared with as many generated cells, and with train cells of the same types" in pipeline.output[STAGES[5]]
 
@@ -219,18 +207,9 @@ def test_a_real_bulk_table(pipeline, tmp_path, genes_in_rows):
     (tpm.T if genes_in_rows else tpm).to_csv(tmp_path / "bulk.tsv", sep="\t")
     place = Workplace(tmp_path / "place")
     shutil.copytree(pipeline.data, place.data)
-    done = place_run(
-        place,
-        pipeline,
-        "--bulk-file",
-        str(tmp_path / "bulk.tsv"),
-        "--n-cells",
-        "101",
-        "--output",
-        str(tmp_path / "out.h5ad"),
-        "--write-mtx",
-        "--no-evaluate",
-    )
+    place.models, place.fig = pipeline.models, place.path / "fig"
+    options = f"--bulk-file {tmp_path}/bulk.tsv --n-cells 101 --output {tmp_path}/out.h5ad --write-mtx --no-evaluate"
+    done = place.run(STAGES[5], *options.split())
     generated = ad.read_h5ad(tmp_path / "out.h5ad")
     assert generated.obs["sample"].value_counts().to_dict() == {"own_1": 101, "own_2": 101, "own_3": 101}
     assert "units of the bulk: recognised as tpm" in done.stdout
@@ -260,20 +239,14 @@ def test_a_regression_per_sample_writes_the_expression_of_each_type(pipeline, tm
 
 
 def test_shares_of_rna_are_written_beside_shares_of_cells_and_refused_in_their_place(pipeline, tmp_path):
-    pd.read_csv(pipeline.data / "pseudobulk_test_counts.csv", index_col=0).iloc[:2].rename_axis(None).T.to_csv(
-        tmp_path / "bulk.csv"
-    )
+    counts = pd.read_csv(pipeline.data / "pseudobulk_test_counts.csv", index_col=0).iloc[:2].rename_axis(None)
+    counts.T.to_csv(tmp_path / "bulk.csv")
     place = copy_of(pipeline, tmp_path / "place")
     types = pd.read_csv(pipeline.data / "predicted_proportions.csv", index_col=0).columns
     content = pd.Series(np.arange(1.0, len(types) + 1), types)
     content.rename("rna_per_cell").rename_axis("cell_type").to_csv(tmp_path / "content.csv")
-    place.main(
-        STAGES[5],
-        BULK_FILE=str(tmp_path / "bulk.csv"),
-        N_CELLS=20,
-        RNA_PER_CELL=str(tmp_path / "content.csv"),
-        EVALUATE=False,
-    )
+    files = {"BULK_FILE": str(tmp_path / "bulk.csv"), "RNA_PER_CELL": str(tmp_path / "content.csv")}
+    place.main(STAGES[5], N_CELLS=20, EVALUATE=False, **files)
     cells, rna = (
         pd.read_csv(place.data / f"predicted_{name}.csv", index_col=0) for name in ("proportions", "rna_proportions")
     )
@@ -285,31 +258,20 @@ def test_shares_of_rna_are_written_beside_shares_of_cells_and_refused_in_their_p
         place.main(STAGES[5], PROPORTIONS_FILE=str(place.data / "predicted_rna_proportions.csv"))
 
 
-def place_run(place, pipeline, *options):
-    place.models, place.fig = pipeline.models, place.path / "fig"
-    return place.run(STAGES[5], *options)
-
-
 def test_a_table_of_cell_numbers_skips_the_prediction(pipeline, tmp_path):
     types = load_checkpoint(pipeline.models / "gmvae.pt", STAGES[3])["cell_types"]
     pd.DataFrame([[5, 0], [0, 9]], index=["A", "B"], columns=types[:2]).to_csv(tmp_path / "wanted.csv")
     options = dict(OUTPUT=str(tmp_path / "cells.h5ad"), EVALUATE=False)
     pipeline.main(STAGES[5], CELL_COUNTS=str(tmp_path / "wanted.csv"), **options)
     obs = ad.read_h5ad(tmp_path / "cells.h5ad").obs
-    assert obs.groupby(["sample", "cell_type"], observed=True).size().to_dict() == {
-        ("A", types[0]): 5,
-        ("B", types[1]): 9,
-    }
+    numbers = obs.groupby(["sample", "cell_type"], observed=True).size().to_dict()
+    assert numbers == {("A", types[0]): 5, ("B", types[1]): 9}
     (tmp_path / "wanted.csv").write_text("cell_type,n\n" + f"{types[1]},4\n")
     pipeline.main(STAGES[5], CELL_COUNTS=str(tmp_path / "wanted.csv"), **options)
     assert ad.read_h5ad(tmp_path / "cells.h5ad").obs["cell_type"].value_counts()[types[1]] == 4
     (tmp_path / "wanted.csv").write_text(",Unicorn\nA,4\n")
     with pytest.raises(ValueError, match="does not know: Unicorn; it knows CD14"):
         pipeline.main(STAGES[5], CELL_COUNTS=str(tmp_path / "wanted.csv"), **options)
-    for bad in ("four", "", "-1", "1.5"):
-        (tmp_path / "wanted.csv").write_text(f",{types[0]}\nA,{bad}\n")
-        with pytest.raises(ValueError, match="must hold numbers of cells"):
-            pipeline.main(STAGES[5], CELL_COUNTS=str(tmp_path / "wanted.csv"), **options)
 
 
 def test_outliers_of_a_type_are_found_by_its_train_cells(monkeypatch, capsys):
@@ -361,17 +323,6 @@ def test_models_of_somebody_else_generate_without_any_cells(pipeline, tmp_path, 
     pd.testing.assert_series_equal(by_table, expected.obs["cell_type"].value_counts(sort=False))
     place.main(STAGES[5], CELL_COUNTS="2")
     assert (ad.read_h5ad(place.data / "generated.h5ad").obs["cell_type"].value_counts() == 2).all()
-
-
-def test_models_of_two_splits_are_refused_without_cells(pipeline, tmp_path):
-    place = Workplace(tmp_path / "place")
-    place.models.mkdir(parents=True)
-    shutil.copy(pipeline.models / "gmvae.pt", place.models)
-    other = torch.load(pipeline.models / "sctape.pt", weights_only=True) | {"split_id": "000000000000"}
-    torch.save(other, place.models / "sctape.pt")
-    (tmp_path / "bulk.csv").write_text("no table is read")
-    with pytest.raises(ValueError, match="sctape.pt does not belong to .*gmvae.pt: it comes from split 000000000000"):
-        place.main(STAGES[5], BULK_FILE=str(tmp_path / "bulk.csv"))
 
 
 def test_split_by_donor_shares_none(tmp_path):
@@ -498,10 +449,6 @@ def test_gene_lengths_go_the_whole_way(tmp_path):
         (place.data / "predicted_proportions.csv").rename(place.data / f"predicted_{units}.csv")
     by_units = [pd.read_csv(place.data / f"predicted_{units}.csv", index_col=0) for units in ("tpm", "counts")]
     np.testing.assert_allclose(*by_units, atol=1e-3)
-    few = {"N_STATE_SAMPLES": 200, "CELLS_PER_STATE_SAMPLE": 100, "EPOCHS": 2, "DEVICE": "cpu"}
-    place.main(STAGES[4], NETWORK="bulk_encoder", **few)
-    bulk = {"BULK_FILE": str(tmp_path / "bulk_counts.csv"), "BULK_UNITS": "counts", "N_CELLS": 5}
-    place.main(STAGES[5], DECONVOLUTION="bulk_encoder", DEVICE="cpu", **FEW, **bulk)
     place.main(STAGES[2], USE_GENE_LENGTHS=False, N_TRAIN_SAMPLES=400)
     with pytest.raises(ValueError, match="by gene length"):
         place.main(STAGES[5])
@@ -548,7 +495,6 @@ def test_stale_mixtures_and_a_mismatched_pair_are_refused(pipeline, tmp_path):
     place = copy_of(pipeline, tmp_path / "place")
     table = (place.data / "pseudobulk_test_tpm.csv").read_text()
     (place.data / "pseudobulk_test_tpm.csv").write_text(re.sub("split [0-9a-f]+", "split 000000000000", table, count=1))
-    record_path(place.data / "pseudobulk_test_tpm.csv").unlink()
     with pytest.raises(ValueError, match="pseudobulk_test_tpm.csv does not belong to"):
         place.main(STAGES[5])
 
@@ -570,13 +516,6 @@ def test_stages_of_other_counts_are_refused(pipeline, tmp_path):
             ValueError, match=r"is stale: it was made from other counts of pbmc68k_reduced than .*other.h5ad.*run _1_"
         ):
             place.main(stage)
-
-
-def test_mixtures_of_another_split_are_refused_before_training(split_again):
-    with pytest.raises(
-        ValueError, match="pseudobulk_train.h5ad does not belong to .*train.h5ad.*run _2_make_pseudobulk.py"
-    ):
-        split_again.main(STAGES[4])
 
 
 def test_output_does_not_overwrite_the_real_cells(pipeline):
