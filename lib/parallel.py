@@ -10,7 +10,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,40 +22,29 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of this process; "auto" is a GPU where there is one.
+def start(device_name: str) -> torch.device:
+    """Connect this process with the others and return its device. All processes except the first print nothing.
+
+    device_name: "cpu", "cuda", or "auto" for a GPU where there is one.
 
     Raises
     ------
     ValueError
         If CUDA is requested but not available.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
+    has_gpu = torch.cuda.is_available()
+    if device_name == "cuda" and not has_gpu:
         raise ValueError("DEVICE is cuda, but this torch sees no GPU; set it to auto or cpu")
-    if name == "cuda" and N_RANKS > 1:
-        return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device(name)
-
-
-def start(device_name: str) -> torch.device:
-    """Connect this process with the others and return its device. All processes except the first print nothing."""
-    device = pick_device(device_name)
+    device = torch.device("cuda" if device_name == "auto" and has_gpu else device_name.replace("auto", "cpu"))
     if N_RANKS > 1:
         if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
         if not IS_FIRST:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (open until the process ends)
     return device
-
-
-def wait() -> None:
-    """Wait until all processes have called this function."""
-    if N_RANKS > 1:
-        dist.barrier()
 
 
 def shared(model: torch.nn.Module) -> torch.nn.Module:
@@ -75,8 +64,25 @@ def mean_over(parts: list[tuple[int, dict[str, torch.Tensor]]]) -> dict[str, flo
     return {name: total / n_rows for name, total in zip(names, totals)}
 
 
+def in_turn(items: Iterator[Item], n_items: int) -> Iterator[Item]:
+    """Items of all processes in order, on the first process; the others send theirs and yield nothing.
+
+    items: of this process, which has the numbers RANK, RANK + N_RANKS, ... of all `n_items`.
+    """
+    for number in range(n_items):
+        owner = number % N_RANKS
+        if owner == RANK and IS_FIRST:
+            yield next(items)
+        elif owner == RANK:
+            dist.send_object_list([next(items)], dst=0)
+        elif IS_FIRST:
+            received: list[Any] = [None]
+            dist.recv_object_list(received, src=owner)
+            yield received[0]
+
+
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item], device: torch.device) -> Iterator[Result]:
-    """Results of a function of each item, in the order of the items, computed on a CPU by as many threads as torch may use.
+    """Results of a function of each item, in order, computed on a CPU by as many threads as torch may use.
 
     Each item is computed by one thread, which loses less time than many threads for each operation of torch. At most two results
     per thread are waiting, so memory does not grow with the number of items.

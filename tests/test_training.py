@@ -10,7 +10,7 @@ from helpers import Workplace, simulated_dataset
 
 from lib.baselines import registry
 from lib.data.counts import fingerprint, write_counts
-from lib.parallel import pick_device
+from lib.parallel import start
 from lib.training import Trainer, clip_gradients, load_checkpoint
 
 STAGE = "_3_train_gmvae.py"
@@ -138,7 +138,7 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_says_why(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="sees no GPU"):
-        pick_device("cuda")
+        start("cuda")
 
 
 def test_gradients_are_clipped_to_their_common_norm():
