@@ -19,9 +19,9 @@ FIRST = r"(?:\.venv/bin/)?(?:python3?|torchrun) "
 BENCHMARKS = {
     "bulk_states.py": "", "cfgen.py": "--seeds 1 --only real nb", "cross_reference.py": "",
     "deconvolution.py": "--cases a --seeds 0 --only regression nnls constant", "donors.py": "--seeds 1 --only new",
-    "fidelity.py": "--seeds 1 --only real nb", "generators.py": "--only conv_cvae --epochs 1",
-    "loader.py": "--folder loader --cells 400 --genes 2000", "paper.py": "--epochs 1 --sctape-epochs 1", "rare.py": "--sizes 10",
-    "scale.py": "--folder scale --cells 400 --genes 2000 --epochs 1", "speed.py": "--rounds 1 --no-likelihood --n-cell-types 3",
+    "fidelity.py": "--seeds 1 --only real nb conv_cvae --epochs 1", "paper.py": "--epochs 1 --sctape-epochs 1",
+    "rare.py": "--sizes 10", "scale.py": "--folder scale --cells 400 --genes 2000 --epochs 1",
+    "speed.py": "--rounds 1 --n-cell-types 3",
 }  # fmt: skip
 
 

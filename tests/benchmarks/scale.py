@@ -31,15 +31,14 @@ COUNTS_PER_CELL = 2_000
 BLOCK_CELLS = 8_192
 
 
-def simulate(n_cells: int, n_genes: int, path: Path, by_type: bool = False) -> None:
-    """Write cells of `N_TYPES` types, sampled in blocks; by_type: sorted by type, otherwise in random order."""
+def simulate(n_cells: int, n_genes: int, path: Path) -> None:
+    """Write cells of `N_TYPES` types, sampled in blocks."""
     rng = np.random.default_rng(0)
     profiles = rng.lognormal(0, 2.2, n_genes) * np.exp(sparse_effects(rng, N_TYPES, n_genes, 1.5))
     states = np.exp(rng.normal(size=(N_TYPES * N_STATES, 5)) @ sparse_effects(rng, 5, n_genes, 0.4))
     states *= np.repeat(profiles, N_STATES, axis=0)
     mu = COUNTS_PER_CELL * states / states.sum(axis=1, keepdims=True)
     types = rng.choice(N_TYPES, n_cells, p=rng.dirichlet(np.full(N_TYPES, 3)))
-    types = np.sort(types) if by_type else types
     obs = pd.DataFrame({"cell_type": pd.Categorical([f"type {k + 1}" for k in types])})
     obs.index = [f"cell_{i}" for i in range(n_cells)]
     cells = ad.AnnData(obs=obs, var=pd.DataFrame(index=[f"GENE{i}" for i in range(n_genes)]))
