@@ -6,10 +6,9 @@
     decoder      z and label; dense to the encoder's last image; transposed conv 16, 8 (stride 2) and 1; sigmoid
     loss         mean squared error x pixels + KL(q(z|x,y) || Normal(0, 1));  RMSprop, batches of 32
 
-Kernel, strides, filters, dimensions of z and side of the image are constants of stage 3. With 144 x 144 pixels and 11 types it has
-the published 1,503,877 parameters. Source: DeepConvCVAE of UMIche, 68k PBMC. Counts are sampled as in its later version: library
-sizes from real cells, counts from a zero-inflated negative binomial. Ours: theta is estimated by moments within the types
-(lib/models/profiles.py), and extra zeros by the excess over the negative binomial.
+With 144 x 144 pixels and 11 types it has the published 1,503,877 parameters. Source: DeepConvCVAE of UMIche, 68k PBMC. Counts are
+sampled as in its later version: library sizes from real cells, counts from a zero-inflated negative binomial. Ours: theta is
+estimated by moments within the types (lib/models/profiles.py), and extra zeros by the excess over the negative binomial.
 """
 
 import math
@@ -20,56 +19,48 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib.baselines import expression_sampling as sampling
+from lib.baselines.expression_sampling import NORMALIZED_TOTAL, ExpressionVAE
 from lib.data.batches import Batch, CellDataset
 from lib.data.counts import log_normalize
-from lib.models.likelihoods import standard_normal_kl
 from lib.models.profiles import GeneMarginals, gene_marginals
 
 SETTINGS = {
     "epochs": 50, "batch_size": 32, "learning_rate": 1e-3, "weight_decay": 0.0, "patience": 50, "optimizer": "rmsprop",
 }  # fmt: skip
-FILTERS = 16
-KERNEL = 3
-STRIDES = 2
-N_LATENT = 2
 
 
-class ConvCVAE(nn.Module):
-    """
-    Parameters
-    ----------
-    n_genes, n_cell_types
-        Sizes of the data.
-    n_latent, filters, n_dense
-        Dimensions of z; filters of the first convolution (the second has twice as many); units between convolutions and z.
-    side
-        Side of the image in pixels, a multiple of strides^2; None for the smallest image that holds the genes.
-    kernel, strides
-        Of the convolutions: side of the kernel, odd; pixels from one position to the next.
+class ConvCVAE(ExpressionVAE):
+    """filters: of the first convolution, half as many as of the second; n_dense: units between convolutions and z; side: of the
+    image, a multiple of strides^2 (None: the smallest that holds the genes); kernel: side of the kernels, odd.
 
     Raises
     ------
     ValueError
-        If the kernel is even, `side` is not a multiple of strides^2, or the image has fewer pixels than there are genes.
+        If the kernel is even, there is one filter, or no image of this side holds the genes.
     """
 
     largest: torch.Tensor
 
     def __init__(
-        self, n_genes: int, n_cell_types: int, n_latent: int = N_LATENT, filters: int = FILTERS, n_dense: int = 16,
-        side: int | None = None, kernel: int = KERNEL, strides: int = STRIDES,
+        self, n_genes: int, n_cell_types: int, n_latent: int = 2, filters: int = 16, n_dense: int = 16,
+        side: int | None = None, kernel: int = 3, strides: int = 2,
     ):  # fmt: skip
         super().__init__()
-        side = image_side(n_genes, side, strides)
-        if kernel % 2 == 0:
-            raise ValueError(f"the kernel has a side of {kernel} pixels; expected an odd number, such as {KERNEL}")
+        multiple = strides**2
+        side = multiple * math.ceil(math.sqrt(n_genes) / multiple) if side is None else side
+        if side % multiple or side**2 < n_genes:
+            raise ValueError(
+                f"an image of {side} x {side} pixels cannot hold {n_genes:,} genes; expected a side that is a multiple of {multiple} "
+                "and whose square is at least the number of genes: leave out side"
+            )
+        if kernel % 2 == 0 or filters < 2:
+            raise ValueError(f"kernel is {kernel}, filters is {filters}; expected an odd kernel and at least 2 filters")
         self.arguments = dict(
             n_genes=n_genes, n_cell_types=n_cell_types, n_latent=n_latent, filters=filters, n_dense=n_dense, side=side,
             kernel=kernel, strides=strides,
         )  # fmt: skip
         self.n_genes, self.n_cell_types, self.n_latent, self.side = n_genes, n_cell_types, n_latent, side
-        encoded_shape = (2 * filters, side // strides**2, side // strides**2)
+        encoded_shape = (2 * filters, side // multiple, side // multiple)
         n_encoded = math.prod(encoded_shape)
         same: dict[str, Any] = {"kernel_size": kernel, "padding": kernel // 2}  # Keras' "same" for an odd kernel
         up: dict[str, Any] = same | {"stride": strides, "output_padding": strides - 1}
@@ -87,73 +78,34 @@ class ConvCVAE(nn.Module):
             nn.ConvTranspose2d(filters // 2, 1, **same), nn.Sigmoid(),
         )  # fmt: skip
         self.register_buffer("largest", torch.tensor(1.0))
-        self.prior: dict[str, torch.Tensor] = {}
 
     def initialise(self, dataset: CellDataset) -> None:
         """Set the scale of the images: the largest value of the train cells becomes 1, the largest output of the sigmoid."""
-        self.largest.fill_(max(float(log_normalize(counts, sampling.TARGET).max()) for counts, _ in dataset.blocks()))
+        largest = max(log_normalize(counts, NORMALIZED_TOTAL).max() for counts, _ in dataset.blocks())
+        self.largest.fill_(float(largest))
 
-    def one_hot(self, cell_type_idx: torch.Tensor) -> torch.Tensor:
-        return F.one_hot(cell_type_idx, self.n_cell_types).float()
-
-    def images(self, batch: Batch) -> torch.Tensor:
+    def inputs(self, batch: Batch) -> torch.Tensor:
         """Cells as images: (n_cells, 1, side, side), between 0 and 1."""
-        pixels = batch.log_normalized(sampling.TARGET).to_dense() / self.largest
+        pixels = batch.log_normalized(NORMALIZED_TOTAL).to_dense() / self.largest
         return F.pad(pixels, (0, self.side**2 - self.n_genes)).view(-1, 1, self.side, self.side)
 
-    def decode(self, z: torch.Tensor, cell_type_idx: torch.Tensor) -> torch.Tensor:
-        """Images, (n_cells, 1, side, side), between 0 and 1."""
-        return self.decoder(torch.cat([z, self.one_hot(cell_type_idx)], dim=1))
+    def encode(self, inputs: torch.Tensor, cell_type_idx: torch.Tensor) -> torch.Tensor:
+        labels = self.label_image(F.one_hot(cell_type_idx, self.n_cell_types).float()).view(inputs.shape)
+        hidden = self.encoder(torch.cat([inputs, labels], dim=1))
+        return torch.cat([self.z_mean(hidden), self.z_log_var(hidden)], dim=1)
 
-    def forward(self, batch: Batch, epsilon: torch.Tensor, kl_weight: float = 1.0) -> dict[str, torch.Tensor]:
-        """Mean loss per cell and its parts. epsilon: (n_cells, n_latent), standard normal."""
-        images = self.images(batch)
-        labels = self.label_image(self.one_hot(batch.cell_type_idx)).view(images.shape)
-        hidden = self.encoder(torch.cat([images, labels], dim=1))
-        mean, log_var = self.z_mean(hidden), self.z_log_var(hidden).clamp(-10, 6)
-        decoded = self.decode(mean + (0.5 * log_var).exp() * epsilon, batch.cell_type_idx)
-        reconstruction_loss = (decoded - images).square().flatten(1).sum(dim=1).mean()
-        kl_z = standard_normal_kl(mean, log_var).mean()
-        loss = reconstruction_loss + kl_weight * kl_z
-        return {"loss": loss, "reconstruction_loss": reconstruction_loss, "kl_z": kl_z}
+    def decode(self, z: torch.Tensor, cell_type_idx: torch.Tensor) -> torch.Tensor:
+        return self.decoder(torch.cat([z, F.one_hot(cell_type_idx, self.n_cell_types)], dim=1))
+
+    def expression(self, decoded: torch.Tensor) -> torch.Tensor:
+        return decoded.flatten(1)[:, : self.n_genes] * self.largest
 
     def fit_prior(self, dataset: CellDataset, seed: int) -> None:
-        """Keep library sizes of train cells; estimate dispersion and extra zeros of each gene. z of new cells is standard normal."""
-        self.prior = sampling.select_train_cells(dataset, self.n_cell_types, seed)
+        """Keep also dispersion and extra zeros of each gene."""
+        super().fit_prior(dataset, seed)
         marginals = gene_marginals(dataset, self.n_cell_types)
         self.prior["log_theta"] = torch.from_numpy(marginals.log_theta).float()
         self.prior["zi_logits"] = torch.logit(torch.from_numpy(extra_zeros(dataset, marginals)).float(), eps=1e-6)
-        self.prior["gene_ratio"] = sampling.fit_gene_ratio(self, dataset, seed)
-
-    def sample_expression(
-        self, cell_type_idx: torch.Tensor, latent_spread: float, generator: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """log(1 + counts per 10,000), (n_cells, n_genes), and library size, (n_cells,), of new cells."""
-        _, library_size = sampling.sample_train_cells(self.prior, cell_type_idx, generator)
-        size = (len(cell_type_idx), self.n_latent)
-        z = latent_spread * torch.randn(size, generator=generator, device=cell_type_idx.device)
-        pixels = self.decode(z, cell_type_idx).flatten(1)[:, : self.n_genes]
-        return pixels * self.largest, library_size
-
-    sample = sampling.sample_cells
-
-
-def image_side(n_genes: int, wanted: int | None, strides: int) -> int:
-    """Side of a square image that holds the genes: the one asked for, or the smallest that is a multiple of strides^2.
-
-    Raises
-    ------
-    ValueError
-        If the side asked for is not a multiple of strides^2, or its square is smaller than the number of genes.
-    """
-    multiple = strides**2
-    side = multiple * math.ceil(math.sqrt(n_genes) / multiple) if wanted is None else wanted
-    if side % multiple or side**2 < n_genes:
-        raise ValueError(
-            f"an image of {side} x {side} pixels cannot hold {n_genes:,} genes; expected a side that is a multiple of {multiple} "
-            "and whose square is at least the number of genes: leave CONV_SIDE at none"
-        )
-    return side
 
 
 def extra_zeros(dataset: CellDataset, marginals: GeneMarginals) -> np.ndarray:

@@ -5,25 +5,20 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
-from helpers import FEW, STAGES, simulated_cells
+from helpers import CPU, FEW, STAGES, simulated_cells
 
-from lib.baselines import beta_vae, expression_sampling, pca_cvae, registry
+from lib import parallel
+from lib.baselines import registry
 from lib.baselines.beta_vae import BetaVAE
 from lib.baselines.conv_cvae import ConvCVAE, extra_zeros
-from lib.baselines.pca_cvae import PCACVAE
-from lib.checkpoints import load_checkpoint
+from lib.baselines.expression_sampling import gene_fractions
+from lib.baselines.pca_cvae import PCACVAE, fit_components, n_components
 from lib.data.batches import CellDataset
-from lib.data.counts import log_normalize
-from lib.models.profiles import GeneMarginals
+from lib.data.counts import log_normalize, row_blocks
+from lib.models.profiles import GeneMarginals, type_means
+from lib.training import Trainer, load_checkpoint
 
-CPU = torch.device("cpu")
-ABOUT = {
-    "stage": "_3_train_gmvae.py",
-    "constants": {},
-    "gene_names": [f"GENE{i}" for i in range(60)],
-    "cell_types": list("abc"),
-    "split_id": "x",
-}
+ABOUT = {"stage": STAGES[3], "constants": {}, "gene_names": list(range(60)), "cell_types": list("abc"), "split_id": "x"}
 FAST = {
     "beta_vae": {"epochs": 60, "batch_size": 64, "learning_rate": 2e-3},
     "pca_cvae": {"epochs": 40, "batch_size": 64},
@@ -43,97 +38,125 @@ def data():
     return CellDataset(counts[part], types[part], CPU), (counts[~part], types[~part])
 
 
-def fitted(name: str, data, folder, **settings):
-    train, (test_counts, test_types) = data
-    settings = registry.SETTINGS[name] | FAST[name] | settings
-    return registry.fit(
-        name, train, CellDataset(test_counts, test_types, CPU), ABOUT, settings, SMALL[name], folder, seed=0
-    )
-
-
 @pytest.fixture(scope="module", params=["beta_vae", "pca_cvae", pytest.param("conv_cvae", marks=pytest.mark.slow)])
 def trained(request, data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    return request.param, *fitted(request.param, data, folder)
-
-
-def mean_log(counts, types) -> np.ndarray:
-    """Types x genes: mean log(1 + counts per 10,000)."""
-    values = log_normalize(sp.csr_matrix(counts), 1e4).toarray()
-    return np.stack([values[types == k].mean(axis=0) for k in range(3)])
+    """Name, model and trainer of a trained baseline."""
+    name, train, held_out = request.param, data[0], CellDataset(*data[1], CPU)
+    settings = registry.SETTINGS[name] | FAST[name]
+    torch.manual_seed(0)
+    model = registry.make(name, 60, 3, SMALL[name])
+    model.initialise(train)
+    optimizer, generator = registry.make_optimizer(model, settings), torch.Generator().manual_seed(0)
+    about = ABOUT | {"generator": name, "arguments": model.arguments}
+    trainer = Trainer(name, model, optimizer, generator, about, tmp_path_factory.mktemp(name))
+    trainer.fit(
+        settings["epochs"],
+        registry.train_batches(train, model, optimizer, settings, generator),
+        registry.held_out_batches(held_out, model, settings, 0),
+        settings["patience"],
+    )
+    model.fit_prior(train, 0)
+    trainer.save_best(prior=model.prior)
+    return name, model, trainer
 
 
 def test_generated_cells_resemble_their_type(trained, data):
     """Generated cells are closest to held-out cells of their own type, and far closer than the mean of all types is."""
     _, model, trainer = trained
-    test_counts, test_types = data[1]
     types = np.repeat(np.arange(3), 200)
-    real, generated = mean_log(test_counts, test_types), mean_log(registry.generate(model, types, seed=0), types)
+    real, generated = (
+        type_means(log_normalize(counts, 1e4).toarray(), labels, 3)
+        for counts, labels in (data[1], (registry.generate(model, types, seed=0), types))
+    )
     distance = np.abs(generated[:, None] - real[None]).mean(axis=2)  # generated types x real types
     assert (distance.argmin(axis=1) == np.arange(3)).all()
     assert np.diag(distance).mean() < 0.5 * np.abs(real - real.mean(axis=0)).mean()
-    losses = [row["held_out_reconstruction_loss"] for row in trainer.history]
-    assert min(losses) < 0.9 * losses[0]
+    losses = trainer.history_table()["held_out_reconstruction_loss"]
+    assert losses.min() < 0.9 * losses[0]
 
 
 def test_cells_are_counts_with_library_sizes_of_their_type(trained, data):
-    _, model, _ = trained
-    train, types = data[0], np.repeat(np.arange(3), 300)
+    model, train, types = trained[1], data[0], np.repeat(np.arange(3), 300)
     cells = registry.generate(model, types, seed=0)
-    assert (
-        cells.format == "csr"
-        and cells.shape == (900, 60)
-        and (cells.data > 0).all()
-        and (cells.data == np.rint(cells.data)).all()
-    )
+    assert cells.format == "csr" and cells.shape == (900, 60)
+    assert (cells.data > 0).all() and (cells.data == np.rint(cells.data)).all()
     for k in range(3):
-        generated, real = np.asarray(cells[types == k].sum(axis=1)), train.library_size[train.cell_type_idx == k]
+        generated, real = cells[types == k].sum(axis=1).A1, train.library_size[train.cell_type_idx == k]
         assert np.median(generated) == pytest.approx(np.median(real), rel=0.12)
 
 
 def test_sampling_is_seeded_and_its_blocks_are_independent(trained):
-    _, model, _ = trained
-    types = np.random.default_rng(0).integers(0, 3, 600)
-    a, b, c = (
-        registry.generate(model, types, seed=0),
-        registry.generate(model, types, seed=0),
-        registry.generate(model, types, seed=1),
-    )
+    model, types = trained[1], np.random.default_rng(0).integers(0, 3, 600)
+    a, b, c = (registry.generate(model, types, seed) for seed in (0, 0, 1))
     assert (a != b).nnz == 0 and (a != c).nnz > 0
     second = sp.vstack(list(registry.sample(model, types, 0, blocks=range(1, 3))))
     assert (second != a[256:]).nnz == 0
 
 
-def test_a_loaded_checkpoint_samples_the_same_cells(trained):
+def test_a_loaded_checkpoint_samples_the_same_cells_and_one_without_prior_is_refused(trained):
     name, model, trainer = trained
     checkpoint = load_checkpoint(trainer.best_path, STAGES[3])  # weights_only
-    again = registry.load(checkpoint, CPU)
     types = np.arange(3).repeat(50)
-    assert (
-        checkpoint["generator"] == name
-        and (registry.generate(again, types, seed=0) != registry.generate(model.eval(), types, seed=0)).nnz == 0
-    )
-
-
-def test_a_baseline_whose_training_was_interrupted_is_refused(trained):
-    name, _, trainer = trained
-    checkpoint = load_checkpoint(trainer.best_path, STAGES[3])
+    loaded = registry.generate(registry.load(checkpoint, CPU), types, seed=0)
+    assert (loaded != registry.generate(model, types, seed=0)).nnz == 0
     with pytest.raises(ValueError, match=f"the training of {name} was interrupted: .*; finish it with .* --resume"):
         registry.load(checkpoint | {"prior": None}, CPU)
 
 
-def test_resumed_training_equals_uninterrupted(data, tmp_path):
-    whole, _ = fitted("beta_vae", data, tmp_path, epochs=4)
-    half = tmp_path / "half"
-    half.mkdir()
-    fitted("beta_vae", data, half, epochs=2)
-    settings = registry.SETTINGS["beta_vae"] | FAST["beta_vae"] | {"epochs": 4}
-    resumed, trainer = registry.fit(
-        "beta_vae", data[0], CellDataset(*data[1], CPU), ABOUT, settings, SMALL["beta_vae"], half, 0, resume=True
-    )
-    assert len(trainer.history) == 4
-    for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+# --- training
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("name", SMALL)
+def test_cells_without_a_label_are_left_out(name, in_memory, monkeypatch):
+    """Most cells have no label, so that whole batches would have none; two processes have as many batches as each other."""
+    counts, types = simulated_cells(n_cells=700)
+    dataset = CellDataset(counts, np.where(np.arange(700) % 350 < 70, types, -1), CPU, in_memory=in_memory)
+    model, settings = registry.make(name, 60, 3, SMALL[name]), registry.SETTINGS[name] | {"batch_size": 20}
+    model.initialise(dataset)
+    optimizer = registry.make_optimizer(model, settings)
+    train = registry.train_batches(dataset, model, optimizer, settings, torch.Generator().manual_seed(0))
+    for batches in (list(train(0)), list(registry.held_out_batches(dataset, model, settings, 0)())):
+        assert sum(batch.n_rows for batch in batches) == 140
+        assert all(model(*batch.inputs)["loss"].isfinite() for batch in batches)
+    monkeypatch.setattr(parallel, "N_RANKS", 2)
+    n_rows = []
+    for rank in range(2):
+        monkeypatch.setattr(parallel, "RANK", rank)
+        n_rows.append([batch.n_rows for batch in train(1)])
+    assert len(n_rows[0]) == len(n_rows[1]) and np.sum(n_rows) == 140
+
+
+def test_an_epoch_sets_the_learning_rate_and_gives_the_weight_of_the_kl(data, capsys):
+    """One cycle rises, then falls; small data have smaller batches, at least eight."""
+    settings = registry.SETTINGS["pca_cvae"] | {"cycle": 1.0}
+    model = registry.make("pca_cvae", 60, 3, SMALL["pca_cvae"])
+    optimizer = registry.make_optimizer(model, settings)
+    batches = registry.train_batches(data[0], model, optimizer, settings, torch.Generator().manual_seed(0))
+    assert f"batches of {len(data[0]) // 8} cells instead of 5,000" in capsys.readouterr().out
+    rates, weights = [], []
+    for epoch in range(100):
+        _, _, weight = next(iter(batches(epoch))).inputs
+        rates.append(optimizer.param_groups[0]["lr"])
+        weights.append(weight)
+    peak = np.argmax(rates)
+    assert 25 <= peak <= 33 and rates[peak] == pytest.approx(1e-3, rel=0.02) and rates[0] < 1e-4 and rates[-1] < 1e-5
+    assert (np.diff(rates[: peak + 1]) > 0).all() and (np.diff(rates[peak:]) < 0).all()
+    assert [weights[epoch] for epoch in (0, 9, 50)] == pytest.approx([0.1, 1.0, 1.0])
+
+
+def test_settings_are_the_published_ones_and_words_change_them():
+    settings, arguments = registry.parse_settings("pca_cvae", ("epochs=7", "learning_rate=1e-4", "n_pcs=500"))
+    assert settings == registry.SETTINGS["pca_cvae"] | {"epochs": 7, "learning_rate": 1e-4}
+    assert arguments["n_pcs"] == 500 and PCACVAE(10, 2, **arguments).arguments["n_latent"] == 512
+    assert registry.parse_settings("beta_vae", ("top_markers=200",))[1]["top_markers"] == 200
+    assert registry.SETTINGS["pca_cvae"]["epochs"] == 100
+
+
+@pytest.mark.parametrize("word", ["n_pcs=5", "epochs=0", "epochs=1.5", "epochs", "side=x", "learning_rate=nan"])
+def test_words_that_change_nothing_are_refused(word):
+    with pytest.raises(ValueError, match=f"GENERATOR_SETTINGS has '{word}'; expected .*: epochs=50, .*side=none"):
+        registry.parse_settings("conv_cvae", (word,))
 
 
 # --- the published descriptions
@@ -142,8 +165,6 @@ def test_resumed_training_equals_uninterrupted(data, tmp_path):
 def test_deepconvcvae_has_the_published_number_of_parameters():
     model = ConvCVAE(n_genes=144 * 144, n_cell_types=11)
     assert model.side == 144 and sum(p.numel() for p in model.parameters()) == 1_503_877
-    encoder = [model.label_image, model.encoder, model.z_mean, model.z_log_var]
-    assert sum(p.numel() for part in encoder for p in part.parameters()) == 917_412
     assert sum(p.numel() for p in model.decoder.parameters()) == 586_465
 
 
@@ -154,50 +175,45 @@ def test_any_number_of_genes_fits_a_square_image(n_genes, side):
     counts[0, 0], counts[1, -1] = 3, 1
     dataset = CellDataset(sp.csr_matrix(counts), np.array([0, 1]), CPU)
     model.initialise(dataset)
-    images = model.images(dataset.in_memory_cells.batch(np.arange(2)))
+    images = model.inputs(next(dataset.in_order(2)))
     assert images.shape == (2, 1, side, side)
     assert images[0, 0, 0, 0] == 1 and images[1].flatten()[n_genes - 1] == 1 and images.sum() == 2  # zeros elsewhere
-    assert model.decode(torch.zeros(2, 2), torch.tensor([0, 1])).shape == (2, 1, side, side)
 
 
-@pytest.mark.parametrize("kernel, strides, side", [(5, 2, 12), (3, 1, 10), (7, 3, 18)])
-def test_kernel_and_strides_may_be_others(kernel, strides, side):
-    """The shapes of Keras' "same" padding: each convolution divides the side by the stride, each transposed one multiplies it."""
+@pytest.mark.parametrize("kernel, strides, side", [(3, 2, 12), (5, 2, 12), (3, 1, 10), (7, 3, 18)])
+def test_convolutions_have_the_shapes_of_keras_same_padding(kernel, strides, side):
+    """Each convolution divides the side by the stride, each transposed one multiplies it."""
     model = ConvCVAE(100, 2, n_latent=3, filters=4, kernel=kernel, strides=strides)
-    assert model.side == side
-    images = [torch.zeros(5, 2, side, side)]
-    for layer in model.encoder[:4]:
-        images.append(layer(images[-1]))
-    assert [image.shape[1:] for image in images[1::2]] == [
-        (4, side // strides, side // strides),
-        (8, side // strides**2, side // strides**2),
-    ]
-    assert model.encoder[0].kernel_size == (kernel, kernel)
+    assert model.side == side and model.encoder[0].kernel_size == (kernel, kernel)
+    assert model.encoder[:3](torch.zeros(5, 2, side, side)).shape == (5, 8, side // strides**2, side // strides**2)
     assert model.decode(torch.zeros(5, 3), torch.zeros(5, dtype=torch.int64)).shape == (5, 1, side, side)
 
 
-def test_a_too_small_image_is_refused():
-    with pytest.raises(ValueError, match="the kernel has a side of 4 pixels; expected an odd number"):
+def test_sizes_that_make_no_image_are_refused():
+    with pytest.raises(ValueError, match="kernel is 4, filters is 16; expected an odd kernel"):
         ConvCVAE(60, 2, kernel=4)
     with pytest.raises(ValueError, match="an image of 8 x 8 pixels cannot hold 65 genes"):
         ConvCVAE(65, 2, side=8)
 
 
+def widths(network) -> list[int]:
+    return [layer.out_features for layer in network if isinstance(layer, torch.nn.Linear)]
+
+
 def test_the_beta_vae_has_bulk2singles_sizes_and_loss():
     model = BetaVAE(100, 3)
-    widths = [layer.weight.shape[0] for layer in model.encoder if isinstance(layer, torch.nn.Linear)]
-    assert (model.from_genes.weight.shape[1], *widths, model.n_latent) == (2048, 1024, 512, 2 * 256, 256)
-    widths = [layer.weight.shape[0] for layer in model.decoder if isinstance(layer, torch.nn.Linear)]
-    assert widths == [512, 1024, 2048, 100]
+    assert model.from_genes.weight.shape == (100, 2048) and widths(model.encoder) == [1024, 512, 2 * 256]
+    assert widths(model.decoder) == [512, 1024, 2048, 100]
     counts, types = simulated_cells(n_cells=20)
     small = BetaVAE(60, 3, n_latent=2, hidden=(8,))
-    batch, epsilon = CellDataset(counts, types, CPU).in_memory_cells.batch(np.arange(20)), torch.randn(20, 2)
+    batch, epsilon = next(CellDataset(counts, types, CPU).in_order(20)), torch.randn(20, 2)
     x = torch.from_numpy(log_normalize(counts, 1e4).toarray())
-    hidden = torch.relu(x @ small.from_genes.weight + small.from_genes_bias)
-    mean, log_var = small.encoder(hidden).chunk(2, dim=1)
+    mean, log_var = small.encoder(torch.relu(x @ small.from_genes.weight + small.from_genes_bias)).chunk(2, dim=1)
     kl = 0.5 * (mean**2 + log_var.exp() - log_var - 1).sum(dim=1)
     error = ((small.decoder(mean + (log_var / 2).exp() * epsilon) - x) ** 2).sum(dim=1)
-    assert small(batch, epsilon)["loss"].item() == pytest.approx((error + 4 * kl).mean().item(), rel=1e-4)
+    for weight in (1.0, 0.3):
+        loss = small(batch, epsilon, weight)["loss"].item()
+        assert loss == pytest.approx((error + weight * 4 * kl).mean().item(), rel=1e-4)
 
 
 def test_the_encoder_uses_the_top_markers_only(data):
@@ -209,65 +225,49 @@ def test_the_encoder_uses_the_top_markers_only(data):
     means = np.stack([np.asarray(train.counts[train.cell_type_idx == k].mean(axis=0)).ravel() for k in range(3)])
     strongest = (means / means.sum(axis=1, keepdims=True) / (means.sum(axis=0) / means.sum())).argmax(axis=1)
     assert is_used[strongest].all()  # each type's strongest marker
-    counts = train.counts[:30].toarray()
-    counts[:, ~is_used] = np.random.default_rng(0).permutation(counts[:, ~is_used].T).T  # same library sizes
-    a, b = (
-        CellDataset(c, np.zeros(30, int), CPU).in_memory_cells.batch(np.arange(30)).log_normalized(1e4)
-        for c in (train.counts[:30], sp.csr_matrix(counts))
-    )
-    torch.testing.assert_close(model.q_z(a), model.q_z(b))
-    assert not np.allclose(a.to_dense(), b.to_dense())
-    assert beta_vae.marker_genes(train, 3, 60).tolist() == list(range(60))
+    inputs = model.inputs(next(train.in_order(30)))
+    before = model.encode(inputs, None)
+    with torch.no_grad():
+        model.from_genes.weight[~is_used] += 100.0
+    torch.testing.assert_close(model.encode(inputs, None), before)
 
 
-def test_the_cvae_has_generative_genomics_sizes_and_settings(data, capsys):
-    train = data[0]
+def test_the_cvae_has_generative_genomics_sizes(data, capsys):
     model = PCACVAE(3000, 126)
-    for network, widths in (
-        (model.encoder, [2048, 1024, 512, 256, 2 * 512]),
-        (model.decoder, [256, 512, 1024, 2048, 2500]),
-    ):
-        assert [layer.out_features for layer in network if isinstance(layer, torch.nn.Linear)] == widths
+    assert widths(model.encoder) == [2048, 1024, 512, 256, 2 * 512]
+    assert widths(model.decoder) == [256, 512, 1024, 2048, 2500]
     assert model.label.weight.shape == (126, 64) and model.encoder[0].in_features == 2500 + 64
-    settings, arguments = pca_cvae.fitting_sizes(registry.SETTINGS["pca_cvae"], {}, train)
-    assert registry.SETTINGS["pca_cvae"]["batch_size"] == 5000 and settings["batch_size"] == len(train) // 8
-    assert arguments == {"n_pcs": 60}
-    out = capsys.readouterr().out
-    assert (
-        "60 principal components instead of 2,500" in out
-        and f"batches of {len(train) // 8} cells instead of 5,000" in out
-    )
+    small = PCACVAE(60, 3)
+    small.initialise(data[0])  # fewer components where the data have fewer
+    assert small.arguments["n_pcs"] == 60 and widths(small.decoder) == [256, 512, 1024, 2048, 60]
+    assert "60 principal components instead of 2,500" in capsys.readouterr().out
+
+
+def test_components_span_the_space_of_an_exact_pca():
+    """Of 2,600 cells in three steps of at least 1,024 cells, the last of them smaller."""
+    counts, _ = simulated_cells(n_cells=2600)
+    values = log_normalize(counts, 1e4).toarray().astype(np.float64)
+    standardised = (values - values.mean(axis=0)) / values.std(axis=0)
+    components = fit_components(lambda: (block for _, block in row_blocks(counts, 90)), 5)
+    exact = np.linalg.svd(standardised, full_matrices=False)[2][:3].T
+    assert np.linalg.svd(components.vectors.T @ exact)[1].min() > 0.98
+    np.testing.assert_allclose(components.transform(counts), standardised @ components.vectors, atol=2e-3)
+    np.testing.assert_allclose(components.vectors.T @ components.vectors, np.eye(5), atol=1e-5)
+
+
+def test_more_components_than_cells_or_genes_are_not_possible(capsys):
+    assert n_components(50, 100, 200) == 50 and capsys.readouterr().out == ""
+    assert n_components(2500, 300, 200) == 200
+    assert "200 principal components instead of 2,500: 300 cells, 200 genes" in capsys.readouterr().out
 
 
 def test_generated_expression_is_the_inverse_of_the_components(data):
-    """With full rank, decoding a cell's own components gives its expression."""
-    train = data[0]
+    """With full rank, the expression of a cell's own components is the cell's."""
     model = PCACVAE(60, 3, n_pcs=60, n_latent=4, hidden=(8,)).eval()
-    model.initialise(train)
-    model.fit_prior(train, seed=0)
-    batch = train.in_memory_cells.batch(np.arange(40))
-    model.decode = lambda z, cell_type_idx: model.pcs(batch)
-    expression, _ = model.sample_expression(batch.cell_type_idx, 1.0, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(expression, batch.log_normalized(1e4).to_dense(), atol=2e-3, rtol=1e-3)
-
-
-def test_class_balanced_batches_sample_every_type_equally_often():
-    counts, _ = simulated_cells(n_cells=1000)
-    types = np.where(np.arange(1000) < 20, 0, np.where(np.arange(1000) < 900, 1, -1))
-    dataset, generator = CellDataset(counts, types, CPU), torch.Generator().manual_seed(0)
-    sampled = torch.cat([b.cell_type_idx for b in dataset.shuffled(100, generator, balanced=True)])
-    assert len(sampled) == 1000 and (sampled >= 0).all()  # as many as in an epoch, none of unknown type
-    assert (sampled == 0).float().mean().item() == pytest.approx(0.5, abs=0.06)
-
-
-def test_one_cycle_rises_then_falls():
-    settings = {"learning_rate": 1e-3, "epochs": 100, "cycle": 1.0}
-    rates = np.array([registry.learning_rate(epoch, settings) for epoch in range(100)])
-    peak = rates.argmax()
-    assert 25 <= peak <= 33 and rates[peak] == pytest.approx(1e-3, rel=0.02) and rates[0] < 1e-4 and rates[-1] < 1e-5
-    assert (np.diff(rates[: peak + 1]) > 0).all() and (np.diff(rates[peak:]) < 0).all()
-    weights = [registry.kl_weight(epoch, {"kl_weight": (0.1, 1.0), "kl_warmup_epochs": 9}) for epoch in (0, 9, 50)]
-    assert weights == pytest.approx([0.1, 1.0, 1.0])
+    model.initialise(data[0])
+    batch = next(data[0].in_order(40))
+    expected = batch.log_normalized(1e4).to_dense()
+    torch.testing.assert_close(model.expression(model.inputs(batch)), expected, atol=2e-3, rtol=1e-3)
 
 
 def test_extra_zeros_are_estimated_where_they_were_added():
@@ -275,16 +275,15 @@ def test_extra_zeros_are_estimated_where_they_were_added():
     profile = np.full(40, 1 / 40)
     counts = rng.poisson(rng.gamma(2.0, 400 * profile / 2.0, (4000, 40))).astype(np.float32)
     counts[:, :20][rng.random((4000, 20)) < 0.4] = 0
-    library = counts.sum(axis=1)
     dataset = CellDataset(sp.csr_matrix(counts), np.zeros(4000, int), CPU)
-    expected_mu = 400 * profile / (library.mean() * profile)  # so that mu is the mean without extra zeros
-    estimate = extra_zeros(dataset, GeneMarginals((profile * expected_mu)[None], np.full(40, np.log(2.0))))
+    without_zeros = 400 / counts.sum(axis=1).mean() * profile  # so that mu is the mean without extra zeros
+    estimate = extra_zeros(dataset, GeneMarginals(without_zeros[None], np.full(40, np.log(2.0))))
     assert estimate[:20].mean() == pytest.approx(0.4, abs=0.04) and estimate[20:].mean() < 0.04
 
 
 def test_negative_expression_has_no_counts():
     log_expression = torch.tensor([[-1.0, 0.0, np.log(1 + 2500), np.log(1 + 7500)]])
-    np.testing.assert_allclose(expression_sampling.gene_fractions(log_expression), [[0, 0, 0.25, 0.75]], rtol=1e-5)
+    np.testing.assert_allclose(gene_fractions(log_expression), [[0, 0, 0.25, 0.75]], rtol=1e-5)
 
 
 # --- through the scripts
@@ -292,37 +291,20 @@ def test_negative_expression_has_no_counts():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, options",
-    [
-        ("beta_vae", {"TOP_MARKERS": 20}),
-        ("pca_cvae", {"PCA_COMPONENTS": 50}),
-        ("conv_cvae", {"CONV_SIDE": 32, "CONV_FILTERS": 4}),
-    ],
-)
-def test_stages_3_and_5_run_the_baseline_that_a_constant_names(pipeline, tmp_path, name, options):
-    models, fig = tmp_path / "models", tmp_path / "fig"
-    pipeline.main(
-        STAGES[3], GENERATOR=name, OTHER_EPOCHS=2, MODELS_DIR=str(models), FIG_DIR=str(fig), DEVICE="cpu", **options
-    )
-    assert (fig / f"{name}_loss.png").stat().st_size > 0
+    "name, words", [("beta_vae", ("top_markers=20",)), ("pca_cvae", ("n_pcs=50",)), ("conv_cvae", ("side=32", "filters=4"))]
+)  # fmt: skip
+def test_stages_3_and_5_run_the_baseline_that_a_constant_names(pipeline, tmp_path, name, words):
+    folders = {"MODELS_DIR": str(tmp_path), "FIG_DIR": str(tmp_path / "fig"), "DEVICE": "cpu", "GENERATOR": name}
+    with pytest.raises(
+        FileNotFoundError, match=f"{name}.pt is missing: run _3_train_gmvae.py --generator {name} first"
+    ):
+        pipeline.main(STAGES[5], **folders)
+    pipeline.main(STAGES[3], GENERATOR_SETTINGS=("epochs=2", *words), **folders)
+    assert (tmp_path / "fig" / f"{name}_loss.png").stat().st_size > 0
     output = tmp_path / "cells.h5ad"
-    pipeline.main(
-        STAGES[5],
-        GENERATOR=name,
-        CELL_COUNTS="test",
-        OUTPUT=str(output),
-        MODELS_DIR=str(models),
-        FIG_DIR=str(fig),
-        DEVICE="cpu",
-        EVALUATE=name == "pca_cvae",  # any other generator than the GMVAE: evaluated without a likelihood
-        **FEW,
-    )
+    # pca_cvae: any other generator than the GMVAE is evaluated without a likelihood
+    evaluated = {"EVALUATE": name == "pca_cvae", **FEW}
+    pipeline.main(STAGES[5], CELL_COUNTS="test", OUTPUT=str(output), **folders, **evaluated)
     generated, test = ad.read_h5ad(output), ad.read_h5ad(pipeline.data / "test.h5ad")
     assert generated.shape == test.shape and generated.uns["generator"] == name
     assert (generated.X.data == np.rint(generated.X.data)).all()
-
-
-def test_a_missing_generator_is_named(pipeline, tmp_path):
-    message = "beta_vae.pt is missing: run _3_train_gmvae.py --generator beta_vae first"
-    with pytest.raises(FileNotFoundError, match=message):
-        pipeline.main(STAGES[5], GENERATOR="beta_vae", MODELS_DIR=str(tmp_path))
