@@ -5,6 +5,7 @@ loads nothing from a network; library, styles, pictures and tables are part of i
 """
 
 import base64
+import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,48 +13,49 @@ import anndata as ad
 import jinja2
 import numpy as np
 import pandas as pd
+from bokeh.core.properties import value
+from bokeh.embed import components
+from bokeh.models import BooleanFilter, CDSView, ColumnDataSource, HoverTool, Range1d
+from bokeh.plotting import figure
+from bokeh.resources import Resources
+from bokeh.transform import factor_cmap
 
-from lib.bulk.deconvolution import Estimate
-from lib.evaluation.plots_style import palette
-from lib.files import replacing
-from lib.report import bulk_words, programmes, provenance, sentences
-from lib.report.embedding_plot import embedding_plot
+from lib import options
+from lib.bulk.deconvolution import Deconvolution, scaled_reference, signature_coverage
+from lib.evaluation.plots_style import GENERATED, REAL, label_places, palette
+from lib.report import programmes, sentences
+from lib.run import ROOT, description, git, replacing
 
-TEMPLATES = Path(__file__).with_name("templates")
-MAX_BARS, MAX_ROWS = 60, 2000  # samples in the bars, rows in the table of proportions; all are in the files
-MAX_AXES = 12  # axes of variation that are listed
-MAX_DOWNLOAD, MAX_PICTURES = 400_000, 3_000_000  # bytes of one table, and of all pictures, inside the page
+TEMPLATES, GLOSSARY = Path(__file__).with_name("templates"), Path(__file__).with_name("glossary.csv")
+FOLDERS = {"DATA_DIR", "MODELS_DIR", "FIG_DIR", "OUTPUT"}  # constants that change no number
+MAX_CELLS = 10_000  # in the map, of both sets, so that the page stays small
+MAX_FILE = 700_000  # bytes of a picture or table inside the page
+STILL = "umap_by_cell_type.png"  # the map for browsers that run no scripts
 PICTURES = {  # in this order while they fit; section, caption
     "proportions.png": ("bulk", "Estimated against true proportions on mixtures of test cells; on the dashed line both are equal."),
     "fidelity.png": ("cells", "AUC of all cells and of each type, library sizes, genes detected, and statistics of single genes."),
     "type_correlation.png": ("cells", "Mean expression of each generated type against each real type; the diagonal should be largest."),
     "signature.png": ("bulk", "Marker genes of the cell types in the reference, and as the platform of the bulk measures them."),
 }  # fmt: skip
-
-
-class Deconvolution(NamedTuple):
-    """How the proportions were estimated."""
-
-    method: str
-    estimate: Estimate
-    coverage: float | None  # share of the signature genes of the reference that the bulk has
-    content: pd.DataFrame | None  # mRNA per cell, of `rna_content.rna_per_cell`, if it was used
-    checkpoint: dict[str, Any]  # of stage 4
-    bulk: str | None  # the file; None: the sum of the test cells
+TOOLTIPS = [
+    ("cell type", "@cell_type"), ("set", "@source"), ("sample", "@sample"), ("counts", "@library_size{0,0}"),
+    ("genes detected", "@genes_detected{0,0}"),
+]  # fmt: skip
 
 
 class Results(NamedTuple):
     """What stage 5 has at hand when it ends."""
 
-    written: list[Path]  # files of this run, the only ones that the page shows
-    last_files: list[Path]  # the last file of each stage before this one; its record tells about the run
-    histories: list[Path]  # losses by epoch of the models in use, <name>_history.csv
     generator: dict[str, Any]  # checkpoint of stage 3
     generator_name: str
     deconvolution: Deconvolution | None
     cells: tuple[ad.AnnData, ad.AnnData] | None  # train and test
     generated: pd.DataFrame  # samples x types: numbers of generated cells
-    max_cells_evaluated: int
+    made_by: list[dict[str, Any]]  # `run.description` of every stage before this one, as far as it is known
+    histories: list[
+        Path
+    ]  # <name>_history.csv, losses by epoch: of the generator, then of the deconvolution's checkpoint
+    written: list[Path]  # files of this run, the only ones that the page shows
 
 
 def write(results: Results, path: Path) -> Path:
@@ -61,10 +63,7 @@ def write(results: Results, path: Path) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )  # fmt: skip
-    environment.filters |= {
-        "percent": sentences.percent, "between": bulk_words.between, "duration": provenance.duration,
-        "sentence": programmes.axis_sentence, "joined": sentences.joined,
-    }  # fmt: skip
+    environment.filters |= {"percent": sentences.percent, "between": sentences.between}
     html = environment.get_template("page.html").render(contents(results))
     with replacing(path) as temporary:
         temporary.write_text(html, encoding="utf-8")
@@ -74,160 +73,189 @@ def write(results: Results, path: Path) -> Path:
 def contents(results: Results) -> dict[str, Any]:
     """Everything that the template shows."""
     cell_types = [str(name) for name in results.generator["cell_types"]]
+    files = {path.name: path for path in results.written}
+    small = {name: path for name, path in files.items() if path.stat().st_size <= MAX_FILE}
+    stages = sorted(filter(None, [*results.made_by, description()]), key=lambda made_by: made_by["stage"])
     return {
+        "results": results,
+        "dataset": str(results.generator["dataset"]),
         "cell_types": cell_types,
         "colours": palette(cell_types),
-        "glossary": pd.read_csv(Path(__file__).with_name("glossary.csv")).to_dict("records"),
-        "dataset": str(results.generator["dataset"]),
-        "generator_name": results.generator_name,
-        "limits": {
-            name: getattr(module, name)
-            for module in (sentences, bulk_words, programmes)
-            for name in vars(module)
-            if name.isupper()
-        },
-        "done": what_was_done(results),
-        "bulk": None if results.deconvolution is None else bulk_section(results),
-        "generated": generated_section(results),
-        "good": None if results.cells is None else cells_section(results, cell_types),
-        "models": models_section(results),
-        "pictures": pictures(results.written),
-        "downloads": downloads(results.written),
+        "glossary": pd.read_csv(GLOSSARY).to_dict("records"),
+        "sentences": sentences,
+        "programmes": programmes,
+        "stages": [(made_by["stage"], *changed_constants(made_by)) for made_by in stages],
+        "last": stages[-1] if stages else {"versions": {}, "commit": None},
+        "bulk": None if results.deconvolution is None else bulk_section(results, results.deconvolution, files),
+        "good": None if results.cells is None else cells_section(results.cells[0], cell_types, files),
+        "losses": loss_curves(results),
+        "axes": programmes.axes_of(results.generator),
+        "pictures": [(*PICTURES[name], _data_uri(small[name], "image/png")) for name in PICTURES if name in small],
+        "downloads": {name: _data_uri(path, "text/csv") for name, path in small.items() if path.suffix == ".csv"},
     }
 
 
-def what_was_done(results: Results) -> dict[str, Any]:
-    """The data, and every stage: command, seconds, changed constants, versions."""
-    used = [results.generator] + ([results.deconvolution.checkpoint] if results.deconvolution else [])
-    stages = provenance.stages(results.last_files, used)
-    known = [stage for stage in stages if stage.versions]
-    source = {} if results.cells is None else dict(results.cells[0].uns)
-    return {
-        "stages": stages,
-        "seconds": sum(stage.seconds for stage in stages if stage.seconds is not None),
-        "versions": known[-1].versions if known else {},
-        "commit": known[-1].commit if known else None,
-        "source": str(source.get("source", "")),
-        "n_genes": len(results.generator["gene_names"]),
-        "n_train": None if results.cells is None else results.cells[0].n_obs,
-        "n_test": None if results.cells is None else results.cells[1].n_obs,
-    }
+def changed_constants(made_by: dict[str, Any]) -> tuple[str, list[tuple[str, str, str, str]]]:
+    """A command with the constants of a run, and those that differ from the script at its commit: name, value, default, comment.
+
+    A constant that was set on the command line, by a preset, or by editing the script is therefore listed.
+    """
+    script, commit, words, changed = made_by["stage"], made_by.get("commit"), ["python", made_by["stage"]], []
+    text = git("show", f"{commit.split()[0]}:{script}") if commit else None
+    for name, (default, comment) in options.defaults(text or (ROOT / script).read_text(encoding="utf-8")).items():
+        got = made_by["constants"].get(name, default)
+        if name in FOLDERS or _words(got) == _words(default):
+            continue
+        changed.append((name, " ".join(_words(got)), " ".join(_words(default)), comment))
+        option = name.lower().replace("_", "-")
+        if isinstance(got, bool):
+            words.append(f"--{option}" if got else f"--no-{option}")
+        else:
+            words += [f"--{option}", *_words(got)]
+    return shlex.join(words), changed
 
 
-def bulk_section(results: Results) -> dict[str, Any]:
-    """Proportions with intervals, their summary, and warnings."""
-    assert results.deconvolution is not None
-    method, estimate, coverage, content, _, bulk = results.deconvolution
-    truth = None
-    if bulk is None and results.cells is not None:
-        truth = results.cells[1].obs["cell_type"].value_counts(normalize=True)
-    rows = bulk_words.shares(estimate, truth)
-    n_types = estimate.proportions.shape[1]
-    shown = max(1, MAX_ROWS // n_types) * n_types
-    accuracy = _table(results.written, "mixtures.csv")
+def _words(constant: Any) -> list[str]:
+    """The words of a constant on the command line."""
+    values = constant if isinstance(constant, list | tuple) else [constant]
+    return ["none" if one is None else str(one) for one in values]
+
+
+def bulk_section(results: Results, deconvolution: Deconvolution, files: dict[str, Path]) -> dict[str, Any]:
+    """Proportions with intervals, their summary, and warnings. files: of this run, by name."""
+    estimate, bulk_file, coverage = deconvolution.estimate, deconvolution.bulk_file, None
+    shares, accuracy = estimate.proportions, _table(files, "mixtures.csv")
+    table = pd.DataFrame({"sample": shares.index.astype(str).repeat(shares.shape[1])})
+    table["cell_type"] = [*shares.columns] * len(shares)
+    columns = {"cells": [shares, *estimate.interval()]}
+    if estimate.signature is not None:
+        columns["rna"] = [estimate.rna_proportions, *estimate.rna_interval()]
+    for name, parts in columns.items():
+        table[[name, f"{name}_low", f"{name}_high"]] = np.stack([part.to_numpy().ravel() for part in parts], axis=1)
+    if bulk_file is None and results.cells is not None:
+        table["true"] = list(results.cells[1].obs["cell_type"].value_counts(normalize=True)[shares.columns])
+    if "reference" in deconvolution.checkpoint:
+        coverage = signature_coverage(scaled_reference(deconvolution.checkpoint), deconvolution.bulk, 0.0)
     return {
-        "name": "the sum of the test cells" if bulk is None else Path(bulk).name,
-        "is_own": bulk is not None,
-        "method": method,
-        "n_samples": len(estimate.proportions),
-        "summary": bulk_words.summary(estimate),
-        "accuracy": bulk_words.mixture_sentence(accuracy, method),
-        "advice": bulk_words.advice(estimate, coverage, content),
-        "rows": rows[:shown],
-        "n_rows": len(rows),
-        "bars": [rows[i : i + n_types] for i in range(0, min(len(rows), MAX_BARS * n_types), n_types)],
-        "has_rna": rows[0].rna is not None,
-        "has_truth": truth is not None,
+        "name": "the sum of the test cells" if bulk_file is None else Path(bulk_file).name,
+        "is_own": bulk_file is not None,
+        "method": deconvolution.method,
+        "n_samples": len(shares),
+        "summary": sentences.bulk_summary(estimate),
+        "accuracy": "" if accuracy is None else sentences.mixture_sentence(accuracy, deconvolution.method),
+        "advice": sentences.advice(estimate, coverage, deconvolution.content),
+        "rows": table.to_dict("records"),
+        "has_rna": "rna" in table,
+        "has_truth": "true" in table,
         "coverage": coverage,
     }
 
 
-def generated_section(results: Results) -> dict[str, Any]:
-    """Numbers of generated cells."""
-    n_cells = results.generated
-    return {"n_cells": int(n_cells.to_numpy().sum()), "n_samples": len(n_cells), "by_type": n_cells.sum().to_dict()}
-
-
-def cells_section(results: Results, cell_types: list[str]) -> dict[str, Any] | None:
+def cells_section(train: ad.AnnData, cell_types: list[str], files: dict[str, Path]) -> dict[str, Any] | None:
     """The embedding, a verdict of every type, every metric in words; None if nothing was evaluated."""
-    assert results.cells is not None
-    metrics, umap = _table(results.written, "metrics.csv"), _table(results.written, "umap.csv")
+    metrics, umap = _table(files, "metrics.csv"), _table(files, "umap.csv")
     if metrics is None or umap is None:
         return None
-    train, test = (cells.obs["cell_type"].value_counts().reindex(cell_types, fill_value=0) for cells in results.cells)
-    n_compared = (test * min(1.0, results.max_cells_evaluated / test.sum())).round().astype(int)
     readings = sentences.metric_readings(metrics)
-    verdicts = sentences.type_verdicts(metrics, train, n_compared)
-    still = next((path for path in results.written if path.name == "umap_by_cell_type.png"), None)
+    n_train = train.obs["cell_type"].value_counts().reindex(cell_types, fill_value=0)
+    verdicts = sentences.type_verdicts(metrics, n_train)
     return {
         "summary": sentences.cells_sentence(readings, verdicts),
-        "readings": readings,
+        "readings": readings.to_dict("records"),
         "verdicts": verdicts,
-        "n_compared": int(n_compared.sum()),
-        "plot": embedding_plot(umap.assign(sample=umap["sample"].fillna("")), cell_types),
-        "still": None if still is None else _data_uri(still, "image/png"),
+        "n_compared": int(metrics.loc[metrics["cells"] == "all", "n_cells"].iloc[0]),
+        "plot": embedding_plot(umap, cell_types),
+        "still": _data_uri(files[STILL], "image/png") if STILL in files else None,
     }
 
 
-def models_section(results: Results) -> dict[str, Any]:
-    """Losses by epoch and, of a GMVAE, the axes of variation."""
-    axes = programmes.axes_of(results.generator)
-    return {
-        "losses": [loss_curve(path) for path in results.histories if path.exists()],
-        "axes": axes[:MAX_AXES],
-        "n_axes": len(axes),
-        "epoch": results.generator["epoch"],
-    }
+def embedding_plot(cells: pd.DataFrame, cell_types: list[str]) -> dict[str, Any]:
+    """Three linked panels of Bokeh; the page's own buttons set the filters "shown_<panel>" to hide types.
+
+    Parameters
+    ----------
+    cells
+        umap.csv: one row per cell; columns source ("test" or "generated"), cell_type, sample, library_size, genes_detected, umap_1,
+        umap_2.
+    cell_types
+        In the order of their colours.
+    """
+    columns = ["source", "cell_type", "sample", "library_size", "genes_detected", "umap_1", "umap_2"]
+    # in random order, so that no type is plotted on top of all others
+    cells = cells[columns].sample(min(len(cells), MAX_CELLS), random_state=0)
+    cells = cells.fillna({"cell_type": "no type", "sample": ""}).astype({"umap_1": np.float32, "umap_2": np.float32})
+    source, places = ColumnDataSource(cells, name="cells"), cells[["umap_1", "umap_2"]].to_numpy()
+    low, high = places.min(axis=0), places.max(axis=0)
+    margin = 0.04 * (high - low) + 1e-6
+    x_range, y_range = (Range1d(start=float(a), end=float(b)) for a, b in zip(low - margin, high + margin))
+    # the number of each type beside its median cell: types are told apart without colours
+    labels = label_places(places, cells["cell_type"].to_numpy(dtype=object), cell_types)
+    numbers = [(str(i), *map(float, labels[name])) for i, name in enumerate(cell_types, start=1) if name in labels]
+    by_type = factor_cmap("cell_type", list(palette(cell_types).values()), cell_types, nan_color="#888888")
+    by_source = factor_cmap("source", [REAL, GENERATED], ["test", "generated"])
+    number_style: dict[str, Any] = {
+        "text_align": "center", "text_baseline": "middle", "text_font": value("sans-serif"), "text_font_size": "12px",
+        "text_font_style": "bold", "text_color": "#000000", "background_fill_color": "#FFFFFF", "background_fill_alpha": 0.75,
+        "padding": 1,
+    }  # fmt: skip
+    panels: dict[str, Any] = {}
+    for name in ("test", "generated", "both"):
+        panel = figure(
+            name=name, x_range=x_range, y_range=y_range, sizing_mode="stretch_width", height=340, min_border=4,
+            tools="pan,wheel_zoom,box_zoom,reset", toolbar_location="below", background_fill_color="#FFFFFF",
+            border_fill_color="#FFFFFF", outline_line_color=None,
+        )  # fmt: skip
+        panel.axis.visible, panel.grid.visible = False, False
+        panel.toolbar.logo, panel.toolbar.active_drag = None, None  # a finger on the plot scrolls the page
+        is_shown = [name in (one, "both") for one in cells["source"]]
+        dots = panel.scatter(
+            "umap_1", "umap_2", source=source, view=CDSView(filter=BooleanFilter(booleans=is_shown, name=f"shown_{name}")),
+            size=float(np.clip(160 / np.sqrt(len(cells)), 2, 7)), color=by_source if name == "both" else by_type,
+            line_color=None, alpha=0.8,
+        )  # fmt: skip
+        panel.add_tools(HoverTool(tooltips=TOOLTIPS, renderers=[dots]))
+        if name != "both":
+            source_of_numbers = ColumnDataSource(pd.DataFrame(numbers, columns=["number", "x", "y"]))
+            panel.text("x", "y", "number", source=source_of_numbers, **number_style)
+        panels[name] = panel
+    script, divs = components(panels, wrap_script=False)
+    n_cells = cells["source"].value_counts().reindex(["test", "generated"], fill_value=0)
+    library = "\n".join(Resources(mode="inline", components=["bokeh"]).js_raw)
+    return {"library": library, "script": script, "panels": divs, "n_cells": n_cells}
 
 
-def loss_curve(path: Path) -> dict[str, Any]:
-    """Losses by epoch as lines of an SVG of 320 x 160; the y axis ends at the 98th percentile, so that the first epochs do not fill it."""
-    history = pd.read_csv(path)
-    columns = {"train": "train_loss", "held-out": "held_out_loss"}
-    losses = {label: history[column].to_numpy() for label, column in columns.items() if column in history}
-    both = np.concatenate(list(losses.values()))
-    low, high = float(both.min()), float(np.quantile(both, 0.98))
-    x = 320 * np.arange(len(history)) / max(1, len(history) - 1)
-    lines = {}
-    for label, values in losses.items():
-        y = 160 - 160 * np.clip((values - low) / max(high - low, 1e-12), 0, 1)
-        lines[label] = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
-    last = {label: f"{values[-1]:,.5g}" for label, values in losses.items()}
-    criterion = history.get("held_out_stopping_criterion", history.get("held_out_loss"))
-    best = None if criterion is None else int(np.argmin(criterion)) + 1
-    return {
-        "name": path.name.removesuffix("_history.csv"),
-        "lines": lines,
-        "low": f"{low:,.5g}",
-        "high": f"{high:,.5g}",
-        "n_epochs": len(history),
-        "last": last,
-        "best": best,
-    }
+def loss_curves(results: Results) -> list[dict[str, Any]]:
+    """Losses by epoch of the models in use, as lines of an SVG of 320 x 160, and the epoch whose weights are used.
+
+    The y axis ends at the 98th percentile, so that the first epochs do not fill it.
+    """
+    checkpoints = [results.generator] + ([results.deconvolution.checkpoint] if results.deconvolution else [])
+    curves = []
+    for path, checkpoint in zip(results.histories, checkpoints):
+        if path.exists():
+            history = pd.read_csv(path).rename(columns={"train_loss": "train", "held_out_loss": "held-out"})
+            loss = history.filter(["train", "held-out"])
+            low, high = loss.min(axis=None), np.quantile(loss, 0.98)
+            x = np.linspace(0, 320, len(loss))
+            y = 160 * (high - loss.clip(low, high)) / max(high - low, 1e-12)
+            criterion = history.get("held_out_stopping_criterion", history.get("held-out"))
+            curves.append({
+                "name": path.name.removesuffix("_history.csv"),
+                "lines": {name: " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y[name])) for name in loss},
+                "low": low,
+                "high": high,
+                "last": loss.iloc[-1],
+                "n_epochs": len(loss),
+                "used": checkpoint["epoch"],
+                "best": None if criterion is None else int(criterion.argmin()) + 1,
+            })  # fmt: skip
+    return curves
 
 
-def pictures(written: list[Path]) -> list[dict[str, str]]:
-    """The figures of this run that the page holds beside its own, while they fit."""
-    listed, room = [], MAX_PICTURES
-    by_name = {path.name: path for path in written}
-    for name, (section, caption) in PICTURES.items():
-        if name in by_name and (size := by_name[name].stat().st_size) <= room:
-            room -= size
-            listed.append({"section": section, "caption": caption, "uri": _data_uri(by_name[name], "image/png")})
-    return listed
+def _data_uri(path: Path, media_type: str) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def downloads(written: list[Path]) -> list[dict[str, str]]:
-    """The tables of this run that are small enough, as links that hold them."""
-    tables = [path for path in written if path.suffix == ".csv" and path.stat().st_size <= MAX_DOWNLOAD]
-    return [{"name": path.name, "uri": _data_uri(path, "text/csv")} for path in tables]
-
-
-def _data_uri(path: Path, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-def _table(written: list[Path], name: str) -> pd.DataFrame | None:
+def _table(files: dict[str, Path], name: str) -> pd.DataFrame | None:
     """A table of this run; None if the run did not write it."""
-    path = next((path for path in written if path.name == name), None)
-    return None if path is None else pd.read_csv(path, dtype={"cells": str, "cell_type": str, "sample": str})
+    return pd.read_csv(files[name], dtype={"cells": str, "cell_type": str, "sample": str}) if name in files else None

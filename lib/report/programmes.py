@@ -1,23 +1,22 @@
 """The axes of variation of a GMVAE in words: their genes, and the known gene programmes that these belong to."""
 
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import hypergeom
+from scipy.stats import false_discovery_control, hypergeom
 
+# columns programme, genes (regular expressions for whole names in capitals, separated by blanks), source
 TABLE = Path(__file__).with_name("programmes.csv")
 MIN_SHARE = 2e-5  # of all RNA, mean over cells: less expressed genes do not name an axis (ours)
-N_TOP = 40  # genes of each direction of an axis that are compared with the programmes (ours)
+N_TOP = 40  # genes of each end of an axis that are compared with the programmes (ours)
 MIN_RELATIVE = 0.15  # loading of such a gene, relative to the largest of the axis (ours)
-MIN_GENES, MAX_P = 3, 1e-3  # of a programme among these genes; Bonferroni-corrected p of so many by chance (ours)
-N_SHOWN = 8  # genes of each direction on the page
+MIN_GENES, MAX_FDR = 3, 1e-3  # of a programme among these genes; false discovery rate of the names (ours)
+N_SHOWN = 8  # genes of each end on the page
 
 
-class Direction(NamedTuple):
+class End(NamedTuple):
     """One end of an axis."""
 
     programme: str | None  # None: no known programme fits
@@ -29,70 +28,66 @@ class Axis(NamedTuple):
     """An axis of variation within the cell types."""
 
     number: int  # in the model, from 1
-    strength: float  # root mean square of the log fold changes per unit of z, weighted by expression
-    ends: list[Direction]  # the end with the larger loadings first; a direction without clear genes is left out
-
-
-def read_programmes() -> pd.DataFrame:
-    """Columns programme, genes (regular expressions for whole names in capitals, separated by blanks), source."""
-    return pd.read_csv(TABLE)
+    ends: list[End]  # the end with the larger loadings first; an end without clear genes is left out
 
 
 def axes_of(checkpoint: dict[str, Any]) -> list[Axis]:
-    """The axes of the GMVAE, the strongest first; none for other models.
-
-    checkpoint: models/gmvae.pt.
-    """
+    """The axes of the GMVAE, the strongest first; none for other models. checkpoint: models/gmvae.pt."""
     weights = checkpoint["weights"]
     if "log_profiles" not in weights:
         return []
     loadings = weights["p_x_zyl_log_mean.weight"].double().numpy()
     share = (weights["type_frequency"].double() @ weights["log_profiles"].double().softmax(dim=1)).numpy()
-    names = np.array(checkpoint["gene_names"])
-    expressed = share >= MIN_SHARE
-    if expressed.sum() < N_TOP or not loadings.any():
+    is_expressed = share >= MIN_SHARE
+    if is_expressed.sum() < N_TOP or not loadings.any():
         return []
-    loadings, share, names = loadings[expressed], share[expressed] / share[expressed].sum(), names[expressed]
-    strength = np.sqrt(share @ loadings**2)
-    order = np.argsort(-strength, kind="stable")
-    return [Axis(int(j) + 1, float(strength[j]), _ends(loadings[:, j], names)) for j in order if strength[j] > 0]
+    loadings, share = loadings[is_expressed], share[is_expressed] / share[is_expressed].sum()
+    # the end with the larger loadings becomes the positive one
+    loadings *= np.where(loadings.max(axis=0) >= -loadings.min(axis=0), 1, -1)
+    strength = np.sqrt(share @ loadings**2)  # of the log fold changes per unit of z, root mean square over the RNA
+    axes = [int(j) for j in np.argsort(-strength, kind="stable") if strength[j] > 0]
+    tops = [top_genes(side) for j in axes for side in (loadings[:, j], -loadings[:, j])]
+    ends = named_ends(tops, np.array(checkpoint["gene_names"])[is_expressed])
+    pairs = zip(ends[::2], ends[1::2])
+    return [Axis(j + 1, [end for end in pair if end.genes]) for j, pair in zip(axes, pairs)]
 
 
-def _ends(loadings: np.ndarray, names: np.ndarray) -> list[Direction]:
-    ends = []
-    for sign in sorted((1, -1), key=lambda sign: -float((sign * loadings).max())):
-        top = np.argsort(-sign * loadings, kind="stable")[:N_TOP]
-        genes = [names[g] for g in top if sign * loadings[g] >= MIN_RELATIVE * np.abs(loadings).max()]
-        if genes:
-            ends.append(_in_words(genes, list(names)))
-    return ends
+def top_genes(loadings: np.ndarray) -> np.ndarray:
+    """Indices of the genes with the largest positive loadings, at most `N_TOP`."""
+    top = np.argsort(-loadings, kind="stable")[:N_TOP]
+    return top[loadings[top] >= MIN_RELATIVE * np.abs(loadings).max()]
 
 
-def _in_words(genes: Sequence[str], universe: Sequence[str]) -> Direction:
-    found = best_programme(genes, universe)
-    if found is None:
-        return Direction(None, "", list(genes[:N_SHOWN]))
-    name, source, hits = found
-    return Direction(name, source, [*hits, *(gene for gene in genes if gene not in hits)][:N_SHOWN])
+def named_ends(tops: list[np.ndarray], gene_names: np.ndarray) -> list[End]:
+    """The programme, if any, that has more of the genes of each end than chance explains.
 
+    Chance: as many genes selected at random from all, P(at least so many of the programme) (hypergeometric), corrected for all
+    programmes and all ends together (Benjamini and Hochberg 1995).
 
-def best_programme(genes: Sequence[str], universe: Sequence[str]) -> tuple[str, str, list[str]] | None:
-    """The programme that has more of these genes than chance explains: name, source, and its genes among them.
-
-    Chance: as many genes selected at random from the universe, P(at least so many of the programme) (hypergeometric), times the
-    number of programmes. None if no programme has `MIN_GENES` of the genes and a p of at most `MAX_P`.
+    Parameters
+    ----------
+    tops
+        Indices of the genes of each end of all axes, largest loadings first.
+    gene_names
+        All genes that could be among them.
     """
-    table, best, best_p = read_programmes(), None, MAX_P
-    for row in table.itertuples():
-        pattern = re.compile(row.genes.replace(" ", "|"))
-        hits = [gene for gene in genes if pattern.fullmatch(gene.upper())]
-        if len(hits) < MIN_GENES:
-            continue
-        n_members = sum(pattern.fullmatch(gene.upper()) is not None for gene in universe)
-        p = len(table) * hypergeom.sf(len(hits) - 1, len(universe), n_members, len(genes))
-        if p <= best_p:
-            best, best_p = (row.programme, row.source, hits), p
-    return best
+    table, names = pd.read_csv(TABLE), pd.Series(gene_names)
+    patterns = table["genes"].str.replace(" ", "|")
+    is_member = np.array([names.str.upper().str.fullmatch(pattern) for pattern in patterns])  # programmes x genes
+    n_hits = np.array([is_member[:, top].sum(axis=1) for top in tops])  # ends x programmes
+    n_top = np.array([[len(top)] for top in tops])
+    p = hypergeom.sf(n_hits - 1, len(names), is_member.sum(axis=1), n_top)
+    fdr = false_discovery_control(p.ravel()).reshape(p.shape)
+    p = np.where((n_hits >= MIN_GENES) & (fdr <= MAX_FDR), p, np.nan)
+    ends = []
+    for top, p_of_end in zip(tops, p):
+        programme, source = None, ""
+        if np.isfinite(p_of_end).any():
+            best = np.nanargmin(p_of_end)
+            programme, source = table.loc[best, ["programme", "source"]]
+            top = top[np.argsort(~is_member[best, top], kind="stable")]
+        ends.append(End(programme, source, list(names[top[:N_SHOWN]])))
+    return ends
 
 
 def axis_sentence(axis: Axis) -> str:

@@ -1,143 +1,89 @@
-"""Numbers of the evaluation in words. Every threshold stands at the top, and the page states it.
+"""Numbers of the evaluation and of the deconvolution in words. Every threshold stands at the top, and the page states it.
 
 A verdict compares generated cells with test cells, and real train cells with the same test cells: what real cells do not reach, no
 generator is asked to reach.
 """
 
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from lib.bulk.deconvolution import FAR_ABOVE, MIN_R, Estimate
+from lib.bulk.rna_content import KINDS, UNKNOWN_LOG_SD, kind_of
+
+METRICS = Path(__file__).with_name("metrics.csv")  # titles and sentences of the metrics in fig/metrics.csv
+ADVICE = Path(__file__).with_name("advice.csv")  # sentences of the warnings about a bulk
+
+# Generated cells
 MIN_TRAIN_CELLS = 30  # of a type, for a verdict: the paper drops smaller clusters
-N_ERRORS = 2  # standard errors by which a classifier must exceed both guessing and real cells
+Z_95 = 1.96  # standard errors to each side of a 95 % interval
 SMALL_AUC, CLEAR_AUC = 0.70, 0.85  # below: small differences; below: clear differences; else: easily told apart (ours)
 AS_GOOD, SLIGHTLY, CLEARLY = 0.05, 0.25, 0.5  # share of the way from real cells to the worst value of a metric (ours)
 AS_GOOD_RATIO, SLIGHTLY_RATIO, CLEARLY_RATIO = 1.25, 2.0, 4.0  # of the errors of a metric without a worst value (ours)
-LEVELS = ("as good as real cells", "slightly worse than real cells", "clearly worse than real cells",
-          "much worse than real cells")  # fmt: skip
-CLASSIFIERS = {"forest AUC": "random forest", "linear AUC": "linear classifier"}
+LEVELS = {  # in words: of a metric over all cells, of a cell type
+    "good": ("as good as real cells", "cannot be told from real cells"),
+    "small": ("slightly worse than real cells", "small differences from real cells"),
+    "clear": ("clearly worse than real cells", "clear differences from real cells"),
+    "bad": ("much worse than real cells", "easily told from real cells"),
+    "unknown": ("not judged", "not judged: too few cells to compare"),
+}
 
-
-class Metric(NamedTuple):
-    """How a metric of metrics.csv is read."""
-
-    title: str
-    best: float
-    worst: float | None  # None: the metric has no worst value
-    sentence: str  # with {generated} and {real}, formatted as `percent` says
-    percent: bool = False
-
-
-METRICS = {
-    "forest AUC": Metric(
-        "Told apart by a random forest", 0.5, 1.0,
-        "Of one real and one generated cell, a random forest picks the generated one in {generated} of all pairs; "
-        "it picks a real train cell in {real}. Guessing has 50 %.", True,
-    ),
-    "linear AUC": Metric(
-        "Told apart by single genes", 0.5, 1.0,
-        "The same of a linear classifier on single genes and counts per cell: {generated} for generated cells, {real} for real ones.", True,
-    ),
-    "iLISI": Metric(
-        "Mixing of real and generated cells", 2.0, 1.0,
-        "A cell's neighbourhood holds {generated} sets of cells on average, {real} if both sets are real; 2 is a perfect mixture.",
-    ),
-    "MMD": Metric(
-        "Distance of the two clouds of cells", 0.0, None,
-        "The distance between the distributions is {generated}; between two sets of real cells it is {real}. 0 is best.",
-    ),
-    "gene correlation r": Metric(
-        "Genes that vary together", 1.0, 0.0,
-        "The correlations between genes agree with r = {generated}; those of two sets of real cells agree with r = {real}.",
-    ),
-    "gene mean MAE": Metric(
-        "Mean expression", 0.0, None,
-        "The mean of a gene is off by {generated} on average, in log(1 + counts per 10,000); by {real} for real cells.",
-    ),
-    "gene zeros MAE": Metric(
-        "Zeros", 0.0, 1.0,
-        "The share of cells without any count of a gene is off by {generated} on average; by {real} for real cells.", True,
-    ),
-    "library size KS": Metric(
-        "Counts per cell", 0.0, 1.0,
-        "The distributions of counts per cell are at most {generated} apart; those of two sets of real cells {real}.", True,
-    ),
-    "genes detected KS": Metric(
-        "Genes detected per cell", 0.0, 1.0,
-        "The distributions of the number of genes detected are at most {generated} apart; those of two sets of real cells {real}.", True,
-    ),
-    "marker overlap": Metric(
-        "Marker genes", 1.0, 0.0,
-        "Of a type's 50 strongest marker genes, generated and real cells share {generated}; two sets of real cells share {real}.", True,
-    ),
-    "F1 train on these, test on real": Metric(
-        "Usefulness for naming cells", 1.0, 0.0,
-        "A classifier that learns the cell types from generated cells and names real ones reaches F1 = {generated}; "
-        "one that learns from real cells {real}.",
-    ),
-}  # fmt: skip
-
-
-class Reading(NamedTuple):
-    """One metric in words."""
-
-    metric: str
-    title: str
-    generated: str
-    real: str
-    sentence: str
-    level: str
-
-
-class Verdict(NamedTuple):
-    """One cell type in words."""
-
-    cell_type: str
-    n_train: int
-    n_test: int  # compared with as many generated cells
-    generated: float  # AUC of the classifier that tells generated cells apart best; NaN: not measured
-    real: float  # of the same classifier, of train cells
-    kind: str  # one of good, small, clear, bad, unknown
-    text: str
+# Proportions
+FEW_SHARED = 0.8  # share of the reference's signature genes below which the bulk has few of them (ours)
+ABSENT = 0.001  # largest share of a type that is called absent (ours)
+WIDE = 0.5  # standard deviation relative to the share, from which an estimate is called uncertain (ours)
+COMMON = 0.05  # mean share from which an uncertain type is worth a warning (ours)
+CONSTANT = "constant: train frequencies"  # row of mixtures.csv: one guess for all mixtures
+N_HINT = 2  # unexplained genes that are markers of a kind of cell, for a hint (ours)
 
 
 def percent(share: float, digits: int = 0) -> str:
-    """Such as "59 %"; a share between 0 and half of the last digit is "< 1 %"."""
+    """Such as "59 %"; a share between 0 and half of the last digit is "< 1 %"; "-" for NaN."""
     if not np.isfinite(share):
-        return "unknown"
+        return "-"
     smallest = 10.0**-digits
-    if 0 < 100 * share < smallest / 2:
-        return f"< {smallest:g} %"
-    return f"{100 * share:.{digits}f} %"
+    return f"< {smallest:g} %" if 0 < 100 * share < smallest / 2 else f"{100 * share:.{digits}f} %"
 
 
-def level(generated: float, real: float, best: float, worst: float | None) -> str:
-    """How much worse generated cells are than real ones, as one of `LEVELS`; "not measured" for NaN."""
-    if not np.isfinite([generated, real]).all():
-        return "not measured"
-    of_generated, of_real = abs(generated - best), abs(real - best)
-    if worst is None:
-        if of_generated <= of_real:
-            return LEVELS[0]
-        excess, limits = of_generated / max(of_real, 1e-12), (AS_GOOD_RATIO, SLIGHTLY_RATIO, CLEARLY_RATIO)
+def between(low: float, high: float, digits: int = 0) -> str:
+    """An interval of shares, such as "38-52 %"."""
+    return f"{100 * low:.{digits}f}-{100 * high:.{digits}f} %"
+
+
+def joined(names: list[str], most: int = 6) -> str:
+    """Such as "A, B and C"; longer lists end with the number of the others."""
+    shown = names if len(names) <= most else [*names[:most], f"{len(names) - most} more"]
+    return " and ".join(filter(None, [", ".join(shown[:-1]), *shown[-1:]]))
+
+
+# --- generated cells
+
+
+def level(generated: float, real: float, best: float, worst: float) -> str:
+    """How much worse generated cells are than real ones, a key of `LEVELS`; worst: NaN if the metric has no worst value."""
+    if not np.isfinite(real):
+        return "unknown"
+    error, real_error = abs(generated - best), abs(real - best)
+    if np.isnan(worst):
+        excess, limits = error / max(real_error, 1e-12), (AS_GOOD_RATIO, SLIGHTLY_RATIO, CLEARLY_RATIO)
     else:
-        room = max(abs(worst - best) - of_real, 1e-12)
-        excess, limits = (of_generated - of_real) / room, (AS_GOOD, SLIGHTLY, CLEARLY)
-    return LEVELS[int(np.searchsorted(limits, excess))]
+        room = max(abs(worst - best) - real_error, 1e-12)
+        excess, limits = (error - real_error) / room, (AS_GOOD, SLIGHTLY, CLEARLY)
+    return list(LEVELS)[int(np.searchsorted(limits, excess))]
 
 
-def metric_readings(metrics: pd.DataFrame) -> list[Reading]:
-    """The metrics over all cells in words. metrics: metrics.csv."""
-    pooled = metrics[metrics["cells"] == "all"].set_index("figure")
-    readings = []
-    for name, (title, best, worst, sentence, is_share) in METRICS.items():
-        if name in pooled.index:
-            generated, real = (float(pooled.loc[name, column]) for column in ("generated", "real"))
-            ours, reference = (percent(value) if is_share else f"{value:.3g}" for value in (generated, real))
-            text = sentence.format(generated=ours, real=reference)
-            readings.append(Reading(name, title, ours, reference, text, level(generated, real, best, worst)))
-    return readings
+def metric_readings(metrics: pd.DataFrame) -> pd.DataFrame:
+    """The metrics over all cells in words: columns title, generated, real, sentence, level. metrics: fig/metrics.csv."""
+    values = metrics[metrics["cells"] == "all"].set_index("figure")[["generated", "real"]].dropna(subset="generated")
+    table = pd.read_csv(METRICS).join(values, on="figure", how="inner")
+    table["level"] = [level(row.generated, row.real, row.best, row.worst) for row in table.itertuples()]
+    for name in ("generated", "real"):
+        shares = table["is_share"]
+        table[name] = [percent(x) if is_share else f"{x:.3g}" for x, is_share in zip(table[name], shares)]
+    table["sentence"] = [row.sentence.format(generated=row.generated, real=row.real) for row in table.itertuples()]
+    return table
 
 
 def auc_error(auc: float, n_first: int, n_second: int) -> float:
@@ -148,90 +94,137 @@ def auc_error(auc: float, n_first: int, n_second: int) -> float:
     return float(np.sqrt(max(variance, 0) / (n_first * n_second)))
 
 
-def type_verdicts(metrics: pd.DataFrame, n_train: pd.Series, n_test: pd.Series) -> list[Verdict]:
-    """Whether the generated cells of each type can be told from real ones.
+class Verdict(NamedTuple):
+    """Whether the generated cells of a type can be told from real ones."""
 
-    The verdict is that of the classifier (random forest or linear) that exceeds the value of real cells most.
+    cell_type: str
+    n_train: int
+    n_cells: int = 0  # test cells, compared with as many generated cells; 0: too few for a comparison
+    level: str = "unknown"  # a key of LEVELS
+    text: str = LEVELS["unknown"][1]
+    generated: float = np.nan  # AUC of the classifier that tells the generated cells apart best, NaN: not measured
+    low: float = np.nan  # 95 % interval of `generated`
+    high: float = np.nan
+    real: float = np.nan  # AUC of the same classifier for train cells
+
+
+def type_verdicts(metrics: pd.DataFrame, n_train: pd.Series) -> list[Verdict]:
+    """A verdict of each type. metrics: fig/metrics.csv; n_train: train cells of each type."""
+    auc = metrics[metrics["figure"].isin(["forest AUC", "linear AUC"])]
+    excess = (auc["generated"] - auc["real"]).sort_values()
+    auc = auc.loc[excess.index].drop_duplicates("cells", keep="last")  # of the classifier that exceeds real cells most
+    verdicts = {name: Verdict(str(name), int(n)) for name, n in n_train.items()}
+    for row in auc[auc["cells"].isin(n_train.index)].itertuples():
+        verdicts[row.cells] = verdict(row.cells, row.generated, row.real, int(n_train[row.cells]), row.n_cells)
+    return list(verdicts.values())
+
+
+def verdict(cell_type: str, generated: float, real: float, n_train: int, n_cells: int) -> Verdict:
+    """The verdict from the AUC of generated cells and of real train cells, each against the same `n_cells` test cells.
+
+    The cells differ if the AUC exceeds both 0.5 and that of real cells by more than chance explains. If not, they cannot be told
+    apart only if the whole 95 % interval of the AUC lies below `SMALL_AUC`.
+    """
+    error, real_error = auc_error(generated, n_cells, n_cells), auc_error(real, n_cells, max(min(n_train, n_cells), 2))
+    low, high = max(0.0, generated - Z_95 * error), min(1.0, generated + Z_95 * error)
+    of_type, real_cells_differ = "unknown", real - 0.5 > Z_95 * real_error
+    if n_train < MIN_TRAIN_CELLS:
+        text = f"{n_train} train cells, not reliable"
+    elif low > 0.5 and generated - real > Z_95 * np.hypot(error, real_error):
+        of_type = ("small", "clear", "bad")[int(np.searchsorted((SMALL_AUC, CLEAR_AUC), generated, side="right"))]
+        text = LEVELS[of_type][1]
+    elif high <= SMALL_AUC:
+        of_type, text = "good", LEVELS["good"][1]
+    else:
+        why = f"real cells have {percent(real)}" if real_cells_differ else "too few cells to judge"
+        text = f"not shown to differ (AUC {percent(generated)}, {between(low, high)}): {why}"
+    return Verdict(cell_type, n_train, n_cells, of_type, text, generated, low, high, real)
+
+
+def cells_sentence(readings: pd.DataFrame, verdicts: list[Verdict]) -> str:
+    """The answer to "are the generated cells good?" in a few sentences."""
+    names = {key: [one.cell_type for one in verdicts if one.level == key] for key in LEVELS}
+    good, small, large, unknown = names["good"], names["small"], names["clear"] + names["bad"], names["unknown"]
+    n_good, n_small, n_large = (
+        (readings["level"].isin(keys)).sum() for keys in (["good"], ["small"], ["clear", "bad"])
+    )
+    n_judged, n_metrics = len(verdicts) - len(unknown), n_good + n_small + n_large
+    parts = {
+        f"Generated cells cannot be told from real cells in {len(good)} of {n_judged} types that could be judged.": n_judged,
+        f"They differ a little in {joined(small)}.": small,
+        f"They differ clearly in {joined(large)}.": large,
+        f"{len(unknown)} of {len(verdicts)} types could not be judged: {joined(unknown)}.": unknown,
+        f"Over all cells, {n_good} of {n_metrics} metrics are as good as those of real cells, {n_small} slightly worse, "
+        f"{n_large} clearly or much worse.": n_metrics,
+    }
+    return " ".join(text for text, applies in parts.items() if applies)
+
+
+# --- proportions
+
+
+def bulk_summary(estimate: Estimate) -> str:
+    """The answer to "what is in my bulk?" in a sentence."""
+    shares = estimate.proportions
+    if len(shares) == 1:
+        who, what = f"sample {shares.index[0]}", ", with 95 % intervals"
+        low, high = (limits.iloc[0] for limits in estimate.interval())
+    else:
+        who, what = f"the {len(shares):,} samples", ", on average, with the lowest and the highest share"
+        low, high = shares.min(), shares.max()
+    mean, has_limits = shares.mean().sort_values(ascending=False, kind="stable"), bool(low.notna().all())
+    top = mean[mean > ABSENT][:3].items()
+    parts = [f"{name} {percent(x)}" + f" ({between(low[name], high[name])})" * has_limits for name, x in top]
+    return f"The most frequent cell types of {who} are {joined(parts)}{what * has_limits}."
+
+
+def advice(estimate: Estimate, coverage: float | None, content: pd.DataFrame | None) -> list[Any]:
+    """Everything that a reader must know before using the proportions, the most serious first: rows of `ADVICE`.
 
     Parameters
     ----------
-    metrics
-        metrics.csv.
-    n_train, n_test
-        Cells of each type to train on, and cells that were compared; same index.
+    coverage
+        Share of the signature genes of the reference that the bulk has; None: not known.
+    content
+        Table of `rna_content.rna_per_cell`; None if the shares of RNA were not turned into shares of cells by it.
     """
-    auc = metrics[metrics["figure"].isin(list(CLASSIFIERS))]
-    verdicts = []
-    for name in n_train.index:
-        counts = int(n_train[name]), int(n_test[name])
-        of_type = auc[auc["cells"] == str(name)]
-        if of_type.empty:
-            text = f"not judged: {counts[1]} test cells are too few"
-            verdicts.append(Verdict(str(name), *counts, np.nan, np.nan, "unknown", text))
-            continue
-        worst = of_type.loc[(of_type["generated"] - of_type["real"]).idxmax()]
-        generated, real = float(worst["generated"]), float(worst["real"])
-        verdicts.append(Verdict(str(name), *counts, generated, real, *verdict(generated, real, *counts)))
-    return [few_train_cells(one) for one in verdicts]
+    columns = ["is_unlike_reference", "reference_r", "unexplained_genes"]  # NaN where the method does not give them
+    samples, mean = estimate.samples.reindex(columns=columns), estimate.proportions.mean()
+    unlike = samples[samples["is_unlike_reference"].eq(True)]
+    r = unlike["reference_r"]
+    n_samples = samples["unexplained_genes"].explode().value_counts()
+    genes = list(n_samples.index[n_samples >= len(samples) / 2])
+    present = {kind_of(str(name)) for name in mean.index}
+    markers = {name: set(kind.markers) for name, kind in KINDS.items() if name not in present}
+    missing = [name for name in markers if len(markers[name].intersection(genes)) >= N_HINT]
+    which = {  # names that a case applies to; none: the case does not apply
+        "unlike the reference": list(unlike.index.astype(str)),
+        "few shared genes": [percent(coverage)] if coverage is not None and coverage < FEW_SHARED else [],
+        "missing type": genes if missing else [],
+        "unexplained genes": [] if missing else genes,
+        "RNA not known": [] if content is None else list(content.index[content["log_sd"] >= UNKNOWN_LOG_SD]),
+        "hardly distinguished": merged_types(estimate.merged),
+        "uncertain": list(mean.index[(mean >= COMMON) & (estimate.spread.mean() >= WIDE * mean)]),
+        "absent": list(mean.index[estimate.proportions.max() <= ABSENT]),
+    }
+    values = {"MIN_R": MIN_R, "FAR_ABOVE": FAR_ABOVE, "missing": joined(missing), "n_samples": len(samples)}
+    values |= {"n_unlike": len(unlike), "lowest_r": r.min(), "highest_r": r.max()}
+    rows = [row for row in pd.read_csv(ADVICE).itertuples() if which[row.case]]
+    return [row._replace(what=row.what.format(which=joined(which[row.case]), **values)) for row in rows]
 
 
-def few_train_cells(one: Verdict) -> Verdict:
-    """The same verdict; "not reliable" if the type has fewer than `MIN_TRAIN_CELLS` train cells."""
-    if one.n_train >= MIN_TRAIN_CELLS:
-        return one
-    return one._replace(kind="unknown", text=f"{one.n_train} train cells, not reliable")
+def merged_types(merged: pd.DataFrame) -> list[str]:
+    """Groups of types that the bulk hardly distinguishes, with the mean over the samples of their sum."""
+    rows = merged.groupby("cell_types")[["proportion", "low", "high"]].mean().itertuples() if len(merged) else ()
+    return [f"{' from '.join(row.Index)} (sum {percent(row.proportion)}, {between(row.low, row.high)})" for row in rows]
 
 
-def verdict(generated: float, real: float, n_train: int, n_test: int) -> tuple[str, str]:
-    """Kind and words of a verdict from the AUC of generated cells and of real train cells, each against `n_test` test cells."""
-    n_real = max(min(n_train, n_test), 2)
-    own_error = auc_error(generated, n_test, n_test)
-    error = float(np.hypot(own_error, auc_error(real, n_test, n_real)))
-    if not (generated - 0.5 > N_ERRORS * own_error and generated - real > N_ERRORS * error):
-        if 0.5 + N_ERRORS * error > SMALL_AUC:
-            return (
-                "good",
-                f"cannot be told from real cells, but with {n_test} test cells only large differences would show",
-            )
-        return "good", "cannot be told from real cells"
-    if generated < SMALL_AUC:
-        return "small", "small differences from real cells"
-    if generated < CLEAR_AUC:
-        return "clear", "clear differences from real cells"
-    return "bad", "easily told from real cells"
-
-
-def joined(names: list[str], most: int = 4) -> str:
-    """Such as "A, B and C"; longer lists end with the number of the others."""
-    if len(names) > most:
-        return f"{', '.join(names[:most])} and {len(names) - most} more"
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
-def cells_sentence(readings: list[Reading], verdicts: list[Verdict]) -> str:
-    """The answer to "are the generated cells good?" in two sentences."""
-
-    def of_kind(*kinds: str) -> list[str]:
-        return [one.cell_type for one in verdicts if one.kind in kinds]
-
-    good, small, large, unknown = of_kind("good"), of_kind("small"), of_kind("clear", "bad"), of_kind("unknown")
-    n_judged = len(good) + len(small) + len(large)
-    parts = []
-    if n_judged:
-        parts.append(
-            f"Generated cells cannot be told from real cells in {len(good)} of {n_judged} types with enough cells."
-        )
-    if small:
-        parts.append(f"They differ a little in {joined(small)}.")
-    if large:
-        parts.append(f"They differ clearly in {joined(large)}.")
-    if unknown:
-        parts.append(f"Too few cells for a verdict: {joined(unknown)}.")
-    levels = pd.Series([one.level for one in readings if one.level in LEVELS])
-    if len(levels):
-        counts = levels.value_counts().reindex(LEVELS, fill_value=0)
-        parts.append(
-            f"Over all cells, {counts.iloc[0]} of {len(levels)} metrics are as good as those of real cells, "
-            f"{counts.iloc[1]} slightly worse, {counts.iloc[2:].sum()} clearly or much worse."
-        )
-    return " ".join(parts)
+def mixture_sentence(accuracy: pd.DataFrame, method: str) -> str:
+    """How exact the method is on mixtures of test cells. accuracy: fig/mixtures.csv."""
+    is_random = accuracy["mixtures of test cells"].str.startswith("dirichlet")
+    error = 100 * accuracy[is_random].set_index("deconvolution")["MAE"]
+    return (
+        f"On mixtures of test cells with known, random proportions, an estimated share is off by {error[method]:.1f} percentage points on "
+        f"average; the proportions of the train cells, as a guess for all mixtures, are off by {error[CONSTANT]:.1f} percentage points. A "
+        "real bulk was measured with another technology, so expect larger errors there."
+    )
