@@ -3,16 +3,14 @@
 reads   data/train.h5ad, data/test.h5ad
 writes  data/pseudobulk_test_counts.csv, _tpm.csv (samples x genes), _proportions.csv (samples x cell types);
         data/pseudobulk_train.h5ad: obsm["proportions"] (columns: uns["cell_types"]), obs["role"], and from which cells each mixture
-        is made; with WRITE_TRAIN_COUNTS also X, the counts. Proportions are of cells; with RNA_PER_CELL the cells of a type
-        enter with its mRNA content instead of their own counts
+        is made; with WRITE_TRAIN_COUNTS also X, the counts. Proportions are of cells
 run     python _2_make_pseudobulk.py
-time    seconds; with WRITE_TRAIN_COUNTS, 15,000 mixtures of 1,200 cells x 16,000 genes: half a minute, 1 GB on disk
+time    seconds; with WRITE_TRAIN_COUNTS, 15,000 mixtures of 1,200 cells x 16,000 genes: a minute, 0.4 GB on disk
 
 Stage 4 makes the mixtures of train cells and trains scTAPE on them. The default deconvolution, a regression on the train cells'
 mean profiles, does not use them. Stage 5 evaluates the deconvolution on the mixtures of test cells.
 """
 
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,15 +18,15 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-from tqdm import tqdm
 
 from lib import options
 from lib.bulk import pseudobulk
 from lib.bulk.reference import reference_profiles
 from lib.bulk.rna_content import print_rna_per_cell, rna_per_cell
-from lib.data.counts import hold_out, read_split
-from lib.files import folder, print_written, replacing
+from lib.data.counts import hold_out, read_split, write_blocks
+from lib.data.hdf5 import write_h5ad
 from lib.ranges import Count, NotNegative, Part, Seed, Several, Share
+from lib.run import folder, print_written, replacing
 
 # Preset
 PRESET: Literal["ours", "paper"] = "ours"  # paper: the settings of the paper, except constants that you set yourself
@@ -38,7 +36,7 @@ N_TRAIN_SAMPLES: Several = 15_000  # original code
 CELLS_PER_SAMPLE: Count = 1_200  # original code; sampled with replacement
 MIN_DISTINCT_CELLS: Count | None = 3  # smallest random subset that a type's cells come from; none: all cells (original)
 VALIDATION_FRACTION: Part = 0.15  # share of train cells held out; as many mixtures are made of them (ours; paper: 0)
-WRITE_TRAIN_COUNTS = False  # also write the counts of these mixtures (1 GB); stage 4 then reads them
+WRITE_TRAIN_COUNTS = False  # also write the counts of these mixtures (0.4 GB); stage 4 then reads them
 
 # Mixtures of test cells, to evaluate the deconvolution
 N_TEST_OWN: Count = 5  # at the test set's own proportions: random 33-40 % of its cells each (original: nested subsets)
@@ -62,16 +60,22 @@ DATA_DIR = "data"  # folder
 def main() -> None:
     if PRESET == "paper":
         options.apply_preset(globals(), paper_preset())
-    check_constants()
+    shares = SPARSE_SHARE, RARE_SHARE, NEAR_SHARE
+    if sum(shares) > 1:
+        raise ValueError(f"SPARSE_SHARE, RARE_SHARE, NEAR_SHARE = {str(shares)[1:-1]}; expected a sum of at most 1")
     data = folder(DATA_DIR)
     train, test = read_split(data)
     gene_length_bp = gene_lengths(train) if USE_GENE_LENGTHS else None
-    content = None if RNA_PER_CELL == "reference" else mrna_contents(train)
-    written = write_test_mixtures(test, content, gene_length_bp, data)
-    mixtures = describe_train_mixtures(train, content, gene_length_bp)
-    blocks = pseudobulk.make_train_mixtures(mixtures, train, MEMORY_GB) if WRITE_TRAIN_COUNTS else None
+    content, weight = mrna_contents(train)
+    header = pseudobulk.sample_header(test.uns["split_id"], gene_length_bp is not None, content is not None)
+    written = write_test_mixtures(test, weight, gene_length_bp, header, data)
+    mixtures = describe_train_mixtures(train, content, weight, gene_length_bp)
     written.append(data / "pseudobulk_train.h5ad")
-    pseudobulk.write_train_mixtures(mixtures, None if blocks is None else with_progress(blocks), written[-1])
+    if WRITE_TRAIN_COUNTS:
+        blocks = pseudobulk.train_mixtures(mixtures, train, memory_gb=MEMORY_GB)
+        write_blocks(mixtures, (sp.csr_matrix(counts) for _, counts in blocks), written[-1])
+    else:
+        write_h5ad(mixtures, written[-1])
     print_written("stage 2", written, f"python _3_train_gmvae.py{options.preset_option(PRESET)}")
 
 
@@ -83,78 +87,58 @@ def paper_preset() -> dict[str, tuple[Any, Any]]:
     }  # fmt: skip
 
 
-def check_constants() -> None:
-    shares = SPARSE_SHARE, RARE_SHARE, NEAR_SHARE
-    if sum(shares) > 1:
-        raise ValueError(
-            f"SPARSE_SHARE, RARE_SHARE, NEAR_SHARE = {', '.join(map(str, shares))}; expected shares that sum to at most 1"
-        )
-
-
-def mrna_contents(train: ad.AnnData) -> pd.DataFrame:
-    """mRNA per cell of each type (`rna_content.rna_per_cell`), and the weight that gives a type's cells this mRNA."""
+def mrna_contents(train: ad.AnnData) -> tuple[np.ndarray | None, np.ndarray]:
+    """mRNA per cell of each type (`rna_content.rna_per_cell`; None: its own counts), and the weight that gives its cells this mRNA."""
     cell_type = train.obs["cell_type"].cat
-    reference = reference_profiles(
-        train.X, cell_type.codes.to_numpy(), list(train.var_names), list(cell_type.categories)
-    )
+    cell_types = list(cell_type.categories)
+    if RNA_PER_CELL == "reference":
+        return None, np.ones(len(cell_types))
+    reference = reference_profiles(train.X, cell_type.codes.to_numpy(), list(train.var_names), cell_types)
     content = rna_per_cell(RNA_PER_CELL, reference)
     print_rna_per_cell(content)
-    weight = content["rna_per_cell"] / reference.mean.sum(axis=1)
-    return content.assign(weight=weight / np.average(weight, weights=reference.n_cells))
+    rna = content["rna_per_cell"].to_numpy()
+    weight = rna / reference.mean.sum(axis=1)
+    return rna, weight / np.average(weight, weights=reference.n_cells)
 
 
 def gene_lengths(adata: ad.AnnData) -> pd.Series:
-    """Length of every gene in base pairs, NaN where the table of lengths lacks the gene."""
+    """Length in base pairs of every gene whose length is known."""
     if "gene_length_bp" not in adata.var:
         raise ValueError(
-            "USE_GENE_LENGTHS is on, but the data have no gene lengths; give stage 0 a table of lengths (GENE_LENGTHS) "
-            "and run stages 0 and 1 again"
+            "USE_GENE_LENGTHS is on, but the data have no gene lengths: give stage 0 GENE_LENGTHS, run 0 and 1"
         )
-    lengths = adata.var["gene_length_bp"]
-    print(f"TPM over the {lengths.notna().sum():,} of {len(lengths):,} genes whose length is known")
+    lengths = adata.var["gene_length_bp"].dropna()
+    print(f"TPM over the {len(lengths):,} of {adata.n_vars:,} genes whose length is known")
     return lengths
 
 
 def write_test_mixtures(
-    test: ad.AnnData, content: pd.DataFrame | None, gene_length_bp: pd.Series | None, data: Path
+    test: ad.AnnData, weight: np.ndarray, gene_length_bp: pd.Series | None, header: str, data: Path
 ) -> list[Path]:
-    """Counts, TPM and true proportions of the mixtures of test cells, as csv."""
+    """Counts, TPM (of genes whose length is known) and true proportions of the mixtures of test cells, as csv."""
     cell_type = test.obs["cell_type"]
     mixing = test_mixing_matrix(cell_type)
-    weighted = pseudobulk.weighted(
-        mixing, cell_type.cat.codes.to_numpy(), None if content is None else content["weight"]
-    )
+    weighted = pseudobulk.weighted(mixing, cell_type.cat.codes.to_numpy(), weight)
     names = [f"own_{i + 1}" for i in range(N_TEST_OWN)] + [f"dirichlet_{i + 1}" for i in range(N_TEST_DIRICHLET)]
-    header = pseudobulk.sample_header(test.uns["split_id"], gene_length_bp is not None, content is not None)
     index = pd.Index(names, name=header)
-    mixed = np.rint(pseudobulk.mix(weighted, test.X)).astype(np.int64)
-    counts = pd.DataFrame(mixed, index=index, columns=test.var_names)
+    counts = pd.DataFrame(np.rint(pseudobulk.mix(weighted, test.X)).astype(np.int64), index, test.var_names)
+    measured = counts if gene_length_bp is None else counts[gene_length_bp.index]
+    tpm = pseudobulk.tpm(measured.to_numpy(), None if gene_length_bp is None else gene_length_bp.to_numpy())
+    cells_per_type = mixing @ pd.get_dummies(cell_type).to_numpy(dtype=np.float64)
+    proportions = cells_per_type / cells_per_type.sum(axis=1, keepdims=True)
     tables = {
         "counts": counts,
-        "tpm": to_tpm(counts, gene_length_bp),
-        "proportions": pseudobulk.true_proportions(mixing, cell_type).set_axis(index),
+        "tpm": pd.DataFrame(tpm, index, measured.columns),
+        "proportions": pd.DataFrame(proportions, index, cell_type.cat.categories),
     }
-    paths = []
     for name, table in tables.items():
-        paths.append(data / f"pseudobulk_test_{name}.csv")
-        with replacing(paths[-1]) as temporary:
+        with replacing(data / f"pseudobulk_test_{name}.csv") as temporary:
             table.to_csv(temporary, float_format="%.6g" if name == "tpm" else None)
-    absent = (tables["proportions"] == 0).to_numpy().mean()
     print(
         f"mixtures of test cells: {N_TEST_OWN} at the test set's proportions, {N_TEST_DIRICHLET} at random ones; "
-        f"{absent:.0%} of all proportions are 0"
+        f"{(proportions == 0).mean():.0%} of all proportions are 0"
     )
-    return paths
-
-
-def to_tpm(counts: pd.DataFrame, gene_length_bp: pd.Series | None) -> pd.DataFrame:
-    """TPM of mixtures; genes without a known length are left out."""
-    if gene_length_bp is None:
-        return pd.DataFrame(pseudobulk.tpm(counts.to_numpy()), index=counts.index, columns=counts.columns)
-    known = gene_length_bp.notna().to_numpy()
-    counts = counts.loc[:, known]
-    values = pseudobulk.tpm(counts.to_numpy(), gene_length_bp[known].to_numpy())
-    return pd.DataFrame(values, index=counts.index, columns=counts.columns)
+    return [data / f"pseudobulk_test_{name}.csv" for name in tables]
 
 
 def test_mixing_matrix(cell_type: pd.Series) -> sp.csr_matrix:
@@ -172,7 +156,7 @@ def test_mixing_matrix(cell_type: pd.Series) -> sp.csr_matrix:
 
 
 def describe_train_mixtures(
-    train: ad.AnnData, content: pd.DataFrame | None, gene_length_bp: pd.Series | None
+    train: ad.AnnData, content: np.ndarray | None, weight: np.ndarray, gene_length_bp: pd.Series | None
 ) -> ad.AnnData:
     """Thousands of mixtures of train cells: all but their counts, and the recipe by which these are made."""
     rng = np.random.default_rng([SEED, 1])
@@ -184,7 +168,6 @@ def describe_train_mixtures(
     cells_per_type = pseudobulk.sample_cells_per_type(N_TRAIN_SAMPLES, CELLS_PER_SAMPLE, composition, shares, rng)
     n_fit = N_TRAIN_SAMPLES - round(VALIDATION_FRACTION * N_TRAIN_SAMPLES)
     role = np.where(np.arange(N_TRAIN_SAMPLES) < n_fit, "fit", "validation")
-    weight = np.ones(len(cell_types)) if content is None else content["weight"].to_numpy()
     recipe = pseudobulk.Recipe(CELLS_PER_SAMPLE, fit_codes, validation_codes, 2 * SEED, MIN_DISTINCT_CELLS or 0, weight)
     mixtures = ad.AnnData(
         obs=pd.DataFrame({"role": pd.Categorical(role)}, index=[f"sample_{i + 1}" for i in range(N_TRAIN_SAMPLES)]),
@@ -195,16 +178,8 @@ def describe_train_mixtures(
     if gene_length_bp is not None:
         mixtures.var["gene_length_bp"] = gene_length_bp
     if content is not None:
-        mixtures.uns["rna_per_cell"] = content["rna_per_cell"].to_numpy()
+        mixtures.uns["rna_per_cell"] = content
     return mixtures
-
-
-def with_progress(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """The same blocks of mixtures, with a progress bar."""
-    with tqdm(total=N_TRAIN_SAMPLES, desc="mixtures of train cells", unit="") as progress:
-        for block in blocks:
-            yield block
-            progress.update(len(block))
 
 
 def split_cells(codes: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ matrix times the counts of the cells, without a loop over cells.
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -18,27 +18,19 @@ import scipy.sparse as sp
 from anndata.abc import CSRDataset
 from tqdm import tqdm
 
-from lib.data.counts import check_same_split, n_entries, read_counts, row_blocks
-from lib.data.hdf5 import new_hdf5, read_h5ad, write_described
-from lib.files import reading, replacing, require
+from lib.data.counts import n_entries, read_counts, row_blocks
+from lib.data.hdf5 import read_h5ad
+from lib.run import check_same_split, reading, require
 
-BLOCK = 250  # mixtures per thread at a time: 250 x 16,000 genes are 16 MB, and 32 MB more as a sparse matrix
+STAGE = "_2_make_pseudobulk.py"
+BLOCK = 250  # mixtures per thread and random stream: 250 x 16,000 genes are 16 MB, and 32 MB more as a sparse matrix
 MIXED_BYTES = 256_000_000  # of the mixtures for which counts on disk are read once
 BAND = 16_384  # cells on disk read at a time: 100-200 MB
 ROWS_AT_ONCE = 500  # mixtures given to a reader at a time
-ALL = slice(None)
 
 
 def largest_remainder(proportions: np.ndarray, totals: np.ndarray | int) -> np.ndarray:
-    """Whole numbers in these proportions whose row sums are exactly `totals` (Hamilton's method).
-
-    Parameters
-    ----------
-    proportions
-        Samples x cell types, non-negative, rows sum to 1.
-    totals
-        Number of cells of each sample, or one number for all samples.
-    """
+    """Whole numbers (samples x cell types) in these proportions, with exactly these row sums: Hamilton's method."""
     quotas = proportions * np.reshape(totals, (-1, 1))
     counts = np.floor(quotas + 1e-9).astype(np.int64)
     missing = np.broadcast_to(totals, len(counts)) - counts.sum(axis=1)
@@ -49,19 +41,11 @@ def largest_remainder(proportions: np.ndarray, totals: np.ndarray | int) -> np.n
 def sample_proportions(
     n_samples: int, composition: np.ndarray, shares: dict[str, float], rng: np.random.Generator
 ) -> np.ndarray:
-    """Sample cell-type proportions in four ways, so that a network does not learn a single pattern.
+    """Sample proportions, samples x cell types, in four ways, so that a network does not learn a single pattern.
 
-    Parameters
-    ----------
-    composition
-        (n_cell_types,) proportions of the reference cells, summing to 1.
-    shares
-        Share of the samples that are "sparse" (a random half of the types is absent), "rare" (a random half of the types
-        makes up a few percent), or "near" (close to `composition`). The rest is uniform on the simplex.
-
-    Returns
-    -------
-    Samples x cell types, rows sum to 1.
+    composition: (n_cell_types,) proportions of the reference cells. shares: of the samples that are "sparse" (a random half of the types
+    is absent), "rare" (a random half of the types makes up a few percent), or "near" (close to `composition`); the others are uniform
+    on the simplex.
     """
     n_types = len(composition)
     proportions = rng.dirichlet(np.ones(n_types), n_samples)
@@ -89,56 +73,36 @@ def sample_cells_per_type(
 def sample_cells(
     cells_per_type: np.ndarray, cell_type_idx: np.ndarray, rng: np.random.Generator, min_distinct: int | None = None
 ) -> sp.csr_matrix:
-    """Sample the cells of each mixture, with replacement; returns the mixing matrix.
+    """Sample the cells of each mixture, with replacement: the mixing matrix, samples x cells, float32.
 
-    Parameters
-    ----------
-    cells_per_type
-        Samples x cell types, whole numbers.
-    cell_type_idx
-        Type of each cell; -1 for a cell that no mixture may hold.
-    min_distinct
-        None: sample from all cells of a type. A number: sample from a random subset of the type's cells, a new subset for each
-        mixture and type. Its size is log-uniform, from `min_distinct` to about all cells (the subset itself is sampled with
-        replacement). The mean profile of a type then varies between mixtures as it does between donors, and a network cannot
-        memorise single cells.
-
-    Returns
-    -------
-    Samples x cells, float32; each row sums to the sample's number of cells.
-
-    Raises
-    ------
-    ValueError
-        If a mixture needs a type that has no cells.
+    cells_per_type: samples x cell types. cell_type_idx: type of each cell; -1 for a cell that no mixture may hold. min_distinct: None:
+    sample from all cells of a type; a number: from a random subset of them, a new one for each mixture and type, of a log-uniform size
+    from `min_distinct` to about all. The mean profile of a type then varies between mixtures as it does between donors, and a network
+    cannot memorise single cells. ValueError for a type that has no cells.
     """
     n_samples = len(cells_per_type)
     rows, columns = [], []
-    for k in range(cells_per_type.shape[1]):
+    for k in np.flatnonzero(cells_per_type.any(axis=0)):
         pool = np.flatnonzero(cell_type_idx == k)
-        n_cells = cells_per_type[:, k]
-        if len(pool) == 0 and n_cells.any():
+        if len(pool) == 0:
             raise ValueError(f"cell type number {k} has no cells to mix, expected at least one")
-        if n_cells.any():
-            row = np.repeat(np.arange(n_samples), n_cells)
-            if min_distinct is None or len(pool) <= min_distinct:
-                sampled = rng.integers(0, len(pool), len(row))
-            else:
-                largest = max(min_distinct, min(len(pool), cells_per_type.max()))
-                subset = rng.integers(0, len(pool), (n_samples, largest))
-                size = np.exp(rng.uniform(np.log(min_distinct), np.log(largest + 1), n_samples)).astype(np.int64)
-                sampled = subset[row, (rng.random(len(row)) * size[row]).astype(np.int64)]
-            rows.append(row)
-            columns.append(pool[sampled])
+        row = np.repeat(np.arange(n_samples), cells_per_type[:, k])
+        if min_distinct is None or len(pool) <= min_distinct:
+            sampled = rng.integers(0, len(pool), len(row))
+        else:
+            largest = max(min_distinct, min(len(pool), cells_per_type.max()))
+            subset = rng.integers(0, len(pool), (n_samples, largest))
+            size = np.exp(rng.uniform(np.log(min_distinct), np.log(largest + 1), n_samples)).astype(np.int64)
+            sampled = subset[row, (rng.random(len(row)) * size[row]).astype(np.int64)]
+        rows.append(row)
+        columns.append(pool[sampled])
     row_idx, cell_idx = np.concatenate(rows), np.concatenate(columns)
     ones = np.ones(len(row_idx), np.float32)
     return sp.csr_matrix((ones, (row_idx, cell_idx)), shape=(n_samples, len(cell_type_idx)))
 
 
-def weighted(mixing: sp.csr_matrix, cell_type_idx: np.ndarray, weight: pd.Series | None) -> sp.csr_matrix:
-    """The mixing matrix with every cell times the weight of its type (1 for a cell of unknown type); None changes nothing."""
-    if weight is None:
-        return mixing
+def weighted(mixing: sp.csr_matrix, cell_type_idx: np.ndarray, weight: np.ndarray) -> sp.csr_matrix:
+    """The mixing matrix with every cell times the weight of its type (1 for a cell of unknown type)."""
     return (mixing @ sp.diags(np.append(weight, 1.0)[cell_type_idx].astype(np.float32))).tocsr()
 
 
@@ -158,65 +122,39 @@ def mix(mixing: sp.csr_matrix, counts: sp.csr_matrix | CSRDataset, genes: np.nda
     return mixed
 
 
-def simulate(
-    cells_per_type: np.ndarray,
-    cell_type_idx: np.ndarray,
-    counts: sp.csr_matrix | CSRDataset,
-    seed: int,
-    min_distinct: int | None = None,
-    weight: pd.Series | None = None,
-    genes: np.ndarray | None = None,
-) -> Iterator[np.ndarray]:
-    """Yield the counts of random mixtures, several blocks at a time: samples x genes, float32.
+def mixing_blocks(
+    cells_per_type: np.ndarray, cell_type_idx: np.ndarray, seed: int, min_distinct: int | None, weight: np.ndarray
+) -> Iterator[sp.csr_matrix]:
+    """Yield the mixing matrices of `BLOCK` mixtures at a time, each from a random stream of its own, whatever the memory.
 
-    Each block of mixtures has its own random stream, so the result does not depend on the number of blocks at a time.
-    Parameters as in `sample_cells`, `weighted` and `mix`.
+    Parameters as in `sample_cells` and `weighted`.
     """
     starts = range(0, len(cells_per_type), BLOCK)
-    streams = [np.random.default_rng(stream) for stream in np.random.SeedSequence(seed).spawn(len(starts))]
-    blocks = [(cells_per_type[start : start + BLOCK], stream) for start, stream in zip(starts, streams)]
-    n_genes = counts.shape[1] if genes is None else len(genes)
-    at_once = max(1, MIXED_BYTES // (4 * BLOCK * n_genes))
-    for first in range(0, len(blocks), at_once):
-        some = blocks[first : first + at_once]
-        sampled = [sample_cells(cells, cell_type_idx, rng, min_distinct) for cells, rng in some]
-        yield mix(weighted(sp.vstack(sampled, format="csr"), cell_type_idx, weight), counts, genes)
-
-
-def true_proportions(mixing: sp.csr_matrix, cell_type: pd.Series) -> pd.DataFrame:
-    """Share of each type among the cells of each mixture: samples x cell types, rows sum to 1."""
-    indicator = pd.get_dummies(cell_type).to_numpy(dtype=np.float64)
-    cells_per_type = mixing @ indicator
-    return pd.DataFrame(cells_per_type / cells_per_type.sum(axis=1, keepdims=True), columns=cell_type.cat.categories)
+    for start, stream in zip(starts, np.random.SeedSequence(seed).spawn(len(starts))):
+        cells = cells_per_type[start : start + BLOCK]
+        mixing = sample_cells(cells, cell_type_idx, np.random.default_rng(stream), min_distinct)
+        yield weighted(mixing, cell_type_idx, weight)
 
 
 def tpm(counts: np.ndarray, gene_length_bp: np.ndarray | None = None) -> np.ndarray:
-    """Transcripts per million: (count / length), scaled so that each sample sums to 1,000,000.
+    """Transcripts per million, samples x genes: (count / length), scaled so that each sample sums to 1,000,000.
 
-    Parameters
-    ----------
-    counts
-        Samples x genes.
-    gene_length_bp
-        Length of each gene in base pairs. None for UMI counts, which count molecules of any length once: counts per million.
-
-    Raises
-    ------
-    ValueError
-        If a sample has no counts.
+    Without lengths: counts per million, right for UMI counts, which count molecules of any length once.
     """
     rate = np.asarray(counts, dtype=np.float64)
     if gene_length_bp is not None:
         rate = rate / gene_length_bp
-    total = rate.sum(axis=1, keepdims=True)
+    return rate * (1e6 / sample_totals(rate))
+
+
+def sample_totals(values: np.ndarray) -> np.ndarray:
+    """Sum of each sample over the given genes, samples x 1; ValueError for a sample without expression in these genes."""
+    total = values.sum(axis=1, keepdims=True)
     if (total <= 0).any():
         raise ValueError(
-            f"{np.sum(total <= 0)} of {len(total)} bulk samples have no counts in these genes; expected at least one each"
+            f"{np.sum(total <= 0)} of {len(values)} bulk samples have no expression in the {values.shape[1]:,} genes used; expected some"
         )
-    return rate * (1e6 / total)
-
-
-# --- the mixtures of train cells
+    return total
 
 
 class Recipe(NamedTuple):
@@ -230,86 +168,57 @@ class Recipe(NamedTuple):
     weight: np.ndarray  # of the cells of each type, as in `weighted`
 
 
-def make_train_mixtures(
-    mixtures: ad.AnnData, train: ad.AnnData, memory_gb: float, genes: np.ndarray | None = None
-) -> Iterator[np.ndarray]:
-    """Yield the counts of the mixtures that `mixtures` describes: its proportions, roles and recipe.
-
-    memory_gb: that the train cells may take; a larger set is read from disk several times. genes: as in `mix`.
-    """
-    recipe = Recipe(**mixtures.uns["recipe"])
-    counts = train.X[:] if n_entries(train.X) * 8 <= memory_gb * 1e9 else train.X
-    cells_per_type = np.rint(mixtures.obsm["proportions"] * recipe.cells_per_sample).astype(np.int64)
-    is_fit, seed, distinct = is_for_fit(mixtures), int(recipe.seed), int(recipe.min_distinct) or None
-    weight = pd.Series(recipe.weight) if np.any(recipe.weight != 1) else None
-    yield from simulate(cells_per_type[is_fit], recipe.fit_types, counts, seed, distinct, weight, genes)
-    yield from simulate(cells_per_type[~is_fit], recipe.validation_types, counts, seed + 1, None, weight, genes)
-
-
 def train_mixtures(
     mixtures: ad.AnnData, train: ad.AnnData | None, genes: np.ndarray | None = None, memory_gb: float = 0.0
 ) -> Iterator[tuple[slice, np.ndarray]]:
-    """The counts of some genes (None: all) of the mixtures, `ROWS_AT_ONCE` at a time, with the rows of each block.
+    """Yield rows and counts of the mixtures, `ROWS_AT_ONCE` at a time, of some genes (None: all).
 
-    They are read from the file of stage 2 if it holds them; otherwise they are made of the train cells (`make_train_mixtures`).
+    They are read from the file of stage 2 if it holds them, or made of the train cells, which may take `memory_gb` in memory.
     """
-    has_counts = "X" in mixtures.file if mixtures.isbacked else mixtures.X is not None
-    if has_counts:
-        starts = range(0, mixtures.n_obs, ROWS_AT_ONCE)
-        every_gene = (mixtures.X[start : start + ROWS_AT_ONCE] for start in starts)
-        parts = (part if genes is None else part[:, genes] for part in every_gene)
+    if "X" in mixtures.file if mixtures.isbacked else mixtures.X is not None:
+        blocks = _read(mixtures, genes)
     else:
         assert train is not None
-        made = make_train_mixtures(mixtures, train, memory_gb, genes)
-        parts = (block[start : start + ROWS_AT_ONCE] for block in made for start in range(0, len(block), ROWS_AT_ONCE))
-    done = 0
+        blocks = _make(mixtures, train, genes, memory_gb)
+    start = 0
     with tqdm(total=mixtures.n_obs, desc="mixtures of train cells", unit="", leave=False) as progress:
-        for part in parts:
-            yield slice(done, done + len(part)), part
-            done += len(part)
-            progress.update(len(part))
-
-
-# --- the files of stage 2
-
-
-def write_train_mixtures(mixtures: ad.AnnData, blocks: Iterable[np.ndarray] | None, path: Path) -> None:
-    """Write the training mixtures: all that describes them, and their counts block by block, if there are any."""
-    with replacing(path) as temporary, new_hdf5(temporary) as (file, disk):
-        write_described(mixtures, file)
-        if blocks is None:
-            return
-        X = file.create_dataset("X", mixtures.shape, np.float32)
-        X.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-        written = 0
         for block in blocks:
-            X[written : written + len(block)] = block
-            disk.check()
-            written += len(block)
+            yield slice(start, start + len(block)), block
+            start += len(block)
+            progress.update(len(block))
+
+
+def _read(mixtures: ad.AnnData, genes: np.ndarray | None) -> Iterator[np.ndarray]:
+    for start in range(0, mixtures.n_obs, ROWS_AT_ONCE):
+        block = sp.csr_matrix(mixtures.X[start : start + ROWS_AT_ONCE]).toarray()
+        yield block if genes is None else block[:, genes]
+
+
+def _make(mixtures: ad.AnnData, train: ad.AnnData, genes: np.ndarray | None, memory_gb: float) -> Iterator[np.ndarray]:
+    recipe, is_fit = Recipe(**mixtures.uns["recipe"]), is_for_fit(mixtures)
+    counts = train.X[:] if n_entries(train.X) * 8 <= memory_gb * 1e9 else train.X
+    cells = np.rint(mixtures.obsm["proportions"] * recipe.cells_per_sample).astype(np.int64)
+    seed, distinct = int(recipe.seed), int(recipe.min_distinct) or None
+    fit = mixing_blocks(cells[is_fit], recipe.fit_types, seed, distinct, recipe.weight)
+    validation = mixing_blocks(cells[~is_fit], recipe.validation_types, seed + 1, None, recipe.weight)
+    blocks, n_genes = itertools.chain(fit, validation), train.n_vars if genes is None else len(genes)
+    while some := list(itertools.islice(blocks, max(1, MIXED_BYTES // (4 * BLOCK * n_genes)))):
+        mixed = mix(sp.vstack(some, format="csr"), counts, genes)
+        yield from np.split(mixed, range(ROWS_AT_ONCE, len(mixed), ROWS_AT_ONCE))
 
 
 def read_train_mixtures(data_folder: Path) -> tuple[ad.AnnData, ad.AnnData]:
-    """Mixtures of train cells (stage 2), and the train cells, both with counts on disk; refused if their splits differ.
+    """Mixtures of train cells, and the train cells, both with counts on disk; ValueError if their splits differ.
 
-    The first: obsm["proportions"] (columns: uns["cell_types"]), obs["role"] ("fit" or "validation"), var["gene_length_bp"] if the
-    bulk profiles are divided by gene length, uns["rna_per_cell"] if the cells have these mRNA contents, uns["recipe"] (`Recipe`);
-    X, counts (mixtures x genes), if stage 2 wrote them: `train_mixtures` gives them in either case.
+    Of the mixtures: obsm["proportions"] (columns: uns["cell_types"]), obs["role"] ("fit" or "validation"), uns["recipe"] (`Recipe`),
+    X if stage 2 wrote it; with gene lengths var["gene_length_bp"], with mRNA contents uns["rna_per_cell"].
     """
     path, train_path = data_folder / "pseudobulk_train.h5ad", data_folder / "train.h5ad"
-    mixtures = read_h5ad(require(path, "_2_make_pseudobulk.py"), backed="r")
-    recipe = mixtures.uns.get("recipe")
-    if (
-        not {"cell_types", "split_id"} <= mixtures.uns.keys()
-        or not isinstance(recipe, Mapping)
-        or set(recipe) != set(Recipe._fields)
-        or "proportions" not in mixtures.obsm
-        or "role" not in mixtures.obs
-    ):
-        raise ValueError(
-            f"{path} was not written by _2_make_pseudobulk.py: it lacks the proportions, the split or the recipe; run it again"
-        )
+    mixtures = read_h5ad(require(path, STAGE), backed="r")
+    if set(mixtures.uns.get("recipe", ())) != set(Recipe._fields):
+        raise ValueError(f"{path} was not written by {STAGE}, or by an older one: it lacks the recipe; run it again")
     train = read_counts(train_path, "_1_split_train_test.py")
-    check_same_split(mixtures.uns["split_id"], path, train.uns["split_id"], train_path, "_2_make_pseudobulk.py")
+    check_same_split(mixtures.uns["split_id"], path, train.uns["split_id"], train_path, STAGE)
     return mixtures, train
 
 
@@ -318,49 +227,37 @@ def is_for_fit(mixtures: ad.AnnData) -> np.ndarray:
     return (mixtures.obs["role"] == "fit").to_numpy()
 
 
-def gene_lengths(mixtures: ad.AnnData, genes: np.ndarray | slice = ALL) -> np.ndarray | None:
+def gene_lengths(mixtures: ad.AnnData, genes: np.ndarray | slice = slice(None)) -> np.ndarray | None:
     """Lengths (bp) of some genes by which bulk profiles are divided, NaN where unknown; None if they are not divided."""
     lengths = mixtures.var.get("gene_length_bp")
     return None if lengths is None else lengths.to_numpy()[genes]
 
 
 def require_test_mixtures(data_folder: Path) -> None:
-    """Refuse missing or changed mixtures of test cells, before any work."""
+    """Refuse missing mixtures of test cells, before any work."""
     for name in ("tpm", "proportions"):
-        require(data_folder / f"pseudobulk_test_{name}.csv", "_2_make_pseudobulk.py")
+        require(data_folder / f"pseudobulk_test_{name}.csv", STAGE)
 
 
 def read_test_mixtures(
     data_folder: Path, split_id: str, by_length: bool, by_content: bool
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """TPM and true proportions of the mixtures of test cells (stage 2); refused if their split or scale is another.
-
-    The header of the sample column names the split, and says whether TPM were divided by gene length, and whether the cells have
-    the mRNA contents of RNA_PER_CELL.
-
-    Parameters
-    ----------
-    split_id
-        Split of the test cells.
-    by_length, by_content
-        Whether models/sctape.pt was trained on profiles divided by gene length, and on mixtures with these mRNA contents.
-    """
-    expected = sample_header(split_id, by_length, by_content)
-
-    def read(name: str) -> pd.DataFrame:
-        path = require(data_folder / f"pseudobulk_test_{name}.csv", "_2_make_pseudobulk.py")
+    """TPM and true proportions of the mixtures of test cells; ValueError if they have another split or scale (`sample_header`)."""
+    expected, tables = sample_header(split_id, by_length, by_content), []
+    for name in ("tpm", "proportions"):
+        path = require(data_folder / f"pseudobulk_test_{name}.csv", STAGE)
         with reading(path, "a table of numbers"):
-            table = pd.read_csv(path, index_col=0).astype(np.float64)
-        if table.index.name != expected:
+            tables.append(pd.read_csv(path, index_col=0).astype(np.float64))
+        if tables[-1].index.name != expected:
             raise ValueError(
-                f"{path} does not belong to data/test.h5ad and models/sctape.pt: its header is {table.index.name!r}, "
-                f"expected {expected!r}; run _2_make_pseudobulk.py and _4_train_sctape.py again"
+                f"{path} does not belong to data/test.h5ad and models/sctape.pt: its header is {tables[-1].index.name!r}, "
+                f"expected {expected!r}; run {STAGE} and _4_train_sctape.py again"
             )
-        return table
-
-    return read("tpm"), read("proportions")
+    return tables[0], tables[1]
 
 
 def sample_header(split_id: str, by_length: bool, by_content: bool) -> str:
-    """Header of the sample column in the tables of test mixtures."""
+    """Header of the sample column in the tables of test mixtures: their split, and whether TPM are divided by gene length (`by_length`),
+    of cells with the mRNA contents of RNA_PER_CELL (`by_content`); both as in the mixtures that models/sctape.pt was trained on.
+    """
     return f"sample of split {split_id}" + " by gene length" * by_length + " with mRNA contents" * by_content

@@ -5,20 +5,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-from helpers import STAGES, Workplace, simulated_dataset, split_only
+from helpers import STAGES, Workplace, simulated_dataset
 
-from lib.bulk import proportions, pseudobulk
 from lib.bulk.pseudobulk import (
     largest_remainder,
+    mix,
+    mixing_blocks,
+    read_test_mixtures,
+    read_train_mixtures,
     sample_cells,
     sample_proportions,
-    simulate,
     tpm,
-    weighted,
+    train_mixtures,
 )
-from lib.checkpoints import load_checkpoint
 from lib.data.counts import write_counts
-from lib.evaluation.metrics import mae
 
 
 def test_largest_remainder_keeps_totals_exactly():
@@ -45,43 +45,34 @@ def test_sampled_proportions_have_absent_and_rare_types_and_vary():
 
 @pytest.mark.parametrize("min_distinct", [None, 3])
 def test_sampled_cells_are_of_the_requested_types(min_distinct):
-    rng = np.random.default_rng(0)
     types = np.repeat([0, 1, 2, -1], [50, 30, 2, 20])
     cells_per_type = np.array([[10, 0, 5], [1, 200, 0]])
-    mixing = sample_cells(cells_per_type, types, rng, min_distinct)
+    mixing = sample_cells(cells_per_type, types, np.random.default_rng(0), min_distinct).toarray()
     for k in range(3):
-        np.testing.assert_array_equal(mixing.toarray()[:, types == k].sum(axis=1), cells_per_type[:, k])
-    assert mixing[:, types == -1].nnz == 0
+        np.testing.assert_array_equal(mixing[:, types == k].sum(axis=1), cells_per_type[:, k])
+    assert not mixing[:, types == -1].any()
+    with pytest.raises(ValueError, match="cell type number 1 has no cells"):
+        sample_cells(np.array([[1, 1]]), np.array([0, 0]), np.random.default_rng(0), min_distinct)
 
 
 def test_min_distinct_samples_from_a_subset_of_the_cells():
-    types = np.zeros(1000, dtype=int)
-    cells_per_type = np.full((200, 1), 500)
+    types, cells_per_type = np.zeros(1000, dtype=int), np.full((200, 1), 500)
     subset = np.diff(sample_cells(cells_per_type, types, np.random.default_rng(0), 3).indptr)
     everyone = np.diff(sample_cells(cells_per_type, types, np.random.default_rng(0)).indptr)
     assert 1 < subset.min() < 10 and subset.max() > 200
     assert everyone.min() > 350
 
 
-def test_a_mixture_of_a_type_without_cells_is_refused():
-    with pytest.raises(ValueError, match="cell type number 1 has no cells"):
-        sample_cells(np.array([[1, 1]]), np.array([0, 0]), np.random.default_rng(0))
-
-
-def test_simulated_mixtures_are_sums_of_their_cells_for_any_number_of_threads(monkeypatch):
-    counts = sp.random(40, 30, 0.3, format="csr", dtype=np.float32, random_state=0)
-    counts.data = np.ceil(counts.data * 10)
-    types = np.repeat([0, 1], 20)
-    cells_per_type = np.tile([[5, 7]], (600, 1))
-    monkeypatch.setattr(pseudobulk.os, "cpu_count", lambda: 1)
-    one = np.concatenate(list(simulate(cells_per_type, types, counts, seed=3)))
-    monkeypatch.setattr(pseudobulk.os, "cpu_count", lambda: 4)
-    four = np.concatenate(list(simulate(cells_per_type, types, counts, seed=3)))
-    np.testing.assert_array_equal(one, four)
-    assert one.shape == (600, 30) and not np.array_equal(one[:250], one[250:500])
-    stream = np.random.SeedSequence(3).spawn(3)[0]
-    by_hand = sample_cells(cells_per_type[:250], types, np.random.default_rng(stream)).toarray() @ counts.toarray()
-    np.testing.assert_array_equal(one[:250], by_hand)
+def test_mixtures_are_sums_of_their_cells_each_block_from_its_own_stream():
+    counts = np.random.default_rng(0).poisson(1.0, (40, 30)).astype(np.float32)
+    types, cells_per_type = np.repeat([0, 1], 20), np.tile([[5, 7]], (600, 1))
+    mixing = list(mixing_blocks(cells_per_type, types, 3, None, np.array([1.0, 2.0])))
+    streams = np.random.SeedSequence(3).spawn(3)
+    for rows, block, stream in zip((slice(250), slice(250, 500), slice(500, 600)), mixing, streams, strict=True):
+        cells = sample_cells(cells_per_type[rows], types, np.random.default_rng(stream)).toarray()
+        np.testing.assert_array_equal(block.toarray(), cells * np.where(types == 1, 2, 1))
+        mixed = mix(block, sp.csr_matrix(counts), np.array([4, 2]))
+        np.testing.assert_array_equal(mixed, block.toarray() @ counts[:, [4, 2]])
 
 
 def test_tpm_by_hand():
@@ -89,74 +80,64 @@ def test_tpm_by_hand():
     # rates 0.01, 0.01, 0.06 and 0, 0.0025, 0.01
     np.testing.assert_allclose(tpm(counts, lengths), [[125_000, 125_000, 750_000], [0, 200_000, 800_000]])
     np.testing.assert_allclose(tpm(counts)[0], np.array([10, 20, 30]) / 60 * 1e6)
-    with pytest.raises(ValueError, match="1 of 2 bulk samples have no counts"):
+    with pytest.raises(ValueError, match="1 of 2 bulk samples have no expression"):
         tpm(np.array([[1, 1], [0, 0]]))
 
 
 def test_impossible_shares_are_refused_before_any_work(tmp_path):
-    with pytest.raises(ValueError, match=r"SPARSE_SHARE, RARE_SHARE, NEAR_SHARE = 0.6, 0.5, 0.25; expected shares"):
+    with pytest.raises(ValueError, match=r"SPARSE_SHARE, RARE_SHARE, NEAR_SHARE = 0.6, 0.5, 0.25; expected a sum of"):
         Workplace(tmp_path).main(STAGES[2], SPARSE_SHARE=0.6, RARE_SHARE=0.5)
 
 
-def test_cells_are_weighted_by_their_type():
-    mixing = sp.csr_matrix([[1.0, 2.0, 0.0], [0.0, 1.0, 3.0]])
-    found = weighted(mixing, np.array([1, 0, -1]), pd.Series([2.0, 0.5]))
-    np.testing.assert_allclose(found.toarray(), [[0.5, 4.0, 0.0], [0.0, 2.0, 3.0]])
-    assert weighted(mixing, np.array([1, 0, -1]), None) is mixing
-
-
-def test_mixtures_made_later_are_those_that_were_written(tmp_path):
-    """All genes or some, train cells in memory or on disk; the counts of a mixture are sums of cells of its types."""
+@pytest.fixture
+def place(tmp_path):
     place = Workplace(tmp_path)
     place.data.mkdir()
     for name in ("train", "test"):
         adata = simulated_dataset()
         adata.uns |= {"dataset": "simulated", "split_id": "s"}
         write_counts(adata, place.data / f"{name}.h5ad")
+    return place
+
+
+def test_mixtures_made_later_are_those_that_were_written(place):
+    """All genes or some, train cells in memory or on disk; the counts of a mixture are sums of cells of its types."""
     options = {"N_TRAIN_SAMPLES": 1200, "CELLS_PER_SAMPLE": 30, "N_TEST_DIRICHLET": 1}
     place.main(STAGES[2], WRITE_TRAIN_COUNTS=True, **options)
-    written = ad.read_h5ad(place.data / "pseudobulk_train.h5ad")
+    written = ad.read_h5ad(place.data / "pseudobulk_train.h5ad").to_df()
     place.main(STAGES[2], **options)
-    mixtures, train = pseudobulk.read_train_mixtures(place.data)
+    mixtures, train = read_train_mixtures(place.data)
     assert "X" not in mixtures.file and mixtures.shape == written.shape == (1200, train.n_vars)
     for memory_gb, genes in ((1.0, None), (0.0, None), (0.0, np.array([5, 2, 40]))):
-        rows, counts = zip(*pseudobulk.train_mixtures(mixtures, train, genes, memory_gb))
-        assert [(part.start, part.stop) for part in rows] == [(0, 500), (500, 1000), (1000, 1020), (1020, 1200)]
-        np.testing.assert_array_equal(np.concatenate(counts), written.X if genes is None else written.X[:, genes])
+        rows, counts = zip(*train_mixtures(mixtures, train, genes, memory_gb))
+        assert [(part.start, part.stop) for part in rows] == [(0, 500), (500, 1000), (1000, 1200)]
+        np.testing.assert_array_equal(np.concatenate(counts), written if genes is None else written.iloc[:, genes])
     cells = ad.read_h5ad(place.data / "train.h5ad")
     masks = [(cells.obs["cell_type"] == name).to_numpy() for name in mixtures.uns["cell_types"]]
     mean = np.stack([np.asarray(cells.X[mask].mean(axis=0)).ravel() for mask in masks])
     expected = 30 * mixtures.obsm["proportions"] @ mean
-    ratio = written.X.sum(axis=0) / expected.sum(axis=0)
+    ratio = written.sum(axis=0) / expected.sum(axis=0)
     assert np.median(np.abs(ratio - 1)) < 0.05
 
 
-@pytest.mark.slow
-def test_mixtures_with_mrna_contents_of_a_table(tmp_path):
-    place = split_only(tmp_path, simulated_dataset())
-    content = pd.Series({"type 0": 1.0, "type 1": 6.0, "type 2": 2.0})
-    content.rename("rna_per_cell").rename_axis("cell_type").to_csv(tmp_path / "content.csv")
-    place.main(
-        STAGES[2],
-        RNA_PER_CELL=str(tmp_path / "content.csv"),
-        N_TRAIN_SAMPLES=400,
-        CELLS_PER_SAMPLE=300,
-        WRITE_TRAIN_COUNTS=True,
-    )
-    mixtures = ad.read_h5ad(place.data / "pseudobulk_train.h5ad")
-    rna = np.linalg.lstsq(mixtures.obsm["proportions"], mixtures.X.sum(axis=1), rcond=None)[0]
-    np.testing.assert_allclose(rna / rna.sum(), content / content.sum(), rtol=0.1)
-    place.main(STAGES[4], EPOCHS=1)
-    checkpoint = load_checkpoint(place.models / "sctape.pt", STAGES[4])
-    table = proportions.content_of_mixtures(checkpoint)
-    assert dict(table["rna_per_cell"]) == dict(content)
-    tpm_, true = (
-        pd.read_csv(place.data / f"pseudobulk_test_{name}.csv", index_col=0) for name in ("tpm", "proportions")
-    )
-    assert tpm_.index.name.endswith("with mRNA contents")
-    with_contents, by_counts = (
-        proportions.estimate(checkpoint, tpm_, "regression-unadapted", 0, 0, known).proportions
-        for known in (table, None)
-    )
-    assert 1.5 * mae(true, with_contents) < mae(true, by_counts)
-    assert mae(true, proportions.nnls(checkpoint, tpm_, table)) < mae(true, proportions.nnls(checkpoint, tpm_, None))
+def test_cells_with_the_mrna_contents_of_a_table(tmp_path, place):
+    """Total counts of the mixtures are linear in the proportions of cells; the coefficients are the contents."""
+    content = pd.Series({"type 0": 1.0, "type 1": 6.0, "type 2": 2.0}, name="rna_per_cell").rename_axis("cell_type")
+    content.to_csv(tmp_path / "content.csv")
+    place.main(STAGES[2], RNA_PER_CELL=str(tmp_path / "content.csv"), N_TRAIN_SAMPLES=400, CELLS_PER_SAMPLE=300)
+    mixtures, train = read_train_mixtures(place.data)
+    assert mixtures.uns["rna_per_cell"].tolist() == [1, 6, 2]
+    totals = np.concatenate([counts.sum(axis=1) for _, counts in train_mixtures(mixtures, train)])
+    tables = [
+        pd.read_csv(place.data / f"pseudobulk_test_{name}.csv", index_col=0) for name in ("proportions", "counts")
+    ]
+    for proportions, total in ((mixtures.obsm["proportions"], totals), (tables[0][5:], tables[1][5:].sum(axis=1))):
+        rna = np.linalg.lstsq(proportions, total, rcond=None)[0]
+        np.testing.assert_allclose(rna / rna.sum(), content / content.sum(), rtol=0.1)
+    tpm_table, shares = read_test_mixtures(place.data, "s", by_length=False, by_content=True)
+    np.testing.assert_allclose(tpm_table.sum(axis=1), 1e6, rtol=1e-4)
+    np.testing.assert_allclose(shares, tables[0])
+    with pytest.raises(
+        ValueError, match="does not belong to .* run _2_make_pseudobulk.py and _4_train_sctape.py again"
+    ):
+        read_test_mixtures(place.data, "s", by_length=False, by_content=False)
