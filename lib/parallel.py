@@ -23,14 +23,9 @@ Result = TypeVar("Result")
 
 
 def start(device_name: str) -> torch.device:
-    """Connect this process with the others and return its device. All processes except the first print nothing.
+    """Connect this process with the others and return its device; all processes except the first print nothing.
 
-    device_name: "cpu", "cuda", or "auto" for a GPU where there is one.
-
-    Raises
-    ------
-    ValueError
-        If CUDA is requested but not available.
+    device_name: "cpu", "cuda" (ValueError where there is none), or "auto" for a GPU where there is one.
     """
     has_gpu = torch.cuda.is_available()
     if device_name == "cuda" and not has_gpu:

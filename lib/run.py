@@ -113,14 +113,7 @@ def git(*words: str) -> str | None:
 def folder(name: str) -> Path:
     """Path of a folder that a stage writes to, made if missing; a relative name starts at the project's folder, not the shell's.
 
-    It is locked until the run ends, and what killed runs have left half-written is removed.
-
-    Raises
-    ------
-    OSError
-        If it cannot be made.
-    ValueError
-        If another run uses it.
+    It is locked until the run ends (ValueError if another run uses it), and what killed runs have left half-written is removed.
     """
     path = ROOT / Path(name).expanduser()
     try:
@@ -147,13 +140,7 @@ def folder(name: str) -> Path:
 
 
 def user_path(name: str) -> Path:
-    """Path of a file that the user names, looked up in the shell's folder, then in the project's.
-
-    Raises
-    ------
-    FileNotFoundError
-        If it is in neither folder.
-    """
+    """Path of a file that the user names, in the shell's folder or the project's; FileNotFoundError if it is in neither."""
     for path in (Path(name).expanduser(), ROOT / name):
         if path.exists():
             return path.resolve()
@@ -161,13 +148,7 @@ def user_path(name: str) -> Path:
 
 
 def require(path: Path, stage: str) -> Path:
-    """Return the path if an earlier stage has written it.
-
-    Raises
-    ------
-    FileNotFoundError
-        If it is missing; the message names the stage to run first.
-    """
+    """The path of a file of an earlier stage; FileNotFoundError, which names the stage to run, if it is missing."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: run {stage} first")
     return path
@@ -175,13 +156,7 @@ def require(path: Path, stage: str) -> Path:
 
 @contextlib.contextmanager
 def reading(path: Path, expected: str = "a complete file") -> Iterator[None]:
-    """Turn every error of the library that reads a file in this block into one line.
-
-    Raises
-    ------
-    ValueError
-        It names the file, the library's reason, and what was expected.
-    """
+    """Turn every error of the library that reads a file in this block into a ValueError of one line, which names the file."""
     try:
         yield
     except MemoryError:
@@ -221,13 +196,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def check_same_split(split_id: str, what: object, expected_id: str, expected_by: object, remedy: str) -> None:
-    """Refuse a file that belongs to another split than the other file.
-
-    Raises
-    ------
-    ValueError
-        If two files come from two data sets, or from two splits of one data set.
-    """
+    """Refuse a file (ValueError) that comes from another data set or split than the other file."""
     if split_id != expected_id:
         raise ValueError(
             f"{what} does not belong to {expected_by}: it comes from split {split_id}, expected split {expected_id} "
@@ -238,13 +207,7 @@ def check_same_split(split_id: str, what: object, expected_id: str, expected_by:
 def check_same_names(
     got: list[str], got_by: object, expected: list[str], expected_by: object, kind: str, remedy: str
 ) -> None:
-    """Refuse a file that has other genes or other cell types (`kind`) than the other file.
-
-    Raises
-    ------
-    ValueError
-        If the names or their order differ; the message names both files.
-    """
+    """Refuse a file (ValueError) that has other genes or other cell types (`kind`), or another order, than the other file."""
     if list(got) == list(expected):
         return
     only_got = [name for name in got if name not in set(expected)]

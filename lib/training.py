@@ -65,18 +65,11 @@ def tensor_batches(data: tuple[torch.Tensor, ...], batch_size: int, generator: t
 
 
 class Trainer:
-    """Trains one model and writes its checkpoints. With several processes, only the first one writes.
+    """Trains one model and writes `<name>.pt`, `<name>_last.pt` and `<name>_history.csv` to `folder` (the first process alone).
 
-    Parameters
-    ----------
-    name
-        Of the files in `folder`: `<name>.pt`, `<name>_last.pt`, `<name>_history.csv`.
-    model, optimizer, generator
-        What an epoch changes: weights, state of the optimizer, random generator of batches and epsilon. The model's forward returns
-        mean losses per row: `loss`, which is minimised, and, where early stopping uses another one, `stopping_criterion`. A model
-        whose `mixed_precision` is true is trained in bfloat16 on a GPU.
-    about
-        Kept in the checkpoints: stage, constants, model arguments, gene names, cell types, split.
+    The model's forward returns mean losses per row: `loss`, which is minimised, and, where early stopping uses another one,
+    `stopping_criterion`. A model whose `mixed_precision` is true is trained in bfloat16 on a GPU. `generator` is that of batches and
+    epsilon; `about` is kept in the checkpoints: stage, constants, model arguments, gene names, cell types, split.
     """
 
     def __init__(
@@ -102,19 +95,10 @@ class Trainer:
     ) -> None:  # fmt: skip
         """Train until `epochs` are done or `patience` is exhausted; the model ends with the weights that are used.
 
-        Parameters
-        ----------
-        batches
-            Of the number of the epoch (from 0): all training data once.
-        held_out
-            Batches of held-out data, the same in every epoch; None without early stopping.
-        patience
-            Training stops after so many epochs without a better held-out loss; after a third of them the learning rate is multiplied
-            by 0.3. None: neither, and the weights of the last epoch are used.
-        max_gradient_norm
-            Larger gradients are scaled to this norm.
-        keep_every
-            After so many epochs the weights are also written to `<name>_epoch<number>.pt`, which stays; None: never.
+        batches: of the number of the epoch (from 0), all training data once. held_out: batches of held-out data, the same in every
+        epoch; None without early stopping. patience: epochs without a better held-out loss before training stops; after a third of
+        them the learning rate is multiplied by 0.3; None: neither, and the last weights are used. Gradients above `max_gradient_norm`
+        are scaled to it. After every `keep_every` epochs the weights are also written to `<name>_epoch<number>.pt`, which stays.
         """
         self.patience, self.scheduler.patience = patience, max(1, (patience or 0) // 3)
         shared, saved_at = parallel.shared(self.model), time.monotonic()
@@ -246,13 +230,7 @@ class Trainer:
             temporary.write_bytes(buffer.getbuffer())
 
     def resume(self) -> None:
-        """Continue from `<name>_last.pt`.
-
-        Raises
-        ------
-        ValueError
-            If it was trained on other data, on another kind of device, or with other constants that affect the training.
-        """
+        """Continue from `<name>_last.pt`; ValueError if data, kind of device, or constants that affect the training are others."""
         last = load_checkpoint(self.last_path, f"{self.about['stage']} without RESUME")
         about, path = self.about, self.last_path
         check_checkpoint(
@@ -299,15 +277,7 @@ def _changed(last: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def load_checkpoint(path: Path, stage: str) -> dict[str, Any]:
-    """Read a checkpoint that `stage` has written.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the stage was not run.
-    ValueError
-        If it is damaged, no checkpoint of this stage, or written by another version of this project.
-    """
+    """Read a checkpoint that `stage` has written; ValueError if it is damaged, of another stage, or of another version."""
     with reading(require(path, stage), "a checkpoint"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     version = checkpoint.get("format", "unknown") if isinstance(checkpoint, dict) else "unknown"
@@ -325,13 +295,7 @@ def check_checkpoint(
     checkpoint: dict[str, Any], path: Path, stage: str, gene_names: list[str], cell_types: list[str], split_id: str,
     data: object,
 ) -> None:  # fmt: skip
-    """Check that a model belongs to `data`.
-
-    Raises
-    ------
-    ValueError
-        If it was trained on other genes, other cell types, or another split; the message names both sides.
-    """
+    """Refuse a model (ValueError) that was trained on other genes, other cell types, or another split than those of `data`."""
     check_same_names(checkpoint["cell_types"], path, list(cell_types), data, "cell types", f"{stage} again")
     check_same_names(checkpoint["gene_names"], path, list(gene_names), data, "genes", f"{stage} again")
     check_same_split(checkpoint["split_id"], path, split_id, data, stage)
