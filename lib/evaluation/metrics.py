@@ -1,44 +1,54 @@
 """How close estimated proportions are to the true ones, and how close a set of cells is to test cells.
 
-Sets of cells are AnnData: raw counts (csr) in memory, the same genes, obs["cell_type"], and about as many cells of each type in
-both sets. The set compared with `test` is either generated cells or, as the real reference, train cells: no generator can be better.
-Principal components are computed on both sets together (median normalisation, log1p, 2,000 variable genes, 50 components), so
-that variation in either set counts.
+Sets of cells are AnnData: cells x genes, raw counts (csr) in memory, the same genes in all sets, obs["cell_type"].
+
+`fidelity` compares as many cells of each type as there are test cells: generated cells or, as the real reference, train cells; no
+generator can be better than these. Its principal components are computed on both sets together (median normalisation, log1p, 2,000
+variable genes, 50 components), so that variation in either set counts. `membership` asks whether train cells were copied.
 """
 
-import itertools
+from typing import NamedTuple
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+from scipy.cluster.hierarchy import linkage
+from scipy.spatial.distance import squareform
 from scipy.stats import ks_2samp
 from sklearn.base import ClassifierMixin
+from sklearn.decomposition import PCA
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
-from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.utils.sparsefuncs import mean_variance_axis
 from tqdm import tqdm
 
+from lib.data.counts import log_normalize
 from lib.data.embedding import principal_components, variable_genes
-from lib.evaluation.cell_statistics import (
-    gene_correlation,
-    gene_statistics,
-    library_and_genes,
-    log_fold_changes,
-    mean_expression,
-)
-from lib.models.profiles import top_genes
+from lib.models.profiles import log_fold_changes, top_genes
 
-N_TOP_GENES, N_PCS = 2000, 50  # of the joint principal components
+N_TOP_GENES, N_PCS = 2000, 50  # of the principal components
 N_LINEAR_GENES = 3000  # used by the linear classifier: the most variable genes of the test cells
 N_CORRELATED_GENES = 500  # whose correlations are compared: the most variable genes of the train cells
 N_MARKERS = 50  # of each type
 MIN_CELLS_PER_TYPE = 20  # in each set, for the metrics of a single type
+FALSE_POSITIVES = 0.01  # of the membership test: share of the test cells that it takes for train cells
+
+
+class EvaluationCells(NamedTuple):
+    """What every generator is compared with."""
+
+    test: ad.AnnData  # test cells, at most as many as the evaluation may use
+    real_reference: ad.AnnData  # train cells of the same types and numbers
+    members: ad.AnnData  # of the membership test: labelled train cells, all of them or a random part
+    non_members: ad.AnnData  # of the membership test: test cells, all of them or a random part
+    genes: np.ndarray  # indices of the genes whose correlations are compared, selected by train cells
+    seed: int
 
 
 def mae(true: np.ndarray, estimate: np.ndarray) -> float:
@@ -71,6 +81,75 @@ def proportion_agreement(true: pd.DataFrame, estimate: pd.DataFrame) -> pd.DataF
     return pd.DataFrame.from_dict(rows, orient="index", columns=["MAE", "CCC", "r"])
 
 
+def library_and_genes(cells: ad.AnnData) -> pd.DataFrame:
+    """Cells x (library size in counts, number of genes detected)."""
+    library_size = np.asarray(cells.X.sum(axis=1)).ravel()
+    return pd.DataFrame({"library_size": library_size, "genes_detected": np.diff(cells.X.indptr)}, cells.obs_names)
+
+
+def gene_statistics(cells: ad.AnnData) -> pd.DataFrame:
+    """Genes x (mean, variance, zeros): of log(1 + counts per 10,000); zeros: share of cells without a count."""
+    values = log_normalize(cells.X, 1e4).astype(np.float64)
+    mean, variance = mean_variance_axis(values, axis=0)
+    zeros = 1 - values.getnnz(axis=0) / cells.n_obs
+    return pd.DataFrame({"mean": mean, "variance": variance, "zeros": zeros}, index=cells.var_names)
+
+
+def gene_correlation(cells: ad.AnnData, genes: np.ndarray) -> np.ndarray:
+    """Pearson's r between genes, over cells, of log(1 + counts per 10,000): genes x genes; 0 where a gene does not vary."""
+    values = log_normalize(cells.X, 1e4)[:, genes].toarray()
+    with np.errstate(invalid="ignore"):
+        return np.nan_to_num(np.corrcoef(values, rowvar=False))
+
+
+def cluster_tree(correlation: np.ndarray) -> np.ndarray:
+    """Linkage (scipy) of the genes that puts correlated genes next to each other: average linkage on 1 - r."""
+    distance = np.clip(1 - correlation, 0, 2)
+    np.fill_diagonal(distance, 0)
+    return linkage(squareform(distance, checks=False), method="average", optimal_ordering=True)
+
+
+def mean_by_type(values: sp.csr_matrix, cell_type: pd.Series) -> pd.DataFrame:
+    """Types x columns: mean of each type's rows; NaN for a type without rows."""
+    of_type = pd.get_dummies(cell_type, dtype=np.float64)
+    sums = pd.DataFrame(of_type.to_numpy().T @ values, index=list(of_type.columns))
+    return sums.div(of_type.sum(), axis=0)
+
+
+def mean_expression(cells: ad.AnnData, genes: np.ndarray) -> pd.DataFrame:
+    """Types x genes: mean log(1 + counts per 10,000); NaN for a type without cells."""
+    return mean_by_type(log_normalize(cells.X, 1e4)[:, genes], cells.obs["cell_type"])
+
+
+def type_fold_changes(cells: ad.AnnData) -> pd.DataFrame:
+    """Genes x types: log2 of the mean counts per 10,000 in the type over the mean in all other cells (+ 0.1 on both sides).
+
+    Types without cells are left out; no columns if a single type has cells.
+    """
+    library_size = library_and_genes(cells)["library_size"].to_numpy()
+    per_10k = sp.diags_array(1e4 / np.maximum(library_size, 1)) @ cells.X
+    means = mean_by_type(sp.csr_matrix(per_10k), cells.obs["cell_type"]).dropna()
+    if len(means) < 2:
+        return pd.DataFrame(index=cells.var_names)
+    n_cells = cells.obs["cell_type"].value_counts()[means.index].to_numpy()
+    return pd.DataFrame(log_fold_changes(means.to_numpy(), n_cells).T, cells.var_names, means.index)
+
+
+def type_proportions(sets: dict[str, pd.DataFrame], max_samples: int = 20) -> pd.DataFrame:
+    """Proportions of the cell types, sets of cells x types; a set of several samples has a row for each of the first `max_samples`.
+
+    sets: name -> table of cells (obs) with `cell_type`, and `sample` if there are samples.
+    """
+    rows = {}
+    for name, obs in sets.items():
+        samples = obs["sample"].unique() if "sample" in obs else [None]
+        for sample in samples[:max_samples]:
+            cell_type = obs["cell_type"] if sample is None else obs["cell_type"][obs["sample"] == sample]
+            label = name if len(samples) == 1 else f"{name}, {sample}"
+            rows[label] = cell_type.value_counts(normalize=True, sort=False)
+    return pd.DataFrame(rows).T
+
+
 def forest_auc(pcs: np.ndarray, is_second: np.ndarray, seed: int) -> float:
     """AUC (area under the ROC curve) of a random forest that classifies cells as first or second set, 5-fold cross-validated.
 
@@ -86,9 +165,9 @@ def linear_auc(test: ad.AnnData, cells: ad.AnnData, seed: int) -> float:
     It detects deviations of single genes, which principal components average out.
     """
     genes = variable_genes(test, N_LINEAR_GENES)
-    both = sp.vstack([test.X, cells.X], format="csr")
-    totals = np.log1p(np.column_stack([np.asarray(both.sum(axis=1)).ravel(), np.diff(both.indptr)]))
-    features = np.hstack([np.log1p(both[:, genes].toarray()), totals])
+    both = ad.AnnData(sp.vstack([test.X, cells.X], format="csr"))
+    totals = np.log1p(library_and_genes(both).to_numpy())
+    features = np.hstack([np.log1p(both.X[:, genes].toarray()), totals])
     regression = make_pipeline(StandardScaler(), LogisticRegression(C=1e-3, max_iter=500))
     return _auc(regression, features, np.arange(len(features)) >= test.n_obs, seed)
 
@@ -97,19 +176,6 @@ def _auc(classifier: ClassifierMixin, features: np.ndarray, is_second: np.ndarra
     folds = StratifiedKFold(5, shuffle=True, random_state=seed)
     probability = cross_val_predict(classifier, features, is_second, cv=folds, method="predict_proba")[:, 1]
     return float(roc_auc_score(is_second, probability))
-
-
-def mmd(x: np.ndarray, y: np.ndarray) -> float:
-    """Squared maximum mean discrepancy, unbiased (Gretton et al. 2012, eq. 3), Gaussian kernel as wide as the median distance.
-
-    0 is best; below 0 by chance. x, y: cells x features.
-    """
-    squared = euclidean_distances(np.vstack([x, y]), squared=True)
-    kernel = np.exp(-squared / np.median(squared[np.triu_indices(len(squared), k=1)]))
-    n, m = len(x), len(y)
-    within_x = (kernel[:n, :n].sum() - n) / (n * (n - 1))
-    within_y = (kernel[n:, n:].sum() - m) / (m * (m - 1))
-    return float(within_x + within_y - 2 * kernel[:n, n:].mean())
 
 
 def ilisi(pcs: np.ndarray, is_second: np.ndarray, perplexity: float = 30.0) -> float:
@@ -137,41 +203,32 @@ def correlation_agreement(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
 
 
 def marker_recovery(test: ad.AnnData, cells: ad.AnnData) -> tuple[float, float]:
-    """Agreement of two sets on the marker genes of the types; means over the types with `MIN_CELLS_PER_TYPE` test cells.
+    """Agreement of two sets on the marker genes of the types; means over the types with `MIN_CELLS_PER_TYPE` test cells, or NaN.
 
-    Returns
-    -------
-    Share of each type's `N_MARKERS` genes of largest fold change that both sets have in common; Pearson's r of all fold changes.
-    NaN if no type has so many test cells.
+    Returns the share of each type's `N_MARKERS` genes of largest fold change that both sets have in common, and Pearson's r of all
+    fold changes.
     """
-    in_test, in_cells = log_fold_changes(test), log_fold_changes(cells)
+    changes = type_fold_changes(test), type_fold_changes(cells)
     n_test = test.obs["cell_type"].value_counts()
-    types = [name for name in in_test if name in in_cells and n_test[name] >= MIN_CELLS_PER_TYPE]
+    types = [name for name in changes[0] if name in changes[1] and n_test[name] >= MIN_CELLS_PER_TYPE]
     if not types:
         return float("nan"), float("nan")
-    markers = [top_genes(changes[types].to_numpy().T, N_MARKERS) for changes in (in_test, in_cells)]
-    overlap = [len(np.intersect1d(*of_type)) / N_MARKERS for of_type in zip(*markers)]
-    return float(np.mean(overlap)), float(np.mean([pearson(in_test[name], in_cells[name]) for name in types]))
+    markers = [top_genes(table[types].to_numpy().T, N_MARKERS) for table in changes]
+    overlap = [len(np.intersect1d(*pair)) / N_MARKERS for pair in zip(*markers)]
+    return float(np.mean(overlap)), float(np.mean([pearson(changes[0][name], changes[1][name]) for name in types]))
 
 
 def type_correlation(test: ad.AnnData, cells: ad.AnnData, n_markers: int) -> tuple[pd.DataFrame, int]:
-    """Pearson's r between the types' mean expression in two sets, over marker genes.
+    """Pearson's r between the types' mean expression in two sets, types of `cells` x types of `test`, and the number of genes.
 
-    The mean over the test cells' types is subtracted from both sets first: it is common to all types.
-
-    Parameters
-    ----------
-    n_markers
-        Genes of largest fold change of each type of the test cells.
-
-    Returns
-    -------
-    Types of `cells` x types of `test`; number of genes.
+    Over the `n_markers` genes of largest fold change of each type of the test cells. The mean over the test cells' types is
+    subtracted from both sets first: it is common to all types.
     """
-    genes = np.unique(top_genes(log_fold_changes(test).to_numpy().T, n_markers))
-    of_test, of_cells = (mean_expression(part, genes).dropna() for part in (test, cells))
-    r = np.corrcoef(of_cells - of_test.mean(), of_test - of_test.mean())[: len(of_cells), len(of_cells) :]
-    return pd.DataFrame(r, index=of_cells.index, columns=of_test.index), len(genes)
+    genes = np.unique(top_genes(type_fold_changes(test).to_numpy().T, n_markers))
+    test_means, cell_means = (mean_expression(part, genes).dropna() for part in (test, cells))
+    centre = test_means.mean()
+    r = np.corrcoef(cell_means - centre, test_means - centre)[: len(cell_means), len(cell_means) :]
+    return pd.DataFrame(r, index=cell_means.index, columns=test_means.index), len(genes)
 
 
 def transfer_f1(
@@ -182,36 +239,49 @@ def transfer_f1(
     return float(f1_score(test_types, forest.predict(test_pcs), average="macro"))
 
 
-def memorisation(pcs: np.ndarray, train_pcs: np.ndarray, test_pcs: np.ndarray) -> float:
-    """Share of cells whose nearest real cell is a train cell rather than a test cell, for as many train as test cells.
-
-    0.5 is best: copies of train cells have 1.
-    """
-    to_train, to_test = (
-        NearestNeighbors(n_neighbors=1).fit(real).kneighbors(pcs)[0].ravel() for real in (train_pcs, test_pcs)
-    )
-    is_tied = np.isclose(to_train, to_test)  # such as distances to two copies of one cell, which differ by rounding
-    return float(np.where(is_tied, 0.5, to_train < to_test).mean())
-
-
 def distribution_distances(test: ad.AnnData, cells: ad.AnnData) -> dict[str, float]:
     """Kolmogorov-Smirnov distances of library sizes and of numbers of genes detected."""
-    totals, detected = zip(*(library_and_genes(part) for part in (test, cells)))
-    return {
-        "library size KS": float(ks_2samp(*totals).statistic),
-        "genes detected KS": float(ks_2samp(*detected).statistic),
-    }
+    distance = ks_2samp(library_and_genes(test), library_and_genes(cells)).statistic
+    return {"library size KS": float(distance[0]), "genes detected KS": float(distance[1])}
+
+
+def membership(generated: ad.AnnData, members: ad.AnnData, non_members: ad.AnnData) -> pd.DataFrame:
+    """Membership test: are train cells (members) nearer to generated cells than test cells (non-members) are?
+
+    A cell's distance is that to the nearest of all generated cells, on principal components that are fitted on the generated cells
+    alone (log(1 + counts per 10,000) of their variable genes). Copies of a share p of the members raise the true positive rate by
+    about p, so that it takes about as many generated cells as members to see a generator that copies.
+
+    Returns
+    -------
+    One row for all cells and for each type with `MIN_CELLS_PER_TYPE` cells in both sets; columns: "membership AUC" of -distance
+    (private: 0.5), "membership TPR at 1 % FPR", the share of the members nearer than all but 1 % of the non-members (private: 0.01;
+    NaN with fewer than 99 non-members), n_cells (non-members).
+    """
+    genes = variable_genes(generated, N_TOP_GENES)
+    parts = [log_normalize(cells.X, 1e4)[:, genes].astype(np.float64) for cells in (generated, members, non_members)]
+    pca = PCA(min(N_PCS, generated.n_obs - 1, len(genes) - 1), svd_solver="covariance_eigh").fit(parts[0])
+    nearest = NearestNeighbors(n_neighbors=1).fit(pca.transform(parts[0]))
+    distances = [nearest.kneighbors(pca.transform(part))[0].ravel() for part in parts[1:]]
+    types = np.concatenate([cells.obs["cell_type"].astype(str) for cells in (members, non_members)])
+    is_member = np.arange(len(types)) < members.n_obs
+    table = pd.DataFrame({"distance": np.concatenate(distances), "is_member": is_member, "cell_type": types})
+    rows = {}
+    for name, part in [("all", table), *table.groupby("cell_type")]:
+        inside, outside = (part["distance"][part["is_member"] == is_member] for is_member in (True, False))
+        if name == "all" or min(len(inside), len(outside)) >= MIN_CELLS_PER_TYPE:
+            # "weibull": an unbiased quantile of the population, where numpy's default is too high for a small sample
+            threshold = np.quantile(outside, FALSE_POSITIVES, method="weibull")
+            tpr = (inside < threshold).mean() if len(outside) + 1 >= 1 / FALSE_POSITIVES else np.nan
+            rows[name] = [roc_auc_score(part["is_member"], -part["distance"]), tpr, len(outside)]
+    columns = ["membership AUC", "membership TPR at 1 % FPR", "n_cells"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
 
 def fidelity(test: ad.AnnData, cells: ad.AnnData, genes: np.ndarray, seed: int, within_type: bool = False) -> pd.Series:
-    """All metrics of one set of cells compared with test cells, but for `memorisation`.
+    """All metrics of one set of cells compared with test cells, but for `membership`.
 
-    Parameters
-    ----------
-    genes
-        Places of the genes whose correlations are compared.
-    within_type
-        Leave out the metrics that need several types.
+    genes: indices of those whose correlations are compared; within_type: leave out the metrics that need several types.
     """
     pcs = principal_components(ad.concat([test, cells], index_unique="-"), N_TOP_GENES, N_PCS)
     is_second = np.arange(len(pcs)) >= test.n_obs
@@ -219,10 +289,9 @@ def fidelity(test: ad.AnnData, cells: ad.AnnData, genes: np.ndarray, seed: int, 
         gene_correlation(test, genes), gene_correlation(cells, genes)
     )
     a, b = gene_statistics(test), gene_statistics(cells)
-    found = {
+    values = {
         "forest AUC": forest_auc(pcs, is_second, seed),
         "linear AUC": linear_auc(test, cells, seed),
-        "MMD": mmd(pcs[~is_second], pcs[is_second]),
         "iLISI": ilisi(pcs, is_second),
         "gene correlation r": correlation_r,
         "gene correlation MAE": correlation_mae,
@@ -233,13 +302,13 @@ def fidelity(test: ad.AnnData, cells: ad.AnnData, genes: np.ndarray, seed: int, 
         overlap, fold_change_r = marker_recovery(test, cells)
         real = pcs[~is_second], test.obs["cell_type"].astype(str).to_numpy()
         these = pcs[is_second], cells.obs["cell_type"].astype(str).to_numpy()
-        found |= {
+        values |= {
             "marker overlap": overlap,
             "fold change r": fold_change_r,
             "F1 train on these, test on real": transfer_f1(*these, *real, seed),
             "F1 train on real, test on these": transfer_f1(*real, *these, seed),
         }
-    return pd.Series(found)
+    return pd.Series(values)
 
 
 def select_like(cells: ad.AnnData, cell_type: pd.Series, rng: np.random.Generator) -> np.ndarray:
@@ -251,39 +320,34 @@ def select_like(cells: ad.AnnData, cell_type: pd.Series, rng: np.random.Generato
     return np.sort(np.concatenate(rows))
 
 
-def fidelity_table(
-    test: ad.AnnData, generated: ad.AnnData, real_reference: ad.AnnData, unseen_train: ad.AnnData, genes: np.ndarray, seed: int
-) -> pd.DataFrame:  # fmt: skip
+def fidelity_and_membership(evaluation: EvaluationCells, generated: ad.AnnData, more: ad.AnnData) -> pd.Series:
+    """All metrics over all cells. generated: of the types of the test cells; more: generated cells for `membership`."""
+    test = membership(more, evaluation.members, evaluation.non_members).drop(columns="n_cells")
+    return pd.concat([fidelity(evaluation.test, generated, evaluation.genes, evaluation.seed), test.loc["all"]])
+
+
+def fidelity_table(evaluation: EvaluationCells, generated: ad.AnnData, more: ad.AnnData) -> pd.DataFrame:
     """All metrics of generated cells and of the real reference, each compared with the same test cells.
 
-    Parameters
-    ----------
-    generated, real_reference
-        As many cells of each type as `test`; the reference are train cells.
-    unseen_train
-        Train cells that are not in `real_reference`: `memorisation` of real cells. May be empty.
-    genes
-        Places of the genes whose correlations are compared, chosen on train cells.
+    generated: as many cells of each type as `evaluation.test`; more: generated cells for `membership`, about as many as
+    `evaluation.members`.
 
     Returns
     -------
-    One row per metric, of all cells and of each type with `MIN_CELLS_PER_TYPE` cells; columns: cells, figure (the metric),
-    generated, real (the reference).
+    One row per metric, of all cells and of each type with `MIN_CELLS_PER_TYPE` cells; columns: cells ("all" or the type), figure
+    (the metric), generated, real (the reference; NaN for `membership`), n_cells (test cells that were compared).
     """
-    sets = {"generated": generated, "real": real_reference}
-    pooled = pd.DataFrame({name: fidelity(test, cells, genes, seed) for name, cells in sets.items()})
-    parts = [test, real_reference, generated, unseen_train]
-    pcs = principal_components(ad.concat(parts, index_unique="-"), N_TOP_GENES, N_PCS)
-    ends = np.cumsum([0, *(part.n_obs for part in parts)])
-    test_pcs, reference_pcs, generated_pcs, unseen_pcs = (pcs[a:b] for a, b in itertools.pairwise(ends))
-    unseen = memorisation(unseen_pcs, reference_pcs, test_pcs) if unseen_train.n_obs else np.nan
-    nearest = memorisation(generated_pcs, reference_pcs, test_pcs)
-    pooled.loc["nearest real cell is a train cell"] = [nearest, unseen]
-    tables = {"all": pooled}
-    names = test.obs["cell_type"].cat.categories
-    for name in tqdm(names, desc="metrics by cell type", unit="", delay=5, leave=False):
-        of_type, *others = (part[(part.obs["cell_type"] == name).to_numpy()].copy() for part in (test, *sets.values()))
-        if min(part.n_obs for part in (of_type, *others)) >= MIN_CELLS_PER_TYPE:
-            columns = {column: fidelity(of_type, part, genes, seed, True) for column, part in zip(sets, others)}
-            tables[name] = pd.DataFrame(columns)
+    sets = [evaluation.test, generated, evaluation.real_reference]
+    tables: dict[str, pd.DataFrame] = {}
+    types = evaluation.test.obs["cell_type"].cat.categories
+    for name in tqdm(["all", *types], desc="metrics by cell type", unit="", delay=5, leave=False):
+        within_type = name != "all"
+        parts = [cells[(cells.obs["cell_type"] == name).to_numpy()].copy() for cells in sets] if within_type else sets
+        if not within_type or min(part.n_obs for part in parts) >= MIN_CELLS_PER_TYPE:
+            test, *compared = parts
+            columns = [fidelity(test, cells, evaluation.genes, evaluation.seed, within_type) for cells in compared]
+            tables[name] = pd.DataFrame(dict(zip(("generated", "real"), columns))).assign(n_cells=test.n_obs)
+    for name, row in membership(more, evaluation.members, evaluation.non_members).iterrows():
+        rows = pd.DataFrame({"generated": row.drop("n_cells"), "real": np.nan, "n_cells": int(row["n_cells"])})
+        tables[str(name)] = pd.concat([tables.get(str(name)), rows])
     return pd.concat(tables, names=["cells", "figure"]).reset_index()
