@@ -2,56 +2,64 @@
 
     profile -> 600 -> 300 -> proportions; for each type, mean and log-scale of its cells' z on the state axes
 
-It is trained on mixtures of train cells that favour some states (lib/bulk/bulk_states.py); the z of their cells are known. For
-a new bulk, z is sampled from the prior of each type, then shifted and scaled as the encoder predicts: the bulk changes the
-cells themselves, not only their numbers. The encoder minimises squared errors, so what a bulk does not tell is predicted as
-the mean of the train cells. Only DECONVOLUTION = "bulk_encoder" uses it.
+For a new bulk, z is sampled from the prior of each type, then shifted and scaled as the encoder predicts: the bulk changes the
+cells themselves, not only their numbers. What a bulk does not tell is predicted as the mean of the train cells. A state axis is a
+principal axis of z within the types, the same for all types: one decoder reads z for all types, so a programme that several types
+share, such as the interferon response, is one direction in all of them. The encoder is trained on mixtures of train cells that
+favour some states, as the cells of one donor do. Only DECONVOLUTION = "bulk_encoder" uses it.
 
 Source: bulk2sc (scGMVAE, bulk encoder), an older system of the same authors (Kang et al.), whose bulk encoder learns mean,
-variance and proportion of each component of a Gaussian mixture. The layer sizes (hidden 600, latent 300) and Adam at 1e-3 are those
-of its current code. Ours: batch size, dropout and early stopping (constants of stage 4; theirs: 200 + 1,000 epochs), the
-training mixtures, axes in place of single dimensions of z, and `with_genes`, which changes single genes where bulk and
-generated cells differ more than genes do in general; z cannot express a state that the GMVAE was not trained on.
+variance and proportion of each component of a Gaussian mixture. Layer sizes and Adam at 1e-3 are those of its current code. Ours:
+batch size, dropout and early stopping (constants of stage 4; theirs: 200 + 1,000 epochs), the training mixtures, axes in place of
+single dimensions of z, and `with_genes`; z cannot express a state that the GMVAE was not trained on.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
 from torch import nn
 
-from lib.bulk.network_input import check_coverage, complete, scale
-from lib.bulk.pseudobulk import largest_remainder, tpm
-from lib.data.counts import digest
-from lib.files import replacing
+from lib.bulk.pseudobulk import largest_remainder, sample_cells_per_type, tpm
+from lib.bulk.sctape import bulk_profiles, scale
+from lib.data.batches import CellDataset
+from lib.data.counts import digest, hold_out
+from lib.data.embedding import variable_genes
 from lib.models.gmvae import GMVAE
 from lib.models.layers import mlp
+from lib.models.profiles import type_means
 from lib.models.sampling import Shift, generate
+from lib.run import replacing
 
 INPUT_NOISE = 2.0  # standard deviations of Gaussian noise on each gene in training, so that no gene decides alone
+MIN_CELLS = 60  # train cells that a type needs to be shifted; the states of rarer types are not known well enough
+# Single genes (`with_genes`)
 THRESHOLD = 2.0  # a gene changes by the part of its log ratio, bulk over cells, beyond so many standard deviations
 GENES_ALIKE = 500  # genes of similar expression, over which this standard deviation is taken
 PSEUDO_TPM = 20.0  # added to both sides of the ratio, which shrinks the ratios of lowly expressed genes
 CELLS_SUMMED = 1000  # generated cells per sample whose sum is compared with the bulk
-MIN_CELLS = 60  # train cells that a type needs to be shifted; the states of rarer types are not known well enough
+# Mixtures that favour some states
+MIN_SHARE = 0.01  # of the variance within types that a state axis must explain
+MAX_STRENGTH = 2.5  # of the sampling weights, per standard deviation: a type's mean moves by up to so many
+SHARED_SHARE = 0.5  # of the mixtures, in which all types favour the same state; in the others, each type its own
+UNSHIFTED_SHARE = 0.1  # of the mixtures, which favour no state
+MAX_POOL = 500  # cells of each type to mix from
+SHARES = {"sparse": 0.1, "rare": 0.2, "near": 0.4}  # of the mixtures' proportions, see `sample_proportions`
+
+Data = tuple[torch.Tensor, ...]  # the arguments of BulkEncoder.forward
 
 
 class BulkEncoder(nn.Module):
-    """
-    Parameters
-    ----------
-    n_genes, n_cell_types, n_axes
-        Length of a profile, number of proportions, and number of state axes.
-    hidden, n_latent, dropout
-        Sizes of the two layers, and their dropout rate.
-    """
+    """The network. n_axes: number of state axes; hidden, n_latent: sizes of its two layers."""
 
+    mixed_precision = True  # trained in bfloat16 on a GPU
     gene_mean: torch.Tensor  # (n_genes,) over the training mixtures
     gene_scale: torch.Tensor  # (n_genes,) standard deviation over the training mixtures, plus 0.01
-    moves: torch.Tensor  # (n_cell_types,) 1: cells of the type are shifted; 0: they are not
+    is_shifted: torch.Tensor  # (n_cell_types,) 1: cells of the type are shifted; 0: they are not
 
     def __init__(
         self, n_genes: int, n_cell_types: int, n_axes: int, hidden: int = 600, n_latent: int = 300, dropout: float = 0.1
@@ -69,51 +77,38 @@ class BulkEncoder(nn.Module):
             nn.init.zeros_(head.bias)
         self.register_buffer("gene_mean", torch.zeros(n_genes))
         self.register_buffer("gene_scale", torch.ones(n_genes))
-        self.register_buffer("moves", torch.ones(n_cell_types))
+        self.register_buffer("is_shifted", torch.ones(n_cell_types))
 
     def initialise(self, profiles: torch.Tensor, n_cells: np.ndarray) -> None:
-        """Store each gene's mean and standard deviation over the training mixtures, and which types are shifted.
-
-        n_cells: (n_cell_types,) number of train cells; a type with fewer than `MIN_CELLS` is not shifted.
-        """
-        self.moves.copy_(torch.from_numpy(n_cells >= MIN_CELLS))
+        """Store the mean and standard deviation of the training mixtures, and which types have enough train cells to be shifted."""
+        self.is_shifted.copy_(torch.from_numpy(n_cells >= MIN_CELLS))
         self.gene_mean.copy_(profiles.mean(dim=0))
         self.gene_scale.copy_(profiles.std(dim=0) + 0.01)
 
     def encode(self, profiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Predict proportions and states.
+        """Predict proportions, (n_samples, n_cell_types), and states from profiles, (n_samples, n_genes), output of `sctape.scale`.
 
-        Parameters
-        ----------
-        profiles
-            Output of `network_input.scale`, (n_samples, n_genes).
-
-        Returns
-        -------
-        proportions
-            (n_samples, n_cell_types), rows sum to 1.
-        mean, log_scale
-            Each (n_samples, n_cell_types, n_axes): mean of the type's cells on the axes, in standard deviations of the train
-            cells, and logarithm of their standard deviation over that of the train cells.
+        States, each (n_samples, n_cell_types, n_axes): mean of the type's cells on the axes, in standard deviations of the train
+        cells, and logarithm of their standard deviation over that of the train cells.
         """
         standardised = (profiles - self.gene_mean) / self.gene_scale
         if self.training:
             standardised = standardised + INPUT_NOISE * torch.randn_like(standardised)
         h = self.body(standardised)
         mean, log_scale = (
-            head(h).unflatten(1, self.shape) * self.moves[:, None] for head in (self.to_mean, self.to_log_scale)
+            head(h).unflatten(1, self.shape) * self.is_shifted[:, None] for head in (self.to_mean, self.to_log_scale)
         )
         return self.to_proportions(h).softmax(dim=1), mean, log_scale
 
     def forward(
         self, profiles: torch.Tensor, proportions: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """Errors of proportions, means and log-scales, and their sum, the training loss.
+        """Errors of proportions, means and log-scales, and their sum, the loss. Shapes as in `encode`.
 
         Proportions: absolute error, times the number of types. States: squared error, over the types present in a mixture.
         """
         p, m, s = self.encode(profiles)
-        present = ((proportions > 0) * self.moves)[:, :, None]
+        present = ((proportions > 0) * self.is_shifted)[:, :, None]
         present = present / (self.shape[1] * present.sum()).clamp(min=1)
         losses = {
             "proportion_loss": (p - proportions).abs().mean(),
@@ -122,96 +117,61 @@ class BulkEncoder(nn.Module):
         }
         return {"loss": self.shape[0] * losses["proportion_loss"] + losses["mean_loss"] + losses["scale_loss"]} | losses
 
-    def validate(self, *data: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The losses, and `stopping_criterion`: their sum. data: as for `forward`."""
-        losses = self(*data)
-        return losses | {"stopping_criterion": losses["loss"]}
+
+# --- what a bulk tells
 
 
 @torch.no_grad()
-def read(checkpoint: dict[str, Any], bulk: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Predict proportions, means and log-scales of bulk samples (TPM), in the form of `BulkEncoder.encode`.
-
-    Raises
-    ------
-    ValueError
-        If the bulk has too few of the encoder's genes.
-    """
-    check_coverage(checkpoint, bulk, "the bulk encoder", "_4_train_sctape.py --network bulk_encoder --bulk-file")
+def read(checkpoint: dict[str, Any], bulk: pd.DataFrame) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Predict proportions, means and log-scales of bulk samples (samples x genes, TPM), in the form of `BulkEncoder.encode`."""
+    command = "_4_train_sctape.py --network bulk_encoder --bulk-file"
+    profiles = bulk_profiles(checkpoint, bulk, "the bulk encoder", command)
     model = BulkEncoder(**checkpoint["arguments"])
     model.load_state_dict(checkpoint["weights"])
-    profiles = scale(complete(bulk, checkpoint["gene_names"], checkpoint["mean_profile"].numpy()))
-    proportions, mean, log_scale = model.eval().encode(torch.from_numpy(profiles))
-    return proportions.numpy(), mean.numpy(), log_scale.numpy()
+    return model.eval().encode(profiles)
 
 
 def predict(checkpoint: dict[str, Any], bulk: pd.DataFrame) -> pd.DataFrame:
     """Predict cell-type proportions: samples x cell types, rows sum to 1. bulk: samples x genes, TPM."""
-    return pd.DataFrame(read(checkpoint, bulk)[0], index=bulk.index, columns=checkpoint["cell_types"])
+    return pd.DataFrame(read(checkpoint, bulk)[0].numpy(), index=bulk.index, columns=checkpoint["cell_types"])
 
 
-def states(checkpoint: dict[str, Any], bulk: pd.DataFrame) -> pd.DataFrame:
-    """The states of the cells as a table: one row for each sample, cell type and state axis.
+def write_states(checkpoint: dict[str, Any], bulk: pd.DataFrame, path: Path) -> Path:
+    """Write the states of the cells as csv to `path`, which is returned: one row for each sample, cell type and state axis.
 
     Columns: sample, cell_type, axis (1, 2, ...; the first varies most between train cells), mean and spread of the type's cells on
     this axis. The unit is the standard deviation of the type's train cells, whose mean is 0 and whose spread is 1.
     """
     _, mean, log_scale = read(checkpoint, bulk)
-    axes = range(1, mean.shape[2] + 1)
-    rows = pd.MultiIndex.from_product(
-        [bulk.index, checkpoint["cell_types"], axes], names=["sample", "cell_type", "axis"]
-    )
-    return pd.DataFrame({"mean": mean.ravel(), "spread": np.exp(log_scale).ravel()}, index=rows).reset_index()
-
-
-def write_states(checkpoint: dict[str, Any], bulk: pd.DataFrame, path: Path) -> Path:
-    """Write the table of `states` as csv to `path`, which is returned."""
+    levels = bulk.index, checkpoint["cell_types"], range(1, mean.shape[2] + 1)
+    rows = pd.MultiIndex.from_product(levels, names=["sample", "cell_type", "axis"])
     with replacing(path) as temporary:
-        states(checkpoint, bulk).to_csv(temporary, index=False, float_format="%.6f")
+        table = pd.DataFrame({"mean": mean.ravel(), "spread": log_scale.exp().ravel()}, index=rows)
+        table.to_csv(temporary, float_format="%.6f")
     return path
 
 
 def shift(checkpoint: dict[str, Any], bulk: pd.DataFrame) -> Shift:
     """The affine map of z for every sample of the bulk and, within the sample, every type.
 
-    On the axes, a cell's coordinate relative to its type's mean is multiplied by the predicted scale, then the predicted mean is
-    added. Components of z orthogonal to the axes stay.
+    On the axes, a cell's coordinate relative to its type's mean is multiplied by the predicted scale, then the mean is added.
     """
-    means, log_scales = (torch.from_numpy(part) for part in read(checkpoint, bulk)[1:])
-    axes = checkpoint["axes"]
-    vectors, middle = axes["axes"], axes["middle"].repeat(len(bulk), 1)
-    n_latent, n_axes = vectors.shape
-    means, scales = means.reshape(-1, n_axes), log_scales.reshape(-1, n_axes).exp()
-    matrix = torch.eye(n_latent) + torch.einsum("ia,ga,ja->gij", vectors, scales - 1, vectors)
-    offset = middle - torch.einsum("gij,gj->gi", matrix, middle) + (means * axes["spread"]) @ vectors.T
+    axes, (_, means, log_scales) = checkpoint["axes"], read(checkpoint, bulk)
+    vectors, type_mean = axes["axes"], axes["type_mean"].repeat(len(bulk), 1)
+    means, scales = means.flatten(0, 1), log_scales.flatten(0, 1).exp()
+    matrix = torch.eye(len(vectors)) + torch.einsum("ia,ga,ja->gij", vectors, scales - 1, vectors)
+    offset = type_mean - torch.einsum("gij,gj->gi", matrix, type_mean) + (means * axes["spread"]) @ vectors.T
     return Shift(matrix, offset)
 
 
 def with_genes(
-    moved: Shift,
-    model: GMVAE,
-    gene_names: list[str],
-    gene_length_bp: dict[str, float] | None,
-    proportions: np.ndarray,
-    bulk: pd.DataFrame,
-    seed: int,
-) -> Shift:
-    """Add to a shift the log ratio of each gene, bulk over the sum of the shifted cells, as far as it stands out.
+    moved: Shift, model: GMVAE, gene_names: list[str], gene_length_bp: dict[str, float] | None, proportions: np.ndarray,
+    bulk: pd.DataFrame, seed: int,
+) -> Shift:  # fmt: skip
+    """Add to a shift the log ratio of each gene, bulk over the sum of the shifted cells, as far as it stands out (`excess`).
 
-    Of each log ratio only the part beyond `THRESHOLD` standard deviations is kept. The standard deviation is taken over genes of
-    similar expression (median absolute deviation x 1.4826). It is set by platform differences, which affect all genes, so
-    platform differences change no gene.
-
-    Parameters
-    ----------
-    gene_names
-        The GMVAE's genes; those that the bulk lacks do not change.
-    gene_length_bp
-        Lengths by which the bulk's counts were divided; genes without a length do not change. None if they were not divided.
-    proportions
-        Samples x cell types.
-    bulk
-        Samples x genes, TPM.
+    gene_names: the GMVAE's genes, those that the bulk lacks do not change; gene_length_bp: lengths by which the bulk's counts were
+    divided, genes without a length do not change, None if they were not; proportions: samples x cell types; bulk: samples x genes, TPM.
     """
     n_samples, n_types = proportions.shape
     n_cells = largest_remainder(proportions, CELLS_SUMMED)
@@ -230,15 +190,158 @@ def with_genes(
 
 
 def excess(log_ratio: np.ndarray, expression: np.ndarray) -> np.ndarray:
-    """The part of each gene's log ratio beyond `THRESHOLD` standard deviations of genes of similar expression, 0 for most."""
-    found = np.zeros(len(log_ratio))
-    for alike in np.array_split(np.argsort(expression, kind="stable"), max(1, len(found) // GENES_ALIKE)):
+    """The part of each gene's log ratio beyond `THRESHOLD` standard deviations of genes of similar expression, 0 for most.
+
+    The standard deviation (median absolute deviation x 1.4826) is set by platform differences, which affect all genes, so
+    platform differences change no gene.
+    """
+    result = np.zeros(len(log_ratio))
+    for alike in np.array_split(np.argsort(expression, kind="stable"), max(1, len(result) // GENES_ALIKE)):
         deviation = log_ratio[alike] - np.median(log_ratio[alike])
         spread = 1.4826 * np.median(np.abs(deviation))
-        found[alike] = np.sign(deviation) * np.maximum(np.abs(deviation) - THRESHOLD * spread, 0)
-    return found
+        result[alike] = np.sign(deviation) * np.maximum(np.abs(deviation) - THRESHOLD * spread, 0)
+    return result
 
 
 def weights_id(model: nn.Module) -> str:
     """Twelve hexadecimal digits that change with any weight; they name the one GMVAE whose z a bulk encoder was trained on."""
     return digest([], *(value.cpu().numpy() for value in model.state_dict().values()))
+
+
+# --- mixtures to train on
+
+
+class StateMixtures(NamedTuple):
+    genes: np.ndarray  # positions of the genes that the encoder uses
+    axes: dict[str, torch.Tensor]  # as in `state_axes`
+    fit: Data
+    held_out: Data  # of cells that are in no mixture of `fit`
+    mean_profile: np.ndarray  # (n_genes,) mean share of each gene in the mixtures to train on
+
+
+def make_mixtures(
+    gmvae: GMVAE, cells: ad.AnnData, usable: np.ndarray, gene_length_bp: np.ndarray | None, n_genes: int, n_samples: int,
+    cells_per_sample: int, validation_fraction: float, seed: int,
+) -> StateMixtures:  # fmt: skip
+    """Make mixtures of labelled train cells, and the mean and scale of their cells' states as the encoder's targets.
+
+    The profiles to train on are sums of the counts that the GMVAE expects of each cell, not of the observed counts: a network that
+    sees the same few hundred cells in thousands of mixtures memorises the sampling error of their counts (on held-out cells of
+    pbmc3k's train part it then explains 30 % of the variance of the means instead of 42 %).
+
+    usable: mask of the genes, of which the encoder uses the most variable ones; gene_length_bp: by which bulk profiles are divided,
+    known for usable genes, or None; validation_fraction: of the mixtures, and of the cells of each type, which are in these alone.
+    """
+    n_types = len(cells.obs["cell_type"].cat.categories)
+    codes = cells.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64)
+    genes = np.flatnonzero(usable)
+    genes = genes[variable_genes(cells[:, genes], n_genes)]
+    rng = np.random.default_rng([seed, 4])
+    is_held_out = hold_out(codes, validation_fraction, rng)
+    dataset = CellDataset(cells.X, codes, gmvae.device)
+    q_mean, q_log_var, _ = gmvae.get_latent_representation(dataset)
+    axes = state_axes(q_mean[~is_held_out].numpy(), q_log_var[~is_held_out].numpy(), codes[~is_held_out], n_types)
+    coordinates = state_coordinates(axes, q_mean.numpy(), codes)
+    posterior_variance = (axes["posterior_variance"] / axes["spread"] ** 2).numpy()
+
+    def sample(is_chosen: np.ndarray, share: float) -> tuple[np.ndarray, sp.csr_matrix, list[np.ndarray]]:
+        """Rows of the cells, how often each one is in each mixture, and the mixtures' proportions and states."""
+        of_types = (np.flatnonzero(is_chosen & (codes == k)) for k in range(n_types))
+        rows = np.sort(np.concatenate([rng.permutation(cells)[:MAX_POOL] for cells in of_types]))
+        composition = np.where(np.isin(np.arange(n_types), codes[rows]), np.bincount(codes, minlength=n_types), 0)
+        n = max(1, round(share * n_samples))
+        cells_per_type = sample_cells_per_type(n, cells_per_sample, composition / composition.sum(), SHARES, rng)
+        mixing, *states = mix_states(cells_per_type, codes[rows], coordinates[rows], posterior_variance, rng)
+        return rows, mixing, [(cells_per_type / cells_per_sample).astype(np.float32), *states]
+
+    def to_data(counts: np.ndarray, targets: list[np.ndarray]) -> Data:
+        profiles = scale(counts if gene_length_bp is None else counts / gene_length_bp[genes])
+        return tuple(torch.from_numpy(array) for array in (profiles, *targets))
+
+    rows, mixing, targets = sample(~is_held_out, 1 - validation_fraction)
+    library_size = torch.from_numpy(dataset.library_size.astype(np.float32))
+    of_cells = (part[rows] for part in (q_mean, q_log_var, library_size, torch.from_numpy(codes)))
+    fit = to_data(mixing @ expected_counts(gmvae, genes, seed, *of_cells), targets)
+    rows, mixing, targets = sample(is_held_out, validation_fraction)
+    held_out = to_data((mixing @ cells.X[rows][:, genes]).toarray(), targets)
+    total = np.expm1(fit[0].numpy().astype(np.float64)).sum(axis=0)
+    return StateMixtures(genes, axes, fit, held_out, total / total.sum())
+
+
+def state_axes(
+    mean: np.ndarray, log_var: np.ndarray, cell_type_idx: np.ndarray, n_cell_types: int
+) -> dict[str, torch.Tensor]:
+    """Principal axes of the cells' posterior means within the types. mean, log_var: of q(z|x,y), each (n_cells, n_latent).
+
+    type_mean: (n_cell_types, n_latent) mean of z; axes: (n_latent, n_axes) orthonormal, in order of decreasing variance; spread:
+    (n_axes,) standard deviation of the means within the types; posterior_variance: (n_axes,) mean variance of q(z|x,y) along an axis.
+    """
+    type_mean = type_means(mean, cell_type_idx, n_cell_types)
+    within = mean - type_mean[cell_type_idx]
+    values, vectors = np.linalg.eigh(within.T @ within / len(within))
+    kept = np.flatnonzero(values[::-1] > MIN_SHARE * values.sum())
+    axes, spread = vectors[:, ::-1][:, kept], np.sqrt(values[::-1][kept])
+    variance = (np.exp(log_var) @ axes**2).mean(axis=0)
+    arrays = {"type_mean": type_mean, "axes": axes, "spread": spread, "posterior_variance": variance}
+    return {name: torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)) for name, array in arrays.items()}
+
+
+def state_coordinates(axes: dict[str, torch.Tensor], mean: np.ndarray, cell_type_idx: np.ndarray) -> np.ndarray:
+    """Coordinates of the cells on the state axes, relative to their type's mean, in standard deviations: (n_cells, n_axes)."""
+    type_mean, vectors, spread = (axes[name].numpy() for name in ("type_mean", "axes", "spread"))
+    return (mean - type_mean[cell_type_idx]) @ vectors / spread
+
+
+@torch.no_grad()
+def expected_counts(model: GMVAE, genes: np.ndarray, seed: int, *of_cells: torch.Tensor) -> np.ndarray:
+    """E[x|z,y,l] of some genes (their positions), with one sample of z from q(z|x,y) per cell: (n_cells, n_genes).
+
+    of_cells: mean and log-variance of q(z|x,y), library size, and type of each cell.
+    """
+    device, expected = model.device, []
+    generator = torch.Generator(device).manual_seed(seed)
+    n_batches = -(-len(of_cells[0]) // 256)
+    for batch in zip(*(part.tensor_split(n_batches) for part in of_cells)):
+        mean, log_var, library, y = (part.to(device) for part in batch)
+        z = mean + (0.5 * log_var).exp() * torch.randn(mean.shape, generator=generator, device=device)
+        logits = model.p_x(z, library, y).logits
+        if model.prior is not None:
+            logits = logits + model.prior["log_ratio"].to(device)[y]
+        expected.append((library[:, None] * logits.softmax(dim=1)[:, genes]).cpu())
+    return torch.cat(expected).numpy()
+
+
+def mix_states(
+    cells_per_type: np.ndarray, cell_type_idx: np.ndarray, coordinates: np.ndarray, posterior_variance: np.ndarray,
+    rng: np.random.Generator,
+) -> tuple[sp.csr_matrix, np.ndarray, np.ndarray]:  # fmt: skip
+    """Sample mixtures of `cells_per_type` (mixtures x cell types) whose cells have weights exp(strength x coordinate on an axis).
+
+    posterior_variance: (n_axes,) mean variance of q(z|x,y) along each axis, in the unit of the coordinates (`state_coordinates`).
+    Returns how often each cell is in each mixture (mixtures x cells), and, each mixtures x cell types x axes, the mean coordinate of
+    a type's cells, and half the logarithm of their variance over that of all its cells, both including `posterior_variance`.
+    """
+    n, n_types, n_axes = len(cells_per_type), cells_per_type.shape[1], coordinates.shape[1]
+    n_active = rng.integers(1, 4, (n, 1))
+    direction = rng.normal(size=(n, n_axes)) * (rng.random((n, n_axes)).argsort(axis=1) < n_active)
+    strength = rng.uniform(0, MAX_STRENGTH, n) * (rng.random(n) >= UNSHIFTED_SHARE)
+    is_shared = rng.random(n) < SHARED_SHARE
+    mixing = sp.csr_matrix((n, len(cell_type_idx)), dtype=np.float32)
+    means, log_scales = np.zeros((2, n, n_types, n_axes), np.float32)
+    for k in np.flatnonzero(cells_per_type.any(axis=0)):
+        pool = np.flatnonzero(cell_type_idx == k)
+        of_pool = coordinates[pool]
+        favoured = np.where(is_shared[:, None], direction, direction[rng.permutation(n)])
+        favoured = favoured / np.linalg.norm(favoured, axis=1, keepdims=True)
+        sampled = np.zeros((n, len(pool)), np.float32)
+        for rows in np.array_split(np.arange(n), -(-n // 500)):  # 500 mixtures x 500 cells at a time
+            logits = strength[rows, None] * (favoured[rows] @ of_pool.T)
+            weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+            sampled[rows] = rng.multinomial(cells_per_type[rows, k], weights / weights.sum(axis=1, keepdims=True))
+        total = np.maximum(sampled.sum(axis=1, keepdims=True), 1)
+        means[:, k] = sampled @ of_pool / total
+        variance = np.maximum(sampled @ of_pool**2 / total - means[:, k] ** 2, 0) + posterior_variance
+        log_scales[:, k] = 0.5 * np.log(variance / (of_pool.var(axis=0) + posterior_variance))
+        row, column = sampled.nonzero()
+        mixing += sp.csr_matrix((sampled[row, column], (row, pool[column])), shape=mixing.shape)
+    return mixing, means, log_scales

@@ -1,75 +1,143 @@
-"""The default deconvolution: proportions of bulk samples by the regression with platform factors, and how reliable they are."""
+"""Proportions of cell types in bulk samples, by any method, how reliable they are, and the tables that hold them."""
 
-from typing import NamedTuple
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
 
+import anndata as ad
 import numpy as np
 import pandas as pd
+from scipy import stats
 from scipy.sparse.csgraph import connected_components
 
-from lib.bulk import rna_content
-from lib.bulk.reference import TECHNICAL, Reference, signature_genes
-from lib.bulk.regression import RESIDUAL_SHARE, all_factors, fit_regression
+from lib.bulk import bulk_encoder, regression, sctape
+from lib.bulk.regression import Reference, fit_regression, signature_genes
 from lib.bulk.rna_content import to_cells, to_rna
-from lib.log import detail
+from lib.data.hdf5 import write_h5ad
+from lib.run import detail, replacing
 
-MODES = ("regression", "regression-per-sample", "regression-unadapted")
+Mode = Literal["regression", "regression-per-sample", "regression-unadapted"]
+Method = Literal[Mode, "sctape", "sctape-adapted", "sctape-per-sample", "bulk_encoder"]
+MODES: tuple[str, ...] = get_args(Mode)
+ADAPTATION: dict[str, sctape.Adaptation] = {
+    "sctape": "none", "sctape-adapted": "overall", "sctape-per-sample": "per-sample",
+}  # fmt: skip
+RNA_HEADER = "sample (shares of RNA)"  # of the index column of predicted_rna_proportions.csv, to distinguish it from shares of cells
 MEMBER_ROUNDS = 30  # of the fits of each member of the ensemble; more do not change the spread
-PLATFORM_TYPE_SD = (
-    0.3  # error of the log amount of a type on another platform: 95 % of the truths of cross_reference.py are covered
-)
+PLATFORM_TYPE_SD = 0.3  # error of the log amount of a type on another platform (selected with cross_reference.py)
+INTERVAL = 0.95  # probability of an interval
 INSEPARABLE = 0.6  # types are merged if their sum has a spread below this share of what independent errors would give
 FAR_ABOVE = 5  # a gene is called unexplained if the bulk has more than so many times what the reference predicts
 MIN_R = 0.5  # samples with a lower correlation with the reference get a warning
 
 
 class Estimate(NamedTuple):
-    """Result for bulk samples; None for what a method does not give."""
+    """Result for bulk samples; NaN, no columns or None for what a method does not give."""
 
     proportions: pd.DataFrame  # samples x types, of cells, rows sum to 1
     spread: pd.DataFrame  # samples x types: standard deviation of `proportions`
     rna_proportions: pd.DataFrame  # samples x types, of RNA, rows sum to 1
     rna_spread: pd.DataFrame  # samples x types: standard deviation of `rna_proportions`
-    merged: pd.DataFrame  # (sample, types that the bulk hardly distinguishes) x (proportion, spread) of their sum
-    samples: pd.DataFrame  # one row per sample: genes used, correlation with the reference, unexplained genes, warning
-    signature: (
-        pd.DataFrame | None
-    )  # types x genes: counts per cell, times the mean platform factors where these are fitted
-    expression: np.ndarray | None  # samples x types x genes, with "regression-per-sample"
+    merged: pd.DataFrame  # sums of types that the bulk hardly distinguishes, as in `merged_proportions`
+    samples: pd.DataFrame  # one row per sample, as in `sample_quality`
+    signature: pd.DataFrame | None  # types x genes: counts per cell, times the mean platform factors
+    expression: np.ndarray | None  # samples x types x genes, of the methods "...-per-sample"
+    n_members: int = 0  # size of the ensemble that gives the spread
+
+    def interval(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Lower and upper ends of the 95 % intervals of `proportions`."""
+        return interval(self.proportions, self.spread, self.n_members)
+
+    def rna_interval(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Lower and upper ends of the 95 % intervals of `rna_proportions`."""
+        return interval(self.rna_proportions, self.rna_spread, self.n_members)
+
+
+class Deconvolution(NamedTuple):
+    """What stage 5 knows about its bulk."""
+
+    method: str
+    checkpoint: dict[str, Any]  # of stage 4
+    bulk: pd.DataFrame  # samples x genes, TPM
+    estimate: Estimate
+    content: pd.DataFrame | None  # `rna_content.rna_per_cell`, if shares of cells were computed from it
+    bulk_file: str | None  # None: the bulk is the sum of the test cells
+
+
+def methods_of(checkpoint: dict[str, Any]) -> tuple[str, ...]:
+    """Values of DECONVOLUTION that a checkpoint of stage 4 serves: models/bulk_encoder.pt one, models/sctape.pt all others."""
+    return ("bulk_encoder",) if "gmvae_id" in checkpoint else (*MODES, *ADAPTATION)
+
+
+def estimate(
+    checkpoint: dict[str, Any], bulk: pd.DataFrame, method: str, n_members: int, seed: int, content: pd.DataFrame | None = None
+) -> Estimate:  # fmt: skip
+    """Proportions of bulk samples, by a checkpoint of stage 4: models/sctape.pt or models/bulk_encoder.pt.
+
+    method: a mode of `deconvolve`, whose parameters are the same; "sctape": the scTAPE network as trained, "sctape-adapted" and
+    "sctape-per-sample": adapted to all samples, or to each; "bulk_encoder", which ignores `content`. The networks give no spread.
+    """
+    if method == "bulk_encoder":
+        shares = bulk_encoder.predict(checkpoint, bulk)
+        unknown, samples = shares * np.nan, pd.DataFrame(index=bulk.index)
+        return Estimate(shares, unknown, unknown, unknown, pd.DataFrame(), samples, None, None)
+    reference, coverage = scaled_reference(checkpoint), checkpoint["constants"]["MIN_GENE_COVERAGE"]
+    if method in MODES:
+        return deconvolve(reference, bulk, method, n_members, seed, coverage, content)
+    # how well the reference explains a sample is taken from a regression
+    fitted = deconvolve(reference, bulk, "regression-unadapted", 0, seed, coverage, content)
+    predicted = sctape.predict(checkpoint, bulk, ADAPTATION[method])
+    rna = to_rna(predicted.proportions.to_numpy(), rna_per_cell(reference, content_of_mixtures(checkpoint)))
+    cells = to_cells(rna, rna_per_cell(reference, content))
+    return fitted._replace(
+        proportions=pd.DataFrame(cells, bulk.index, reference.cell_types),
+        rna_proportions=pd.DataFrame(rna, bulk.index, reference.cell_types),
+        signature=pd.DataFrame(predicted.signatures.mean(axis=0), checkpoint["cell_types"], checkpoint["gene_names"]),
+        expression=predicted.signatures if method == "sctape-per-sample" else None,
+    )
+
+
+def nnls(checkpoint: dict[str, Any], bulk: pd.DataFrame, content: pd.DataFrame | None) -> pd.DataFrame:
+    """The baseline of `regression.nnls_on_markers`, shares of cells; arguments as in `estimate`."""
+    reference = scaled_reference(checkpoint)
+    rna = to_rna(regression.nnls_on_markers(bulk, reference).to_numpy(), rna_per_cell(reference, None))
+    return pd.DataFrame(to_cells(rna, rna_per_cell(reference, content)), bulk.index, reference.cell_types)
+
+
+def rna_per_cell(reference: Reference, content: pd.DataFrame | None) -> np.ndarray:
+    """(n_types,) RNA per cell: of the table, or the counts per cell of the reference."""
+    return reference.mean.sum(axis=1) if content is None else content["rna_per_cell"].to_numpy()
+
+
+def content_of_mixtures(checkpoint: dict[str, Any]) -> pd.DataFrame | None:
+    """mRNA per cell in the mixtures of stage 2, in the form of `rna_content.rna_per_cell`; None: the cells' own counts."""
+    known = checkpoint.get("rna_per_cell")
+    return None if known is None else pd.DataFrame({"rna_per_cell": known, "log_sd": 0.0}, checkpoint["cell_types"])
+
+
+def scaled_reference(checkpoint: dict[str, Any]) -> Reference:
+    """The mean profiles of the train cells, per gene length if the bulk is (`USE_GENE_LENGTHS`)."""
+    reference, lengths = Reference.from_checkpoint(checkpoint["reference"]), checkpoint["gene_length_bp"]
+    return reference if lengths is None else reference.per_length(pd.Series(lengths))
+
+
+# --- the regression
 
 
 def deconvolve(
-    reference: Reference,
-    bulk: pd.DataFrame,
-    mode: str = "regression",
-    n_members: int = 10,
-    seed: int = 0,
-    min_coverage: float = 0.5,
+    reference: Reference, bulk: pd.DataFrame, mode: str = "regression", n_members: int = 10, seed: int = 0, min_coverage: float = 0.5,
     content: pd.DataFrame | None = None,
-) -> Estimate:
-    """Proportions of cell types in bulk samples, their spread, and the adapted signature matrix. One sample is enough.
+) -> Estimate:  # fmt: skip
+    """Proportions of cell types in bulk samples (samples x genes, in any unit proportional to transcripts) by the regression.
 
     Parameters
     ----------
-    reference
-        All genes of the single cells.
-    bulk
-        Samples x genes, in any unit proportional to the number of transcripts (TPM, counts per million). Genes that the
-        reference lacks are ignored.
     mode
         "regression": all samples share one set of platform factors; "regression-per-sample": each sample has its own, and the
         expression of each type in it is estimated as well; "regression-unadapted": all platform factors are 1.
-    n_members
-        Size of the ensemble for the spread; 0: the spread is NaN.
-    min_coverage
-        Share of the signature genes that the bulk must have.
     content
-        Table of `rna_content.rna_per_cell`: mRNA per cell of each type, which turns shares of RNA into shares of cells, and how
-        uncertain it is. None: the counts per cell of the reference, which is right for a sum of such cells.
-
-    Raises
-    ------
-    ValueError
-        For an unknown mode, if the bulk has too few of the signature genes, or if a sample does not express any of them.
+        `rna_content.rna_per_cell`: mRNA per cell of each type, which turns shares of RNA into shares of cells, and how uncertain
+        it is. None: the counts per cell of the reference, which is right for a sum of such cells.
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
@@ -77,74 +145,70 @@ def deconvolve(
     shared = reference.of_genes(np.flatnonzero(pd.Index(reference.gene_names).isin(bulk.columns)))
     values = bulk[shared.gene_names].to_numpy(dtype=np.float64)
     genes = signature_genes(shared)
-    used, chosen = values[:, genes], shared.of_genes(genes)
+    used, of_used = values[:, genes], shared.of_genes(genes)
     detail(f"deconvolution on {len(genes):,} signature genes; the bulk has {coverage:.1%} of those of the reference")
-    how = {"per_sample": mode == "regression-per-sample", "adaptive": mode != "regression-unadapted"}
-    fit = fit_regression(used, chosen, **how)
-    factors = (
-        all_factors(values, shared, fit.amounts, how["per_sample"])
-        if how["adaptive"]
-        else np.ones((1, values.shape[1]))
-    )
-    factors[:, genes] = fit.factors
-    signature = shared.mean * factors.mean(axis=0)
-    expression = (
-        cell_type_expression(values, fit.amounts, shared.mean * factors[:, None]) if how["per_sample"] else None
-    )
-    counts_per_cell = reference.mean.sum(axis=1)
-    rna = to_rna(fit.proportions, counts_per_cell)
-    rna_members = to_rna(ensemble(used, chosen, n_members, seed, **how), counts_per_cell)
-    if content is None:  # a sum of cells like those of the reference, measured by the same platform
-        content, platform_sd = rna_content.rna_per_cell("reference", reference), 0.0
-    else:
-        platform_sd = PLATFORM_TYPE_SD
-    rna_per_cell = content["rna_per_cell"].to_numpy()
-    cells, members = to_cells(rna, rna_per_cell), to_cells(rna_members, rna_per_cell)
-    scale_sd = np.hypot(platform_sd, content["log_sd"].to_numpy())
+    per_sample, adaptive = mode == "regression-per-sample", mode != "regression-unadapted"
+    fit = fit_regression(used, of_used, per_sample, adaptive)
+    signature = shared.mean[None]  # 1 or samples x types x genes
+    if adaptive:
+        factors = regression.all_factors(values, shared, fit.amounts, per_sample)
+        factors[:, genes] = fit.factors
+        signature = shared.mean * factors[:, None]
 
-    def table(array: np.ndarray) -> pd.DataFrame:
-        return pd.DataFrame(array, bulk.index, shared.cell_types)
+    by_counts = ensemble(used, of_used, n_members, seed, per_sample, adaptive)
+    rna, rna_members = (to_rna(p, rna_per_cell(reference, None)) for p in (fit.proportions, by_counts))
+    cells, members = (to_cells(p, rna_per_cell(reference, content)) for p in (rna, rna_members))
+    scale_sd = rna_scale_sd = np.zeros(len(reference.cell_types))  # of cells measured by the reference's platform
+    if content is not None:
+        rna_scale_sd = scale_sd + PLATFORM_TYPE_SD
+        scale_sd = np.hypot(rna_scale_sd, content["log_sd"].to_numpy())
 
+    table = partial(pd.DataFrame, index=bulk.index, columns=shared.cell_types)
     return Estimate(
         table(cells),
         table(spread(cells, members, scale_sd)),
         table(rna),
-        table(spread(rna, rna_members, np.full_like(scale_sd, platform_sd))),
+        table(spread(rna, rna_members, rna_scale_sd)),
         merged_proportions(table(cells), members, scale_sd),
         sample_quality(values, shared, fit.amounts, genes).set_index(bulk.index),
-        pd.DataFrame(signature, shared.cell_types, shared.gene_names),
-        expression,
+        pd.DataFrame(signature.mean(axis=0), shared.cell_types, shared.gene_names),
+        cell_type_expression(values, fit.amounts, signature) if per_sample else None,
+        n_members,
     )
 
 
 def signature_coverage(reference: Reference, bulk: pd.DataFrame, min_coverage: float) -> float:
     """Share of the signature genes that the bulk has; refused below `min_coverage`."""
-    wanted = [reference.gene_names[g] for g in signature_genes(reference)]
-    coverage = pd.Index(wanted).isin(bulk.columns).mean()
+    wanted = reference.of_genes(signature_genes(reference)).gene_names
+    coverage = np.isin(wanted, bulk.columns).mean()
     if coverage < min_coverage:
         raise ValueError(
             f"the bulk has {coverage:.0%} of the {len(wanted):,} signature genes, expected at least {min_coverage:.0%} (its genes: "
-            f"{', '.join(map(str, bulk.columns[:3]))}; the signature's: {', '.join(wanted[:3])}); "
-            "are species and gene names the same? (GENE_IDS) "
-            "For a panel or an array of few genes, lower MIN_GENE_COVERAGE of stage 4 and expect a larger spread"
+            f"{', '.join(map(str, bulk.columns[:3]))}; the signature's: {', '.join(wanted[:3])}); are species and gene names the same? "
+            "(GENE_IDS) For a panel or an array of few genes, lower MIN_GENE_COVERAGE of stage 4 and expect a larger spread"
         )
     return coverage
 
 
-def ensemble(bulk: np.ndarray, reference: Reference, n_members: int, seed: int, **how: bool) -> np.ndarray:
+# --- how reliable the proportions are
+
+
+def ensemble(
+    bulk: np.ndarray, reference: Reference, n_members: int, seed: int, per_sample: bool = False, adaptive: bool = True
+) -> np.ndarray:
     """Proportions by the counts of the reference from each member of an ensemble: members x samples x types.
 
-    Every member uses a bootstrap sample of the genes, and mean profiles with random errors as large as their sampling errors. The
-    members therefore differ by genes that behave differently on another platform, and by types with few cells in the reference.
+    Every member uses a bootstrap sample of the genes, and mean profiles with random errors as large as their sampling errors, so
+    members differ by genes that behave differently on another platform, and by types with few cells in the reference.
     """
     members = np.empty((n_members, len(bulk), len(reference.cell_types)))
-    error = np.sqrt(reference.variance / np.maximum(reference.n_cells, 1)[:, None])
+    error = np.sqrt(reference.mean_variance)
     for member in range(n_members):
         rng = np.random.default_rng([seed, member])
         genes = rng.integers(0, bulk.shape[1], size=bulk.shape[1])
         mean = np.maximum(reference.mean + error * rng.standard_normal(error.shape), 0)
         resampled = reference._replace(mean=mean).of_genes(np.asarray(genes))
-        members[member] = fit_regression(bulk[:, genes], resampled, rounds=MEMBER_ROUNDS, **how).proportions
+        members[member] = fit_regression(bulk[:, genes], resampled, per_sample, adaptive, MEMBER_ROUNDS).proportions
     return members
 
 
@@ -153,32 +217,26 @@ def spread(
 ) -> np.ndarray:
     """Standard deviation of each proportion: over the ensemble, and from errors that all samples and members share.
 
-    A type whose amount is too large by a factor exp(e_j), in all samples, changes the proportion p_k by p_j (1[j = k] - p_k) e_j.
-
-    Parameters
-    ----------
-    proportions
-        Samples x types.
-    members
-        Members x samples x types; no members: the result is NaN.
-    scale_sd
-        (n_types,) standard deviation of e_j, from differences between platforms and unknown mRNA contents.
-    in_group
-        Groups x types, 1 where the type is in the group: the spread of sums of types. None: of the types.
+    A type whose amount is too large by a factor exp(e_j), in all samples, changes the proportion p_k by p_j (1[j = k] - p_k) e_j;
+    scale_sd, (n_types,): standard deviation of e_j. proportions: samples x types; members: members x samples x types, fewer than
+    two give NaN; in_group: groups x types, 1 where the type is in the group, for the spread of sums of types.
     """
-    if not len(members):
+    if len(members) < 2:
         return np.full(proportions.shape, np.nan)
     in_group = np.eye(proportions.shape[1]) if in_group is None else in_group
     change = in_group[None] - (proportions @ in_group.T)[:, :, None]  # samples x groups x types
     shared = np.square(change * (proportions * scale_sd)[:, None]).sum(axis=2)
-    return np.sqrt(np.var(members @ in_group.T, axis=0) + shared)
+    return np.sqrt(np.var(members @ in_group.T, axis=0, ddof=1) + shared)
+
+
+def interval(shares: Any, spread: Any, n_members: int) -> tuple[Any, Any]:
+    """Lower and upper ends of the 95 % intervals of shares, by Student's t, within 0 and 1; NaN without a spread."""
+    half = stats.t.ppf((1 + INTERVAL) / 2, n_members - 1) * spread
+    return (shares - half).clip(0, 1), (shares + half).clip(0, 1)
 
 
 def inseparable_types(members: np.ndarray) -> list[list[int]]:
-    """Groups of types that the bulk hardly distinguishes: over the ensemble, what one gains the other loses.
-
-    Two types belong together if their sum varies much less over the members than independent proportions would.
-    """
+    """Groups of types of whose proportions one gains what the other loses: over the ensemble, their sum varies much less than each."""
     if len(members) < 2:
         return []
     deviation = members - members.mean(axis=0)
@@ -192,61 +250,95 @@ def inseparable_types(members: np.ndarray) -> list[list[int]]:
 
 
 def merged_proportions(cells: pd.DataFrame, members: np.ndarray, scale_sd: np.ndarray) -> pd.DataFrame:
-    """Sums of types that the bulk hardly distinguishes: one row per sample and group, with the proportion and its spread."""
-    types, groups = list(cells.columns), inseparable_types(members)
-    in_group = np.array([np.isin(np.arange(len(types)), group) for group in groups], dtype=float).reshape(
-        -1, len(types)
-    )
-    names = [" + ".join(types[k] for k in group) for group in groups]
-    index = pd.MultiIndex.from_product([cells.index, names], names=["sample", "cell_types"])
+    """Sums of types that the bulk hardly distinguishes, one row per sample and group of types (a tuple); low, high: 95 % interval."""
+    rows: list[tuple] = []
     values = cells.to_numpy()
-    total = {"proportion": values @ in_group.T, "spread": spread(values, members, scale_sd, in_group)}
-    return pd.DataFrame({name: table.ravel() if groups else [] for name, table in total.items()}, index)
+    for group in inseparable_types(members):
+        in_group = np.isin(np.arange(cells.shape[1]), group)[None].astype(float)
+        total, sd = (values @ in_group.T)[:, 0], spread(values, members, scale_sd, in_group)[:, 0]
+        names = [tuple(cells.columns[group])] * len(cells)
+        rows += zip(cells.index, names, total, sd, *interval(total, sd, len(members)))
+    return pd.DataFrame(rows, columns=["sample", "cell_types", "proportion", "spread", "low", "high"])
 
 
 def sample_quality(values: np.ndarray, shared: Reference, amounts: np.ndarray, genes: np.ndarray) -> pd.DataFrame:
-    """Correlation of each sample with the fitted mixture of the reference, and the genes that the mixture does not explain."""
-    r = reconstruction_r(values[:, genes], shared.of_genes(genes), amounts)
+    """How well the fitted mixture of the reference explains each sample, by its values (samples x genes of `shared`).
+
+    Columns: n_genes (signature genes that were used); reference_r (Pearson's r on log(1 + transcripts per 10,000) of these genes);
+    is_unlike_reference (r below `MIN_R`); unexplained_genes (tuple of at most five names, the most unexplained one first).
+    """
     fitted = amounts @ shared.mean
+    a, b = (np.log1p(x[:, genes] / x[:, genes].sum(axis=1, keepdims=True) * 1e4) for x in (values, fitted))
+    r = pd.DataFrame(a).corrwith(pd.DataFrame(b), axis=1).to_numpy()
     y = values * (fitted[:, genes].sum(axis=1) / values[:, genes].sum(axis=1))[:, None]
-    technical = np.array([TECHNICAL.match(name) is not None for name in shared.gene_names])
+    technical = np.array([regression.TECHNICAL.match(name) is not None for name in shared.gene_names])
     above = np.where((y > FAR_ABOVE * fitted) & ~technical, y - fitted, 0)
-    names = np.array(shared.gene_names)
-    top = [", ".join(names[[g for g in np.argsort(-row)[:5] if row[g] > 0]]) for row in above]
-    table = pd.DataFrame({"signature_genes": len(genes), "reference_r": r, "unexplained_genes": top})
-    table["warning"] = np.where(r < MIN_R, "unlike the reference", "")
-    return table
-
-
-def reconstruction_r(bulk: np.ndarray, reference: Reference, proportions: np.ndarray) -> np.ndarray:
-    """Pearson's r of each sample with the fitted mixture of the reference, on log(1 + transcripts per 10,000)."""
-    mixed = proportions @ reference.mean
-    a, b = (np.log1p(values / values.sum(axis=1, keepdims=True) * 1e4) for values in (bulk, mixed))
-    a, b = a - a.mean(axis=1, keepdims=True), b - b.mean(axis=1, keepdims=True)
-    return (a * b).sum(axis=1) / np.maximum(np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1)), 1e-12)
+    unexplained = [tuple(shared.gene_names[g] for g in np.argsort(-row)[:5] if row[g] > 0) for row in above]
+    table = {"n_genes": len(genes), "reference_r": r, "is_unlike_reference": ~(r >= MIN_R)}
+    return pd.DataFrame(table | {"unexplained_genes": unexplained})
 
 
 def cell_type_expression(bulk: np.ndarray, amounts: np.ndarray, signature: np.ndarray) -> np.ndarray:
     """Expression of each type in each sample: samples x types x genes, counts per cell on the scale of the reference.
 
-    The residual of a sample is distributed among the types as the posterior mean of normal deviations (Rahmani et al., Nature
-    Communications 10, 3417 (2019), eq. 5), with a standard deviation of each type proportional to its expression:
-
+    The residual of a sample (bulk: samples x genes) is distributed among the types as the posterior mean of normal deviations, with
+    a standard deviation of each type proportional to its expression S_k (signature: 1 or samples x types x genes):
     z_k = S_k + x_k S_k^2 (y - sum_j x_j S_j) / (sum_j x_j^2 S_j^2 + s^2), at least 0.
-
-    Parameters
-    ----------
-    bulk
-        Samples x genes.
-    amounts
-        Samples x types, from `fit_regression`.
-    signature
-        Types x genes, or samples x types x genes: reference profiles times platform factors.
+    Source: Rahmani et al., Nature Communications 10, 3417 (2019), eq. 5.
     """
-    per_sample = np.broadcast_to(signature, (len(bulk), *signature.shape[-2:]))
-    contribution = amounts[:, :, None] * per_sample
+    contribution = amounts[:, :, None] * signature
     fitted = contribution.sum(axis=1)
     y = bulk / bulk.sum(axis=1, keepdims=True) * fitted.sum(axis=1, keepdims=True)
-    residual_variance = (RESIDUAL_SHARE * fitted) ** 2
-    share = contribution * per_sample / (np.square(contribution).sum(axis=1) + residual_variance + 1e-12)[:, None]
-    return np.maximum(per_sample + share * (y - fitted)[:, None], 0)
+    residual_variance = (regression.RESIDUAL_SHARE * fitted) ** 2
+    share = contribution * signature / (np.square(contribution).sum(axis=1) + residual_variance + 1e-12)[:, None]
+    return np.maximum(signature + share * (y - fitted)[:, None], 0)
+
+
+# --- the tables
+
+
+def write(result: Estimate, data: Path) -> list[Path]:
+    """Write the tables of an estimate and print its proportions and warnings."""
+    tables = {"predicted_proportions": result.proportions}
+    if result.signature is not None:
+        merged = result.merged.assign(cell_types=result.merged["cell_types"].map(" + ".join))
+        samples = result.samples.assign(unexplained_genes=result.samples["unexplained_genes"].map(", ".join))
+        tables |= {
+            "predicted_spread": result.spread,
+            "predicted_rna_proportions": result.rna_proportions.rename_axis(RNA_HEADER),
+            "predicted_rna_spread": result.rna_spread.rename_axis(RNA_HEADER),
+            "predicted_merged": merged.set_index(["sample", "cell_types"]),
+            "predicted_samples": samples,
+            "signature_matrix": result.signature,
+        }
+        _print_estimate(result, merged, samples)
+    paths = []
+    for name, table in tables.items():
+        paths.append(data / f"{name}.csv")
+        with replacing(paths[-1]) as temporary:
+            table.to_csv(temporary, float_format="%.6f" if name.startswith("predicted") else "%.6g")
+    if result.expression is not None and result.signature is not None:
+        paths.append(data / "cell_type_expression.h5ad")
+        by_sample = result.proportions.rename(index=str).stack().rename_axis(["sample", "cell_type"])
+        obs = by_sample.rename("proportion").reset_index()  # one row per sample and type
+        obs.index = obs["sample"] + ": " + obs["cell_type"]
+        expression = result.expression.astype(np.float32).reshape(len(obs), -1)
+        write_h5ad(ad.AnnData(expression, obs=obs, var=pd.DataFrame(index=result.signature.columns)), paths[-1])
+    return paths
+
+
+def _print_estimate(result: Estimate, merged: pd.DataFrame, samples: pd.DataFrame) -> None:
+    shown = result.proportions.map("{:.3f}".format)
+    if result.n_members > 1:
+        shown += " +- " + result.spread.map("{:.3f}".format)
+    print(f"proportions of cells (+- standard deviation):\n{shown.to_string(max_rows=10)}")
+    for names, total in merged.groupby("cell_types")[["proportion", "low", "high"]].mean().iterrows():
+        print(
+            f"the bulk hardly distinguishes {names}: more certain is their sum, on average {total['proportion']:.3f} "
+            f"(95 % interval {total['low']:.3f} to {total['high']:.3f}; predicted_merged.csv)"
+        )
+    for sample, row in samples[samples["is_unlike_reference"]].iterrows():
+        print(
+            f"WARNING: {sample} is unlike the reference (r = {row['reference_r']:.2f}; unexplained: {row['unexplained_genes']}): "
+            "another tissue, a type that the reference lacks, or other units?"
+        )

@@ -4,45 +4,42 @@ Chen, Y. et al., "Deep autoencoder for interpretable tissue-adaptive deconvoluti
 Nature Communications 13, 6735 (2022). The bottleneck holds the proportions. The decoder is linear without bias and maps the
 proportions back to the profile, so the product of its weights is a signature matrix. `adapt` is the published adaptive stage,
 which updates decoder and encoder in turn on an unlabelled bulk. Ours is the augmentation: in training, every mixture is
-measured by a simulated platform of its own.
+measured by a simulated platform of its own. The input of the network is at the end of this file.
 """
 
 import copy
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.preprocessing import StandardScaler, minmax_scale
 from torch import nn
 from tqdm import tqdm
 
-from lib import parallel
-from lib.bulk.network_input import check_coverage, complete, scale
-from lib.training import Trainer, tensor_epoch
+from lib.bulk.pseudobulk import gene_lengths, is_for_fit, sample_totals, tpm
+from lib.run import detail
 
 HIDDEN = (512, 256, 128, 64)  # hidden layers of the encoder; of the decoder in reverse order
 ADAPT_ROUNDS, ADAPT_STEPS, ADAPT_LEARNING_RATE = 3, 300, 1e-4  # of the adaptive stage (original code)
 MIN_DEPTH, MAX_DEPTH, MAX_MISSING = 2e4, 2e6, 0.2  # augmentation: transcripts in the network's genes; share of genes
 
 Adaptation = Literal["none", "overall", "per-sample"]
+# rows and counts of the training mixtures, block by block, of some genes (None: all): `pseudobulk.train_mixtures`
+Blocks = Callable[[np.ndarray | None], Iterator[tuple[slice, np.ndarray]]]
 
 
 class ScTAPE(nn.Module):
-    """
-    Parameters
-    ----------
-    n_genes, n_cell_types
-        Length of a profile, and number of proportions.
-    dropout
-        Rate before every layer of the encoder except the last.
-    platform_sd
-        Augmentation (`augment`); 0: none.
-    minmax
-        Whether the input is scaled to 0..1 within each sample, as published, instead of standardised for each gene; without
-        augmentation only.
+    """The network. dropout: rate before every layer of the encoder except the last; platform_sd: of `augment`, 0 for none.
+
+    minmax: the input is scaled to 0..1 within each sample, as published, instead of standardised for each gene; without
+    augmentation only.
     """
 
+    mixed_precision = True  # trained in bfloat16 on a GPU
     gene_mean: torch.Tensor  # (n_genes,) over the training mixtures
     gene_scale: torch.Tensor  # (n_genes,) standard deviation over the training mixtures, plus 0.01
     mean_share: torch.Tensor  # (n_genes,) share of a gene in a training mixture
@@ -67,12 +64,6 @@ class ScTAPE(nn.Module):
         self.register_buffer("gene_scale", torch.ones(n_genes))
         self.register_buffer("mean_share", torch.full((n_genes,), 1 / n_genes))
 
-    @staticmethod
-    def from_checkpoint(checkpoint: dict[str, Any]) -> "ScTAPE":
-        model = ScTAPE(**checkpoint["arguments"])
-        model.load_state_dict(checkpoint["weights"])
-        return model.eval()
-
     def initialise(self, profiles: torch.Tensor) -> None:
         """Store each gene's mean and standard deviation over the training mixtures, to standardise the input."""
         if self.arguments["minmax"]:
@@ -84,47 +75,45 @@ class ScTAPE(nn.Module):
     def standardised(self, profiles: torch.Tensor) -> torch.Tensor:
         return (profiles - self.gene_mean) / self.gene_scale
 
-    def forward(self, profiles: torch.Tensor, proportions: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Mean absolute errors of the proportions and of the reconstructed profile, and their sum, the training loss.
+    def forward(
+        self, profiles: torch.Tensor, proportions: torch.Tensor, measured: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Mean absolute errors: proportion_loss, reconstruction_loss, their sum, the loss, and, in evaluation, the stopping_criterion.
 
-        profiles: (n_samples, n_genes), output of `network_input.scale`; proportions: (n_samples, n_cell_types). In training the
-        encoder gets augmented profiles, and the decoder must reconstruct the profiles as they were.
+        The encoder's output is compared with the proportions, and decoded it is compared with the profiles. The stopping criterion
+        is the error of the predicted proportions, which are not negative and sum to 1.
+
+        profiles: (n_samples, n_genes), output of `scale`; proportions: (n_samples, n_cell_types). measured: what the encoder gets,
+        the profiles as other platforms measure them; None: the profiles, augmented in training.
         """
-        measured = (
-            augment(profiles, self.mean_share, self.platform_sd) if self.training and self.platform_sd else profiles
-        )
+        if measured is None:
+            measured = profiles
+            if self.training and self.platform_sd:
+                measured = augment(profiles, self.mean_share, self.platform_sd)
         raw = self.encoder(self.standardised(measured))
         proportion_loss = (raw - proportions).abs().mean()
         reconstruction_loss = (self.decoder(raw) - self.standardised(profiles)).abs().mean()
-        return {
-            "loss": proportion_loss + reconstruction_loss,
-            "proportion_loss": proportion_loss,
-            "reconstruction_loss": reconstruction_loss,
-        }
-
-    def validate(self, profiles: torch.Tensor, proportions: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The losses, and `stopping_criterion`: mean absolute error of the predicted proportions (non-negative, summing to 1).
-
-        With augmentation, the criterion is the error on augmented profiles, augmented in the same way at each call.
-        """
-        measured = profiles
-        if self.platform_sd:
-            generator = torch.Generator(profiles.device).manual_seed(0)
-            measured = augment(profiles, self.mean_share, self.platform_sd, generator)
-        error = (self.proportions(measured) - proportions).abs().mean()
-        return self(profiles, proportions) | {"stopping_criterion": error}
+        losses = {"loss": proportion_loss + reconstruction_loss}
+        losses |= {"proportion_loss": proportion_loss, "reconstruction_loss": reconstruction_loss}
+        if not self.training:
+            losses["stopping_criterion"] = (non_negative_shares(raw) - proportions).abs().mean()
+        return losses
 
     def proportions(self, profiles: torch.Tensor) -> torch.Tensor:
-        """Predicted proportions: the encoder's output with negative values set to 0, scaled to sum to 1."""
-        # the constant gives equal proportions to a sample without any positive value
-        positive = torch.relu(self.encoder(self.standardised(profiles))) + 1e-9
-        return positive / positive.sum(dim=1, keepdim=True)
+        """Predicted proportions, (n_samples, n_cell_types), rows sum to 1."""
+        return non_negative_shares(self.encoder(self.standardised(profiles)))
 
     def signature_matrix(self) -> torch.Tensor:
-        """(n_cell_types, n_genes) decoded profile of each pure type, on the scale of `network_input.scale`."""
+        """(n_cell_types, n_genes) decoded profile of each pure type, on the scale of `scale`."""
         with torch.no_grad():
             pure = torch.eye(self.arguments["n_cell_types"], device=self.gene_mean.device)
             return torch.relu(self.decoder(pure) * self.gene_scale + self.gene_mean)
+
+
+def non_negative_shares(raw: torch.Tensor) -> torch.Tensor:
+    """Negative values set to 0, rows scaled to sum to 1; a row without any positive value gets equal shares."""
+    positive = torch.relu(raw) + 1e-9
+    return positive / positive.sum(dim=1, keepdim=True)
 
 
 def augment(
@@ -134,17 +123,10 @@ def augment(
 
     Every gene is multiplied by a log-normal platform factor; the standard deviation of its logarithm is uniform between 0 and
     `platform_sd`. Sampling noise is added (normal, with the variance of Poisson counts) for a depth between 20,000 and 2,000,000
-    transcripts, log-uniform. Up to `MAX_MISSING` of the genes are replaced as `network_input.complete` replaces missing ones. The
-    mRNA content of cells needs no augmentation: the network predicts shares of cells by counts, which stand for shares of RNA.
+    transcripts, log-uniform. Up to `MAX_MISSING` of the genes are replaced as `bulk_profiles` replaces missing ones. The mRNA
+    content of cells needs no augmentation: the network predicts shares of cells by counts, which stand for shares of RNA.
 
-    Parameters
-    ----------
-    profiles
-        (n_samples, n_genes), output of `network_input.scale`; the result is the same.
-    mean_share
-        (n_genes,) share of a gene in a training mixture.
-    generator
-        None: torch's global one.
+    profiles: (n_samples, n_genes), output of `scale`, like the result; mean_share: (n_genes,) share of a gene in a training mixture.
     """
     n, device = len(profiles), profiles.device
     sd, log_depth, missing = torch.rand(3, n, 1, generator=generator, device=device)
@@ -153,25 +135,18 @@ def augment(
     depth = MIN_DEPTH * (MAX_DEPTH / MIN_DEPTH) ** log_depth
     per_10k = torch.relu(per_10k + torch.sqrt(per_10k * 1e4 / depth) * noise)
     present = torch.rand(profiles.shape, generator=generator, device=device) >= MAX_MISSING * missing
-    replacement = (
-        mean_share * (per_10k * present).sum(dim=1, keepdim=True) / (mean_share * present).sum(dim=1, keepdim=True)
-    )
-    per_10k = torch.where(present, per_10k, replacement)
+    per_share = (per_10k * present).sum(dim=1, keepdim=True) / (mean_share * present).sum(dim=1, keepdim=True)
+    per_10k = torch.where(present, per_10k, mean_share * per_share)
     return torch.log1p(per_10k / per_10k.sum(dim=1, keepdim=True) * 1e4)
 
 
 def adapt(model: ScTAPE, profiles: torch.Tensor) -> ScTAPE:
-    """A copy of the network, adapted to unlabelled bulk profiles by the published adaptive stage.
+    """A copy of the network, adapted to unlabelled bulk profiles, (n_samples, n_genes), by the published adaptive stage.
 
     In each round, `ADAPT_STEPS` steps update the decoder, which minimises the errors (L1) of the reconstruction and of the
     signature matrix against that of the trained network, and as many update the encoder, which minimises the errors of the
     reconstruction and of the proportions against those that the trained network predicts. All samples at once: "overall"; one
     sample: "high-resolution".
-
-    Parameters
-    ----------
-    profiles
-        (n_samples, n_genes), output of `network_input.scale`.
     """
     model = copy.deepcopy(model).eval()
     target = model.standardised(profiles)
@@ -198,68 +173,143 @@ def adapt(model: ScTAPE, profiles: torch.Tensor) -> ScTAPE:
     return model
 
 
-class Prediction(NamedTuple):
+class ScTAPEOutput(NamedTuple):
     """What the network predicts for bulk samples."""
 
     proportions: pd.DataFrame  # samples x types, of cells by the counts of the train cells; rows sum to 1
     signatures: np.ndarray  # 1 or samples x types x genes: per 10,000 transcripts of these genes (minmax: as the input)
 
 
-def predict(checkpoint: dict[str, Any], bulk: pd.DataFrame, adaptation: Adaptation = "none") -> Prediction:
-    """Predict the cell-type proportions of bulk samples with the scTAPE network.
+def predict(checkpoint: dict[str, Any], bulk: pd.DataFrame, adaptation: Adaptation = "none") -> ScTAPEOutput:
+    """Predict the cell-type proportions of bulk samples with the scTAPE network (models/sctape.pt).
 
     Parameters
     ----------
-    checkpoint
-        models/sctape.pt.
     bulk
-        Samples x genes, TPM (counts per million for UMI counts). Genes that the network does not use are ignored.
+        As for `bulk_profiles`, which refuses a bulk with too few of the network's genes.
     adaptation
         "none": the network as trained; "overall": adapted once, to all samples (`adapt`); "per-sample": adapted to each sample.
+    """
+    profiles = bulk_profiles(checkpoint, bulk, "scTAPE", "_4_train_sctape.py --bulk-file")
+    trained = ScTAPE(**checkpoint["arguments"]).eval()
+    trained.load_state_dict(checkpoint["weights"])
+    groups, models = profiles.split(1) if adaptation == "per-sample" else (profiles,), [trained]
+    if adaptation != "none":
+        models = [adapt(trained, group) for group in tqdm(groups, desc="adapting scTAPE", leave=False)]
+    with torch.no_grad():
+        proportions = torch.cat([model.proportions(group) for model, group in zip(models, groups)])
+        signatures = torch.stack([model.signature_matrix() for model in models])
+    table = pd.DataFrame(proportions.numpy(), index=bulk.index, columns=checkpoint["cell_types"])
+    return ScTAPEOutput(table, (signatures if trained.arguments["minmax"] else torch.expm1(signatures)).numpy())
+
+
+# --- the input of the network, and of the bulk encoder
+
+
+def scale(tpm: np.ndarray, minmax: bool = False) -> np.ndarray:
+    """The network's input: log(1 + transcripts per 10,000 of the network's genes), float32, samples x genes.
+
+    With transcripts per million, genes with a few counts weigh as much as genes with thousands, which costs a third of the
+    accuracy on held-out cells of pbmc3k's train part.
+
+    Parameters
+    ----------
+    tpm
+        Samples x the network's genes, non-negative, in any unit proportional to the number of transcripts. The total is taken
+        over these genes alone, so training mixtures and bulk are on one scale whatever other genes the bulk has.
+    minmax
+        As in the original, log(1 + TPM), scaled to 0..1 within each sample.
+    """
+    logs = np.log1p(tpm / sample_totals(tpm) * (1e6 if minmax else 1e4))
+    return (minmax_scale(logs, axis=1) if minmax else logs).astype(np.float32)
+
+
+def bulk_profiles(checkpoint: dict[str, Any], bulk: pd.DataFrame, network: str, command: str) -> torch.Tensor:
+    """The input of a network for bulk samples (samples x genes, TPM); missing genes get their mean share in the training mixtures.
+
+    network, command: its name, and the command that trains it for the genes of a bulk, for messages.
 
     Raises
     ------
     ValueError
-        If the bulk has too few of the network's genes.
+        If the bulk has a smaller share of the network's genes than MIN_GENE_COVERAGE of stage 4.
     """
-    gene_names = checkpoint["gene_names"]
-    coverage = check_coverage(checkpoint, bulk, "scTAPE", "_4_train_sctape.py --bulk-file")
-    if coverage < 1:
-        print(
-            f"the bulk has {coverage:.1%} of scTAPE's {len(gene_names):,} genes; "
-            "the others take their mean share in the training mixtures"
+    genes, least = checkpoint["gene_names"], checkpoint["constants"]["MIN_GENE_COVERAGE"]
+    missing = ~np.isin(genes, bulk.columns)
+    coverage = 1 - missing.mean()
+    if coverage < least:
+        raise ValueError(
+            f"the bulk has {coverage:.0%} of the {len(genes):,} genes that {network} was trained on, expected at least {least:.0%} "
+            f"(the bulk's genes: {', '.join(map(str, bulk.columns[:3]))}; the network's: {', '.join(genes[:3])}); "
+            f"train on the bulk's genes: {command}"
         )
-    model = ScTAPE.from_checkpoint(checkpoint)
-    values = complete(bulk, gene_names, checkpoint["mean_profile"].numpy())
-    profiles = torch.from_numpy(scale(values, model.arguments["minmax"]))
-    groups = profiles.split(1) if adaptation == "per-sample" else (profiles,)
-    models = [model]
-    if adaptation != "none":
-        models = [adapt(model, group) for group in tqdm(groups, desc="adapting scTAPE", leave=False)]
-    with torch.no_grad():
-        proportions = torch.cat([model.proportions(group) for model, group in zip(models, groups)])
-        signatures = torch.stack([model.signature_matrix() for model in models])
-    if not model.arguments["minmax"]:
-        signatures = torch.expm1(signatures)
-    table = pd.DataFrame(proportions.numpy(), index=bulk.index, columns=checkpoint["cell_types"])
-    return Prediction(table, signatures.numpy())
+    values = bulk.reindex(columns=genes).to_numpy(dtype=np.float64)
+    if missing.any():
+        detail(
+            f"the bulk has {coverage:.1%} of the {len(genes):,} genes of {network}; the others take their mean share"
+        )
+        mean = checkpoint["mean_profile"].numpy()
+        share = mean[missing] / mean[~missing].sum()
+        values[:, missing] = values[:, ~missing].sum(axis=1, keepdims=True) * share
+    return torch.from_numpy(scale(values, checkpoint["arguments"].get("minmax", False)))
 
 
-def fit(
-    trainer: Trainer, train: tuple[torch.Tensor, ...], held_out: tuple[torch.Tensor, ...], epochs: int, batch_size: int,
-    max_gradient_norm: float,
-) -> None:  # fmt: skip
-    """Train scTAPE or the bulk encoder on mixtures; the model's `validate` on mixtures of held-out cells decides when to stop.
+def select_genes(mixtures: ad.AnnData, blocks: Blocks, usable: np.ndarray, n_genes: int) -> np.ndarray:
+    """Select at most so many of the usable genes (a mask), whose expression the proportions explain best; positions, ascending.
 
-    train, held_out: the arguments of the model's `forward`, one mixture per row. Without held-out mixtures the trainer must not
-    stop early.
+    For each gene, a linear regression on the proportions explains a part of its variance over the mixtures to train on, on the
+    scale of `scale`. Genes are ranked by explained variance x R^2. Genes that vary at random, and genes that all types express
+    alike, come last. mixtures, blocks: as `pseudobulk.read_train_mixtures` gives them, and their counts.
+
+    Raises
+    ------
+    ValueError
+        If fewer genes than cell types are left.
     """
-    model: Any = trainer.model  # has a method `validate`
-    device = next(model.parameters()).device
-    train, held_out = (tuple(part.to(device) for part in data) for data in (train, held_out))
-    shared = parallel.shared(model)
-    trainer.fit(
-        epochs,
-        lambda _: tensor_epoch(shared, trainer.optimizer, train, batch_size, max_gradient_norm, trainer.generator),
-        None if not len(held_out[0]) else lambda: {n: float(value) for n, value in model.validate(*held_out).items()},
-    )
+    is_fit, proportions = is_for_fit(mixtures), mixtures.obsm["proportions"]
+    lengths = gene_lengths(mixtures, usable)
+    gram, cross, squares, total = 0.0, 0.0, 0.0, 0.0
+    for rows, counts in blocks(None):
+        p = proportions[rows][is_fit[rows]]
+        logs = scale(tpm(counts[is_fit[rows]][:, usable], lengths)).astype(np.float64)
+        gram, cross = gram + p.T @ p, cross + p.T @ logs
+        squares, total = squares + np.square(logs).sum(axis=0), total + logs.sum(axis=0)
+    n = is_fit.sum()
+    variance = squares / n - (total / n) ** 2
+    coefficients = np.linalg.lstsq(gram, cross, rcond=None)[0]
+    explained = (coefficients * cross).sum(axis=0) / n - (total / n) ** 2
+    score = np.where(variance > 1e-12, explained**2 / np.maximum(variance, 1e-12), 0)  # explained variance x R^2
+    n_genes = min(n_genes, int(np.sum(score > 0)))
+    if n_genes < proportions.shape[1]:
+        raise ValueError(
+            f"{n_genes} genes are left to predict the proportions of {proportions.shape[1]} cell types from; expected at least "
+            "one gene per type: raise N_GENES, or give a bulk with more of these genes"
+        )
+    return np.sort(np.flatnonzero(usable)[np.argsort(-score, kind="stable")[:n_genes]])
+
+
+def most_variable_genes(mixtures: ad.AnnData, blocks: Blocks, usable: np.ndarray, share: float) -> np.ndarray:
+    """Select this share of the usable genes, those whose TPM vary most over the mixtures to train on (published); ascending.
+
+    The original also asks that the genes vary as much in the bulk to be predicted, which was made of the test cells.
+    """
+    is_fit, lengths, moments = is_for_fit(mixtures), gene_lengths(mixtures, usable), StandardScaler()
+    for rows, counts in blocks(None):
+        if is_fit[rows].any():
+            moments.partial_fit(tpm(counts[is_fit[rows]][:, usable], lengths))
+    order = np.argsort(-moments.var_, kind="stable")
+    return np.sort(np.flatnonzero(usable)[order[: int(share * len(order))]])
+
+
+def read_profiles(
+    mixtures: ad.AnnData, blocks: Blocks, genes: np.ndarray, minmax: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """The network's input for all mixtures, (n_mixtures, n_genes), and each gene's mean share of a mixture to train on."""
+    is_fit, lengths = is_for_fit(mixtures), gene_lengths(mixtures, genes)
+    profiles = np.empty((mixtures.n_obs, len(genes)), np.float32)
+    share = np.zeros(len(genes))
+    for rows, counts in blocks(genes):
+        values = tpm(counts, lengths)
+        profiles[rows] = scale(values, minmax)
+        share += values[is_fit[rows]].sum(axis=0)
+    return profiles, share / share.sum()
