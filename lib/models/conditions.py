@@ -7,22 +7,21 @@ size, s(c,y), and a log ratio of mean counts per gene, r(c,y), and its cells are
 
 Both are sums of an effect of the condition on all types and one on each type alone, each shrunk by empirical Bayes: shifts
 towards 0, by the variance between the conditions that cells of the same condition do not explain; ratios towards 1 as in
-`lib.models.profiles.shrunken_ratio`. A condition with few cells of a type so borrows from its other types, and where these
+`lib.models.profiles.posterior_ratio`. A condition with few cells of a type so borrows from its other types, and where these
 are few as well, from the other conditions.
 
-A condition that the train cells lack is sampled from a normal distribution between the known ones (`add_new`). Its covariance, over
-all genes, types and dimensions of z, is that of the estimated effects, plus the posterior variance of each effect: shrunk estimates
-vary less than true effects, and the posterior variance is what they lack.
+A condition that the train cells lack is sampled from a normal distribution between the known ones (`add_new`). Its covariance is that of
+the estimated effects, plus the posterior variance of each, which shrunk estimates lack.
 """
 
-import copy
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 
 from lib.data.batches import CellDataset
-from lib.models.aggregated_posterior import Prior
+from lib.models.gmvae import Prior
 from lib.models.profiles import counts_per_type, posterior_ratio, type_means
 
 
@@ -39,24 +38,35 @@ class Conditions(NamedTuple):
         return torch.from_numpy(n_cells / n_cells.sum(axis=0)).float()
 
 
+def condition_column(obs: pd.DataFrame, column: str, min_cells: int) -> pd.Categorical:
+    """The conditions of the train cells, from a column of `obs`: refused without `min_cells` cells of each, on average."""
+    usable = [name for name in obs if name not in ("cell_type", "sample", "library_size")]
+    if column not in usable:
+        raise ValueError(
+            f"CONDITION is {column!r}; expected a column of obs, of another name than those of generated cells: "
+            f"{', '.join(usable) or 'there is none'}; set it to one of them, or to none"
+        )
+    n_values, n_missing = obs[column].nunique(), obs[column].isna().sum()
+    if n_missing or not 2 <= n_values <= len(obs) / min_cells:
+        raise ValueError(
+            f"CONDITION = {column!r} has {n_values:,} values and is missing for {n_missing:,} of {len(obs):,} cells; expected a "
+            f"value for every cell, two values or more, and {min_cells} cells of each on average; choose another column"
+        )
+    return pd.Categorical(obs[column].astype(str))
+
+
 def read_conditions(
     condition_idx: np.ndarray, train: CellDataset, held_out: CellDataset | None, n_cell_types: int
 ) -> Conditions:
     """The conditions of two data sets that are parts of one file. condition_idx: of all cells of the file, none unknown."""
-    n_conditions = condition_idx.max() + 1
-    counts: np.ndarray | float = 0.0
-    n_cells: np.ndarray | int = 0
+    shape = (condition_idx.max() + 1, n_cell_types)
+    counts, n_cells = np.zeros((*shape, train.n_genes)), np.zeros(shape, dtype=np.int64)
     for dataset in (train, held_out) if held_out is not None else (train,):
-        by_group = copy.copy(dataset)  # the same cells, labelled with condition and type
-        by_group.cell_type_idx = np.where(
-            dataset.cell_type_idx < 0, -1, condition_idx[dataset.cells] * n_cell_types + dataset.cell_type_idx
-        )
-        counts = counts + counts_per_type(by_group, n_conditions * n_cell_types)
-        n_cells = n_cells + np.bincount(by_group.cell_type_idx + 1, minlength=n_conditions * n_cell_types + 1)[1:]
-    shape = (n_conditions, n_cell_types)
-    return Conditions(
-        condition_idx[train.cells], np.reshape(counts, (*shape, train.n_genes)), np.reshape(n_cells, shape)
-    )
+        groups = condition_idx[dataset.cells] * n_cell_types + dataset.cell_type_idx
+        groups[dataset.cell_type_idx < 0] = -1
+        counts += counts_per_type(dataset, n_cells.size, groups).reshape(counts.shape)
+        n_cells += np.bincount(groups[groups >= 0], minlength=n_cells.size).reshape(shape)
+    return Conditions(condition_idx[train.cells], counts, n_cells)
 
 
 class Effects(NamedTuple):
@@ -73,19 +83,14 @@ class Effects(NamedTuple):
 def fit_shift(points: np.ndarray, cell_type_idx: np.ndarray, conditions: Conditions) -> Effects:
     """Estimate s(c,y): shift of z and log library size from the mean of the type's cells.
 
-    Parameters
-    ----------
-    points
-        Cells x dimensions: z and, as the last column, log library size of each train cell.
-    cell_type_idx
-        (n_cells,) type of each.
+    points: cells x dimensions, z and, as the last column, log library size of each train cell; cell_type_idx: (n_cells,).
     """
     n_conditions, n_cell_types = conditions.n_cells.shape
     deviations = points - type_means(points, cell_type_idx, n_cell_types)[cell_type_idx]
-    of_all, variance_of_all = shrunken_means(deviations, conditions.idx, n_conditions)
+    on_all, variance_on_all = shrunken_means(deviations, conditions.idx, n_conditions)
     groups = conditions.idx * n_cell_types + cell_type_idx
-    of_type, variance = shrunken_means(deviations - of_all[conditions.idx], groups, n_conditions * n_cell_types)
-    return _combined(of_all, variance_of_all, of_type, variance)
+    on_type, variance = shrunken_means(deviations - on_all[conditions.idx], groups, n_conditions * n_cell_types)
+    return _combined(on_all, variance_on_all, on_type, variance)
 
 
 def shrunken_means(x: np.ndarray, groups: np.ndarray, n_groups: int) -> tuple[np.ndarray, np.ndarray]:
@@ -94,18 +99,12 @@ def shrunken_means(x: np.ndarray, groups: np.ndarray, n_groups: int) -> tuple[np
     `between` is the variance of the groups' true means and `within` the variance of cells in a group, by the moments of the
     one-way analysis of variance (Searle, Casella and McCulloch, "Variance Components", 1992, ch. 3).
 
-    Parameters
-    ----------
-    x
-        Cells x dimensions, with mean 0.
-    groups
-        (n_cells,) group of each cell.
-
-    Returns
-    -------
-    Shrunken means and their posterior variances, groups x dimensions; 0 and `between` for a group without cells.
+    x: cells x dimensions, with mean 0; groups: (n_cells,). Returns shrunken means and their posterior variances, groups x dimensions.
     """
-    mean, n = _group_means(x, groups, n_groups)
+    n = np.bincount(groups, minlength=n_groups)
+    mean = np.zeros((n_groups, x.shape[1]))
+    np.add.at(mean, groups, x)
+    mean /= np.maximum(n, 1)[:, None]
     n_present = np.count_nonzero(n)
     within = ((x - mean[groups]) ** 2).sum(axis=0) / max(1, len(x) - n_present)
     sum_of_squares = (n[:, None] * mean**2).sum(axis=0)
@@ -117,33 +116,30 @@ def shrunken_means(x: np.ndarray, groups: np.ndarray, n_groups: int) -> tuple[np
 def fit_log_ratio(conditions: Conditions, profiles: np.ndarray, theta: np.ndarray) -> Effects:
     """Estimate r(c,y): log ratio of the mean counts of a condition's cells to those that the model expects.
 
-    Parameters
-    ----------
-    profiles
-        Conditions x types x genes: mean expression of new cells with shift s(c,y), as fractions of their counts.
-    theta
-        (n_genes,) or types x genes: inverse dispersion within the types. As in `lib.models.profiles.type_profiles`, counts are
-        divided by the ratio of variance to mean, so that one outlier cell cannot make a ratio.
+    profiles: conditions x types x genes, mean expression of new cells with shift s(c,y), as fractions of their counts; theta:
+    (n_genes,) or types x genes, inverse dispersion within the types. As in `lib.models.profiles.type_profiles`, counts are
+    divided by the ratio of variance to mean, so that one outlier cell cannot make a ratio.
     """
     counts, n_cells = conditions.counts, conditions.n_cells[:, :, None]
     expected = profiles * counts.sum(axis=2, keepdims=True)
     overdispersion = 1 + expected / np.maximum(n_cells, 1) / theta
     observed, expected = counts / overdispersion, expected / overdispersion + 1e-9
-    of_all, variance_of_all = posterior_ratio(observed.sum(axis=1), expected.sum(axis=1))
-    expected = expected * of_all[:, None]
+    on_all, variance_on_all = posterior_ratio(observed.sum(axis=1), expected.sum(axis=1))
+    expected = expected * on_all[:, None]
     rows = (-1, observed.shape[2])
-    of_type, variance = posterior_ratio(observed.reshape(rows), expected.reshape(rows))
-    # variance of the log of a log-normal ratio
-    return _combined(
-        np.log(of_all), np.log1p(variance_of_all / of_all**2), np.log(of_type), np.log1p(variance / of_type**2)
-    )
+    on_type, variance = posterior_ratio(observed.reshape(rows), expected.reshape(rows))
+    of_log_on_all, of_log = (
+        np.log1p(variance_on_all / on_all**2),
+        np.log1p(variance / on_type**2),
+    )  # as of log-normal ratios
+    return _combined(np.log(on_all), of_log_on_all, np.log(on_type), of_log)
 
 
-def _combined(of_all: np.ndarray, variance_of_all: np.ndarray, of_type: np.ndarray, variance: np.ndarray) -> Effects:
+def _combined(on_all: np.ndarray, variance_on_all: np.ndarray, on_type: np.ndarray, variance: np.ndarray) -> Effects:
     """Sum of the effects on all types, conditions x dimensions, and on each type, (conditions x types) x dimensions."""
-    shape = (len(of_all), -1, of_all.shape[1])
-    of_all, of_type, variance = of_all[:, None], of_type.reshape(shape), variance.reshape(shape)
-    return Effects(of_all + of_type, np.vstack([variance_of_all.mean(axis=0), variance.mean(axis=0)]))
+    shape = (len(on_all), -1, on_all.shape[1])
+    mean = on_all[:, None] + on_type.reshape(shape)
+    return Effects(mean, np.vstack([variance_on_all.mean(axis=0), variance.reshape(shape).mean(axis=0)]))
 
 
 def assign(prior: Prior, cell_type_idx: np.ndarray, seed: int) -> np.ndarray:
@@ -154,10 +150,8 @@ def assign(prior: Prior, cell_type_idx: np.ndarray, seed: int) -> np.ndarray:
 
 
 def add_new(prior: Prior, seed: int) -> Prior:
-    """The prior with one more condition, the last one, sampled from the distribution between the known ones.
-
-    Its effects are the mean over the conditions, plus their deviations from it weighted by independent normal numbers of
-    variance 1 / (n_conditions - 1), which have the covariance of the estimates, plus normal numbers of the posterior variance.
+    """The prior with one more condition, the last one: the mean over the conditions, plus their deviations from it weighted by normal
+    numbers of variance 1 / (n_conditions - 1), which have the covariance of the estimates, plus those of the posterior variance.
     """
     rng = np.random.default_rng([seed, 7])
     n_conditions = len(prior["condition_shift"])
@@ -172,11 +166,3 @@ def add_new(prior: Prior, seed: int) -> Prior:
             new = new - 0.5 * (sd[0].square() + sd[1:].square())
         more[name] = torch.cat([prior[name], new[None]])
     return prior | more
-
-
-def _group_means(x: np.ndarray, groups: np.ndarray, n_groups: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of each group, groups x dimensions (0 without cells), and number of its cells, (n_groups,)."""
-    n = np.bincount(groups, minlength=n_groups)
-    sums = np.zeros((n_groups, x.shape[1]))
-    np.add.at(sums, groups, x)
-    return sums / np.maximum(n, 1)[:, None], n

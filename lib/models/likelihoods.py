@@ -2,13 +2,10 @@
 
 `mu` is the mean, `theta` the inverse dispersion: variance = mu + mu^2 / theta. Both are passed as logarithms.
 
-The log-likelihood is computed in two parts. The dense part, for all genes, is the log-likelihood of a zero count: the only term
-of the negative binomial that a zero count has. The sparse part, for the non-zero counts (5-10 % of the entries), adds the other
-terms and their special functions, in float64: in float32 the difference lgamma(x + theta) - lgamma(theta) loses 0.9 nats per
-entry at theta = 1e6.
-
-The gradients are written by hand: the dense part then reads and writes each entry only a few times, in blocks of cells that
-fit the processor's cache.
+The log-likelihood is computed in two parts. The dense part, for all genes, is the log-likelihood of a zero count. The sparse part,
+for the non-zero counts (5-10 % of the entries), adds the other terms and their special functions, in float64: in float32 the
+difference lgamma(x + theta) - lgamma(theta) loses 0.9 nats per entry at theta = 1e6. The gradients are written by hand: the dense
+part then reads and writes each entry only a few times, in blocks of cells that fit the processor's cache.
 """
 
 from collections.abc import Iterable
@@ -25,44 +22,34 @@ CACHED_ENTRIES = 2**18  # entries of a dense matrix processed at a time on a CPU
 
 
 def nb_log_prob(
-    batch: Batch, logits: torch.Tensor, log_library: torch.Tensor | None, log_theta: torch.Tensor
+    batch: Batch,
+    logits: torch.Tensor,
+    log_library: torch.Tensor | None,
+    log_theta: torch.Tensor,
+    zi_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """log NB(x; mu, theta) per cell, summed over genes; mu = library x softmax(logits), or exp(logits) without a library.
+    """log NB(x; mu, theta), or log ZINB with `zi_logits`, per cell, summed over genes; mu = library x softmax(logits).
 
     With r = mu / theta, log NB of one entry is
 
         -theta log(1 + r) + [lgamma(x + theta) - lgamma(theta) - lgamma(x + 1) + x log(r / (1 + r))],
 
-    where the bracket is 0 for x = 0.
+    where the bracket is 0 for x = 0. ZINB: log(pi + (1 - pi) NB(0)) for x = 0, else log(1 - pi) + log NB(x).
 
     Parameters
     ----------
-    batch
-        Counts x.
     logits
         (n_cells, n_genes).
     log_library
         (n_cells,) log of the sum of mu over genes; None: `logits` are log mu.
     log_theta
         (n_genes,) or (n_cells, n_genes).
+    zi_logits
+        (n_cells, n_genes); pi = sigmoid(zi_logits) is the probability of an extra zero.
 
     Returns
     -------
     (n_cells,) in nats, float64; as precise as float32 inputs allow.
-    """
-    return _LogProb.apply(logits, log_library, log_theta, None, batch, torch.is_grad_enabled())
-
-
-def zinb_log_prob(
-    batch: Batch,
-    logits: torch.Tensor,
-    log_library: torch.Tensor | None,
-    log_theta: torch.Tensor,
-    zi_logits: torch.Tensor,
-) -> torch.Tensor:
-    """log ZINB(x; mu, theta, pi) per cell, summed over genes; pi = sigmoid(zi_logits) is the probability of an extra zero.
-
-    x = 0: log(pi + (1 - pi) NB(0)); x > 0: log(1 - pi) + log NB(x). Shapes as in `nb_log_prob`; zi_logits: (n_cells, n_genes).
     """
     return _LogProb.apply(logits, log_library, log_theta, zi_logits, batch, torch.is_grad_enabled())
 
@@ -77,7 +64,7 @@ class _LogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, log_library, log_theta, zi_logits, batch, with_gradient):
         theta, library = log_theta.exp(), None if log_library is None else log_library.exp()
-        ratio = torch.empty_like(logits)
+        theta_of_cells, ratio = theta.expand_as(logits), torch.empty_like(logits)
         log_prob = -batch.log_factorials
         for rows in _row_blocks(logits):
             if library is None:
@@ -85,8 +72,8 @@ class _LogProb(torch.autograd.Function):
             else:
                 r = torch.sub(logits[rows], logits[rows].amax(dim=1, keepdim=True), out=ratio[rows]).exp_()
                 r.mul_((library[rows] / r.sum(dim=1))[:, None])
-            r.div_(_rows(theta, rows))
-            nb_zero = r.log1p().mul_(_rows(theta, rows)).neg_()
+            r.div_(theta_of_cells[rows])
+            nb_zero = r.log1p().mul_(theta_of_cells[rows]).neg_()
             if zi_logits is not None:
                 nb_zero = torch.logaddexp(zi_logits[rows], nb_zero).sub_(F.softplus(zi_logits[rows]))
             log_prob[rows] += nb_zero.sum(dim=1)
@@ -97,7 +84,8 @@ class _LogProb(torch.autograd.Function):
         # lgamma(1 + theta) - lgamma(theta) = log theta, so counts of 1, the majority, need no special function
         s_x = r_x.double() / (1 + r_x)
         gain = batch.counts * s_x.log() + theta_x.log()
-        above_one = _above_one(batch)
+        # on a GPU all entries, because counting those above 1 would make the CPU wait
+        above_one = (batch.counts > 1).nonzero()[:, 0] if batch.counts.device.type == "cpu" else slice(None)
         x, theta_above = batch.counts[above_one].double(), theta_x[above_one].double()
         gain[above_one] += torch.lgamma(x + theta_above) - torch.lgamma(1 + theta_above)
         p_extra_x = None
@@ -138,7 +126,7 @@ class _LogProb(torch.autograd.Function):
         grad_logits, grad_zi = torch.empty_like(ratio), None if zi_logits is None else torch.empty_like(ratio)
         grad_theta = torch.zeros_like(theta)
         for rows in _row_blocks(ratio):
-            r, theta_r, g_r = ratio[rows], _rows(theta, rows), g[rows, None]
+            r, theta_r, g_r = ratio[rows], theta.expand_as(ratio)[rows], g[rows, None]
             s, log1p_r = torch.div(r, r + 1, out=grad_logits[rows]), r.log1p()
             weight = g_r
             if grad_zi is not None:
@@ -172,16 +160,6 @@ def _row_blocks(dense: torch.Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(dense), size)]
 
 
-def _rows(parameter: torch.Tensor, rows: slice) -> torch.Tensor:
-    """The parameter for some cells: shared by all cells (one dimension), or one row per cell."""
-    return parameter if parameter.dim() == 1 else parameter[rows]
-
-
-def _above_one(batch: Batch) -> torch.Tensor | slice:
-    """Entries with a count above 1; on a GPU all entries, because counting them would make the CPU wait."""
-    return (batch.counts > 1).nonzero()[:, 0] if batch.counts.device.type == "cpu" else slice(None)
-
-
 def gaussian_kl(
     q_mean: torch.Tensor, q_log_var: torch.Tensor, p_mean: torch.Tensor, p_log_var: torch.Tensor
 ) -> torch.Tensor:
@@ -201,6 +179,14 @@ def gaussian_log_prob(x: torch.Tensor, mean: torch.Tensor, log_var: torch.Tensor
     return -0.5 * ((x - mean).square() * (-log_var).exp() + log_var + float(np.log(2 * np.pi)))
 
 
+def importance_sample(
+    q: tuple[torch.Tensor, torch.Tensor], p: tuple[torch.Tensor, torch.Tensor], generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """z ~ q, (n_cells, n_latent), and log p(z) / q(z), (n_cells,). q, p: mean and log-variance, each (n_cells, n_latent)."""
+    z = q[0] + (0.5 * q[1]).exp() * torch.randn(q[0].shape, generator=generator, device=q[0].device)
+    return z, (gaussian_log_prob(z, *p) - gaussian_log_prob(z, *q)).sum(dim=1)
+
+
 @dataclass
 class Likelihood:
     """Parameters of p(x|z,y,l), or of p(x|z) of a model without library sizes, for some cells."""
@@ -212,9 +198,7 @@ class Likelihood:
 
     def log_prob(self, batch: Batch) -> torch.Tensor:
         """log p(x|...) per cell, summed over genes, in nats."""
-        if self.zi_logits is None:
-            return nb_log_prob(batch, self.logits, self.log_library, self.log_theta)
-        return zinb_log_prob(batch, self.logits, self.log_library, self.log_theta, self.zi_logits)
+        return nb_log_prob(batch, self.logits, self.log_library, self.log_theta, self.zi_logits)
 
     def sample(self, generator: torch.Generator) -> sp.csr_matrix:
         """Sample counts, n_cells x n_genes."""
@@ -223,22 +207,19 @@ class Likelihood:
     def above_zero(self, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         """Sample which entries are above 0, by a uniform number u below P(x > 0).
 
-        P(x > 0) is at most mu, so it is computed only where u < mu.
-
-        Returns
-        -------
-        Of each such entry: cell, gene, mu / theta, theta, and u / P(x > 0), which is uniform in (0, 1).
+        P(x > 0) is at most mu, so it is computed only where u < mu. Returns cell, gene, mu / theta, theta of each such entry, and
+        u / P(x > 0), which is uniform in (0, 1).
         """
         u = _uniform(self.logits.shape, generator)
-        found = []
+        candidates = []
         for rows in _row_blocks(self.logits):
             if self.log_library is None:
                 mu = self.logits[rows].exp()
             else:
                 mu = F.softmax(self.logits[rows], dim=1).mul_(self.log_library[rows].exp()[:, None])
             places = (u[rows] < mu).view(-1).nonzero()[:, 0]
-            found.append((places + rows.start * u.shape[1], mu.view(-1)[places]))
-        places, mu = (torch.cat(parts) for parts in zip(*found))
+            candidates.append((places + rows.start * u.shape[1], mu.view(-1)[places]))
+        places, mu = (torch.cat(parts) for parts in zip(*candidates))
         cells, genes = places // u.shape[1], places % u.shape[1]
         theta = self.log_theta.reshape(-1)[genes if self.log_theta.dim() == 1 else places].double().exp()
         ratio = mu / theta
@@ -255,12 +236,12 @@ def sample_counts(likelihoods: Iterable[Likelihood], generator: torch.Generator)
 
     First, for every gene, whether its count is above 0; then, for the genes of all likelihoods together, the count.
     """
-    found, n_cells, n_genes = [], 0, 0
+    entries, n_cells, n_genes = [], 0, 0
     for likelihood in likelihoods:
         cells, *others = likelihood.above_zero(generator)
-        found.append([cells + n_cells, *others])
+        entries.append([cells + n_cells, *others])
         n_cells, n_genes = n_cells + len(likelihood.logits), likelihood.logits.shape[1]
-    cells, genes, ratio, theta, quantile = (torch.cat(parts) for parts in zip(*found))
+    cells, genes, ratio, theta, quantile = (torch.cat(parts) for parts in zip(*entries))
     counts = sample_positive_nb(ratio, theta, quantile, generator)
     indptr = F.pad(cells.bincount(minlength=n_cells).cumsum(0), (1, 0)).cpu().numpy()
     return sp.csr_matrix((counts.float().cpu().numpy(), genes.int().cpu().numpy(), indptr), shape=(n_cells, n_genes))
@@ -277,21 +258,12 @@ def _uniform(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
 def sample_positive_nb(
     ratio: torch.Tensor, theta: torch.Tensor, quantile: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """Sample one count from each negative binomial, conditional on a count above 0.
+    """Sample one count from each negative binomial, conditional on a count above 0: (n_entries,).
 
     Where zeros are the minority: rate ~ Gamma, x ~ Poisson(rate), repeated until x > 0. Elsewhere the distribution function
     is inverted: the smallest x = 1, 2, ... with P(X > x) <= quantile x P(X > 0).
 
-    Parameters
-    ----------
-    ratio, theta
-        mu / theta, and theta: (n_entries,) float64.
-    quantile
-        (n_entries,) uniform in (0, 1].
-
-    Returns
-    -------
-    (n_entries,) counts.
+    ratio, theta: mu / theta and theta, (n_entries,) float64; quantile: (n_entries,) uniform in (0, 1].
     """
     counts = torch.ones_like(ratio)
     log_zero = -theta * ratio.log1p()

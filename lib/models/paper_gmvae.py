@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lib.data.batches import Batch, CellDataset
-from lib.models.layers import SparseLinear
-from lib.models.likelihoods import Likelihood, gaussian_kl, gaussian_log_prob
+from lib.models.gmvae import LogEluPlusOne, Prior, SparseLinear
+from lib.models.likelihoods import Likelihood, gaussian_kl, importance_sample
 from lib.models.sampling import random_streams
 
 SETTINGS = {
@@ -42,16 +42,7 @@ NEGLIGIBLE = 2.0**-25  # half the distance of float32 numbers below 1: a type wi
 
 
 class PaperGMVAE(nn.Module):
-    """
-    Parameters
-    ----------
-    n_genes, n_cell_types
-        Sizes of the data.
-    n_latent
-        Dimensions of z.
-    hidden
-        Layers of q(z|x,y) from the genes down, and of p(x|z) in reverse.
-    """
+    """n_latent: dimensions of z; hidden: layers of q(z|x,y) from the genes down, and of p(x|z) in reverse."""
 
     def __init__(self, n_genes: int, n_cell_types: int, n_latent: int = 32, hidden: tuple[int, int] = (128, 64)):
         super().__init__()
@@ -74,7 +65,7 @@ class PaperGMVAE(nn.Module):
         self.p_x_z_zeros = tower(narrow, wide, n_genes)
         self.p_x_z_mean = tower(narrow, wide, n_genes)
         self.p_x_z_theta = tower(narrow, wide, n_genes)
-        self.prior: dict[str, torch.Tensor] = {}  # nothing: new cells come from p(z|y)
+        self.prior: Prior = {}  # nothing: new cells come from p(z|y)
 
     def q(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """log q(y|x), (n_cells, K), and mean and log-variance of q(z|x,y) for every type y, each (n_cells, K, n_latent)."""
@@ -90,7 +81,9 @@ class PaperGMVAE(nn.Module):
     def p_x(self, z: torch.Tensor) -> Likelihood:
         """p(x|z). z: (n_cells, n_latent)."""
         h = self.p_x_z_trunk(z)
-        log_mean, log_theta = (_LogOfELUPlusOne.apply(net(h)) for net in (self.p_x_z_mean, self.p_x_z_theta))
+        log_mean, log_theta = (
+            LogEluPlusOne.apply(net(h).clamp(min=LOG_EPSILON)) for net in (self.p_x_z_mean, self.p_x_z_theta)
+        )
         return Likelihood(log_mean, None, log_theta, self.p_x_z_zeros(h))
 
     @property
@@ -98,7 +91,7 @@ class PaperGMVAE(nn.Module):
         """One-hot vectors of the types, (K, K)."""
         return torch.eye(self.n_cell_types, dtype=self.q_y_x_bias.dtype, device=self.q_y_x_bias.device)
 
-    def forward(self, batch: Batch, epsilon: torch.Tensor, kl_weight: float = 1.0) -> dict[str, torch.Tensor]:
+    def forward(self, batch: Batch, epsilon: torch.Tensor) -> dict[str, torch.Tensor]:
         """Mean loss per cell and its parts, in nats. epsilon: (n_cells, K, n_latent), standard normal.
 
         The published code decodes every type. Here a type is decoded for a cell only if its weight q(y|x) is at least `NEGLIGIBLE`;
@@ -111,12 +104,13 @@ class PaperGMVAE(nn.Module):
         cells, types = (q_y >= NEGLIGIBLE).nonzero(as_tuple=True)
         weights = q_y[cells, types] / torch.zeros_like(kl_z).index_add(0, cells, q_y[cells, types])[cells]
         log_p_x = self.p_x(z[cells, types]).log_prob(batch.select(cells))
-        reconstruction_loss = -(weights * log_p_x).sum() / batch.n_cells
         label = self.types[batch.cell_type_idx]
         kl_y = (q_y * (log_q_y - LOG_EPSILON * (1 - label))).sum(dim=1)
-        parts = {"reconstruction_loss": reconstruction_loss, "kl_z": kl_z.mean(), "kl_y": kl_y.mean()}
-        loss = reconstruction_loss + kl_weight * (parts["kl_z"] + parts["kl_y"])
-        return {"loss": loss} | {name: value.detach() for name, value in parts.items()}
+        terms = {"reconstruction_loss": -weights * log_p_x, "kl_z": kl_z, "kl_y": kl_y}
+        # a process whose share of a batch has no cell adds 0
+        means = {name: value.sum() / max(1, batch.n_cells) for name, value in terms.items()}
+        loss = means["reconstruction_loss"] + means["kl_z"] + means["kl_y"]
+        return {"loss": loss} | {name: value.detach() for name, value in means.items()}
 
     def initialise(self, dataset: CellDataset) -> None:
         """Nothing: the weights start at random."""
@@ -148,14 +142,13 @@ class PaperGMVAE(nn.Module):
         for batch in dataset.in_order(batch_size):
             batch = batch.select(batch.cell_type_idx >= 0)
             y, rows = batch.cell_type_idx, torch.arange(batch.n_cells, device=dataset.device)
-            _, q_mean, q_log_var = self.q(batch)
-            q, p = (q_mean[rows, y], q_log_var[rows, y]), tuple(part[y] for part in self.p_z())
-            weights = []
+            (_, q_mean, q_log_var), (p_mean, p_log_var) = self.q(batch), self.p_z()
+            q, p = (q_mean[rows, y], q_log_var[rows, y]), (p_mean[y], p_log_var[y])
+            log_weights = []
             for _ in range(n_samples):
-                z = q[0] + (0.5 * q[1]).exp() * torch.randn(q[0].shape, generator=generator, device=dataset.device)
-                log_ratio = (gaussian_log_prob(z, *p) - gaussian_log_prob(z, *q)).sum(dim=1)
-                weights.append(self.p_x(z).log_prob(batch) + log_ratio)
-            parts.append(torch.logsumexp(torch.stack(weights), dim=0) - math.log(n_samples))
+                z, log_ratio = importance_sample(q, p, generator)
+                log_weights.append(self.p_x(z).log_prob(batch) + log_ratio)
+            parts.append(torch.logsumexp(torch.stack(log_weights), dim=0) - math.log(n_samples))
         return torch.cat(parts).cpu().numpy()
 
 
@@ -163,20 +156,3 @@ def tower(*sizes: int) -> nn.Sequential:
     """Linear layers with ReLU between them."""
     layers = [layer for n_in, n_out in pairwise(sizes) for layer in (nn.Linear(n_in, n_out), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
-
-
-class _LogOfELUPlusOne(torch.autograd.Function):
-    """log(ELU(h) + 1), which is h below 0 and log(1 + h) above, at least `LOG_EPSILON`.
-
-    The gradient is written by hand: these are the largest matrices of the model.
-    """
-
-    @staticmethod
-    def forward(ctx, h):
-        ctx.save_for_backward(h)
-        return h.clamp(min=0).log1p_().add_(h.clamp(LOG_EPSILON, 0))
-
-    @staticmethod
-    def backward(ctx, upstream):
-        (h,) = ctx.saved_tensors
-        return h.clamp(min=0).add_(1).reciprocal_().mul_(upstream).masked_fill_(h < LOG_EPSILON, 0)

@@ -1,9 +1,15 @@
 """New cells from a trained GMVAE: everything that happens after training.
 
-fit_prior    z and library size of new cells, from train cells of their type (`lib.models.aggregated_posterior`), and a correction of
+fit_prior    z and library size of new cells: the aggregated posterior of the train cells of their type; and a correction of
              each type's mean counts
 sample       cells of given types, block by block; every block has its own random stream, so that processes can share the work
 Shift        how the bulk encoder moves the cells of a bulk sample
+
+Training brings q(z|x,y) and p(z|y) together, but not completely: the aggregated posterior of a type's cells (Tomczak and Welling,
+"VAE with a VampPrior", AISTATS 2018) is not Gaussian, because programmes that only few cells switch on are skewed and
+heavy-tailed, and a type may consist of several groups of cells. New cells therefore take their z and library size from samples of
+q(z|x,y) of the train cells, blurred by the deviations of other cells: the fewer cells a type has, the more (a smoothed bootstrap,
+Silverman and Young 1987).
 """
 
 from collections.abc import Iterator
@@ -15,13 +21,15 @@ import torch
 
 from lib import parallel
 from lib.data.batches import CellDataset
-from lib.models import aggregated_posterior, conditions, outliers
-from lib.models.gmvae import GMVAE
+from lib.models import conditions
+from lib.models.gmvae import GMVAE, Prior
 from lib.models.likelihoods import Likelihood, sample_counts
-from lib.models.profiles import counts_per_type, shrunken_ratio
+from lib.models.profiles import add_outliers, counts_per_type, posterior_ratio, type_means
 
 BLOCK_CELLS = 256  # cells sampled at a time
 N_PROFILE_CELLS = 1024  # sampled to measure a type's mean profile
+MAX_POINTS = 10_000  # train cells of each type whose z and library size are kept
+PRIOR_CELLS = 10  # weight, in cells, of the deviations of all types in the variance of one type
 
 
 class Shift(NamedTuple):
@@ -34,37 +42,39 @@ class Shift(NamedTuple):
 
 @torch.no_grad()
 def fit_prior(
-    model: GMVAE,
-    dataset: CellDataset,
-    held_out: CellDataset | None,
-    seed: int,
+    model: GMVAE, dataset: CellDataset, held_out: CellDataset | None, seed: int,
     of_cells: conditions.Conditions | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Set `model.prior`, from which `sample` takes z, library sizes and mean corrections.
 
-    Parameters
-    ----------
-    dataset
-        Train cells.
-    held_out
-        Cells not used in training, which count for the types' means; or None.
-    of_cells
-        Conditions of the cells; None for cells of types alone.
+    dataset: train cells; held_out: cells not used in training, which count for the types' means; of_cells: conditions of the cells.
     """
     generator = torch.Generator(dataset.device).manual_seed(seed)
-    cells = aggregated_posterior.select_cells(dataset.cell_type_idx, model.n_cell_types, np.random.default_rng(seed))
+    cells = select_cells(dataset.cell_type_idx, model.n_cell_types, np.random.default_rng(seed))
     points, types = _sample_posterior(model, dataset, cells, generator), dataset.cell_type_idx[cells]
-    of_conditions: aggregated_posterior.Prior = {}
+    of_conditions: Prior = {}
     if of_cells is not None:
         condition_idx = of_cells.idx[cells]
         shift = conditions.fit_shift(points, types, of_cells._replace(idx=condition_idx))
         points = points - shift.mean[condition_idx, types]
         of_conditions = shift.tensors("condition_shift") | {"condition_frequency": of_cells.frequency()}
-    model.prior = aggregated_posterior.fit_prior(points, types, model.n_cell_types) | of_conditions
+    model.prior = aggregated_posterior(points, types, model.n_cell_types) | of_conditions
     observed = counts_per_type(dataset, model.n_cell_types)
     if held_out is not None:
         observed += counts_per_type(held_out, model.n_cell_types)
-    _correct_means(model, observed, generator, of_cells)
+    # log ratio of real to new cells' mean counts for each type and gene, and of each condition's cells to those of all conditions
+    profiles = np.stack([_mean_profile(model, k, generator) for k in range(model.n_cell_types)])
+    ratio = posterior_ratio(observed, profiles * observed.sum(axis=1, keepdims=True) + 1e-9)[0]
+    model.prior["log_ratio"] = torch.from_numpy(np.log(ratio)).float()
+    if of_cells is not None:
+        log_ratio = conditions.fit_log_ratio(of_cells, *_shifted_profiles(model, model.prior, profiles * ratio))
+        model.prior |= log_ratio.tensors("condition_log_ratio")
+
+
+def select_cells(cell_type_idx: np.ndarray, n_cell_types: int, rng: np.random.Generator) -> np.ndarray:
+    """Numbers of the cells whose points are kept: at most `MAX_POINTS` random ones of each type, by type."""
+    members = [np.flatnonzero(cell_type_idx == k) for k in range(n_cell_types)]
+    return np.concatenate([rng.permutation(cells)[:MAX_POINTS] for cells in members])
 
 
 def _sample_posterior(model: GMVAE, dataset: CellDataset, cells: np.ndarray, generator: torch.Generator) -> np.ndarray:
@@ -77,51 +87,63 @@ def _sample_posterior(model: GMVAE, dataset: CellDataset, cells: np.ndarray, gen
     return torch.cat([z, log_library], dim=1).numpy()[np.argsort(order)]
 
 
-def _correct_means(
-    model: GMVAE, observed: np.ndarray, generator: torch.Generator, of_cells: conditions.Conditions | None
-) -> None:
-    """Log ratio of real to new cells' mean counts for each type and gene, by empirical Bayes. observed: (n_cell_types, n_genes).
-
-    With conditions, also the log ratio of each condition's cells to those of all conditions.
-    """
-    assert model.prior is not None
-    profiles = np.stack([_mean_profile(model, k, generator) for k in range(model.n_cell_types)])
-    expected = profiles * observed.sum(axis=1, keepdims=True)
-    ratio = shrunken_ratio(observed, expected + 1e-9)
-    model.prior["log_ratio"] = torch.from_numpy(np.log(ratio)).float()
-    if of_cells is not None:
-        log_ratio = conditions.fit_log_ratio(of_cells, *_shifted_profiles(model, profiles * ratio))
-        model.prior |= log_ratio.tensors("condition_log_ratio")
-
-
-def _shifted_profiles(model: GMVAE, profiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The types' mean profiles after the shift of each condition, to first order (exact change of the logits at the mean of z).
+def aggregated_posterior(points: np.ndarray, cell_type_idx: np.ndarray, n_cell_types: int) -> Prior:
+    """Keep the points of each type. points: cells x dimensions, z and, as the last column, log library size of selected train cells.
 
     Returns
     -------
-    Conditions x types x genes, rows sum to 1; theta, types x genes.
+    mean (types x dimensions); deviations (points x dimensions) of the points from the mean of their type, sorted by type;
+    n_points (types).
     """
-    assert model.prior is not None
+    rows = np.argsort(cell_type_idx, kind="stable")
+    points, cell_type_idx = points[rows].astype(np.float64), cell_type_idx[rows]
+    mean = type_means(points, cell_type_idx, n_cell_types)
+    return {
+        "mean": torch.from_numpy(mean).float(),
+        "deviations": torch.from_numpy(points - mean[cell_type_idx]).float(),
+        "n_points": torch.from_numpy(np.bincount(cell_type_idx, minlength=n_cell_types)),
+    }
+
+
+def sample_aggregated_posterior(prior: Prior, cell_type_idx: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """New points for cells of the given types, (n_cells, n_dims).
+
+    With w = PRIOR_CELLS / (n + PRIOR_CELLS) for a type of n cells: its mean + sqrt(1 - w) x the deviation of a random cell of the type
+    + sqrt(w) x the deviation of a random cell of any type from the mean of its own.
+    """
+    device = cell_type_idx.device
+    mean, deviations, n_points = (prior[name].to(device) for name in ("mean", "deviations", "n_points"))
+    n_own, start = n_points[cell_type_idx], (n_points.cumsum(0) - n_points)[cell_type_idx]
+    u, v = torch.rand(2, len(cell_type_idx), generator=generator, device=device, dtype=torch.float64)
+    own = deviations[(start + u * n_own).long().clamp(max=len(deviations) - 1)]
+    other = deviations[(v * len(deviations)).long()]
+    weight = (PRIOR_CELLS / (n_own + PRIOR_CELLS))[:, None]  # 1 for a type without cells
+    return mean[cell_type_idx] + (1 - weight).sqrt() * own + weight.sqrt() * other
+
+
+def _shifted_profiles(model: GMVAE, prior: Prior, profiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The types' mean profiles after the shift of each condition: conditions x types x genes, rows sum to 1; theta, types x genes.
+
+    To first order: the change of the logits is exact at the mean of z.
+    """
     y = torch.arange(model.n_cell_types, device=model.device)
-    one, mean = torch.ones(len(y), device=model.device), model.prior["mean"][:, :-1].to(model.device)
-    middle = model.p_x(mean, one, y)
-    shifts = model.prior["condition_shift"][:, :, :-1].to(model.device)
-    change = torch.stack([model.p_x(mean + shift, one, y).logits - middle.logits for shift in shifts])
+    one, mean = torch.ones(len(y), device=model.device), prior["mean"][:, :-1].to(model.device)
+    at_mean = model.p_x(mean, one, y)
+    shifts = prior["condition_shift"][:, :, :-1].to(model.device)
+    change = torch.stack([model.p_x(mean + shift, one, y).logits - at_mean.logits for shift in shifts])
     shifted = profiles * change.double().exp().cpu().numpy()
-    theta = middle.log_theta.expand(len(y), -1).double().exp().cpu().numpy()
+    theta = at_mean.log_theta.expand(len(y), -1).double().exp().cpu().numpy()
     return shifted / shifted.sum(axis=2, keepdims=True), theta
 
 
 def _mean_profile(model: GMVAE, cell_type_idx: int, generator: torch.Generator) -> np.ndarray:
     """Mean expression of new cells of a type, as a fraction of their counts: (n_genes,)."""
     total = torch.zeros((), dtype=torch.float64)
+    y = torch.full((BLOCK_CELLS,), cell_type_idx, device=generator.device)
     for _ in range(N_PROFILE_CELLS // BLOCK_CELLS):
-        y = torch.full((BLOCK_CELLS,), cell_type_idx, device=generator.device)
         z, log_library = sample_z(model, y, 1.0, generator)
-        library_size = log_library.exp()
-        total = (
-            total + (library_size[:, None] * model.p_x(z, library_size, y).logits.softmax(dim=1)).sum(dim=0).double()
-        )
+        fractions = model.p_x(z, log_library.exp(), y).logits.softmax(dim=1)
+        total = total + (log_library.exp()[:, None] * fractions).sum(dim=0).double()
     return (total / total.sum()).cpu().numpy()
 
 
@@ -131,21 +153,20 @@ def sample_z(
     """z, (n_cells, n_latent), and log(l / median l), (n_cells,), of new cells: from the fitted prior, else from p(z|y) p(l|z,y)."""
     mean, log_var = model.p_z(cell_type_idx)
     if model.prior is not None:
-        *z, log_library = aggregated_posterior.sample_prior(model.prior, cell_type_idx, generator).unbind(dim=1)
-        middle = model.prior["mean"][:, :-1].to(mean.device)[cell_type_idx]
-        return middle + latent_spread * (torch.stack(z, dim=1) - middle), log_library
-    new_z = mean + latent_spread * (0.5 * log_var).exp() * torch.randn(
-        mean.shape, generator=generator, device=mean.device
-    )
-    l_mean, l_log_var = model.p_l(new_z, cell_type_idx)
-    return new_z, l_mean + (0.5 * l_log_var).exp() * torch.randn(l_mean.shape, generator=generator, device=mean.device)
+        points = sample_aggregated_posterior(model.prior, cell_type_idx, generator)
+        mean = model.prior["mean"][:, :-1].to(mean.device)[cell_type_idx]
+        return mean + latent_spread * (points[:, :-1] - mean), points[:, -1]
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+    z = mean + latent_spread * (0.5 * log_var).exp() * noise
+    l_mean, l_log_var = model.p_l(z, cell_type_idx)
+    return z, l_mean + (0.5 * l_log_var).exp() * torch.randn(l_mean.shape, generator=generator, device=mean.device)
 
 
 def sample(
     model: GMVAE, cell_type_idx: np.ndarray, seed: int, latent_spread: float = 1.0, blocks: range | None = None,
     shift: Shift | None = None, groups: np.ndarray | None = None, condition_idx: np.ndarray | None = None,
 ) -> Iterator[sp.csr_matrix]:  # fmt: skip
-    """New cells of the given types, `BLOCK_CELLS` at a time.
+    """New cells of the given types, `BLOCK_CELLS` at a time: cells x n_genes, raw counts, CSR.
 
     Parameters
     ----------
@@ -161,16 +182,11 @@ def sample(
         What bulk samples say about the states of the cells, and the group of each cell, (n_cells,): sample x n_cell_types + type.
     condition_idx
         (n_cells,) condition of each new cell, for a model with conditions; None: random, as frequent as in the type's train cells.
-
-    Yields
-    ------
-    Cells x n_genes, raw counts, CSR.
     """
     prior = model.prior or {}
     if condition_idx is None and "condition_shift" in prior:
         condition_idx = conditions.assign(prior, cell_type_idx, seed)
-
-    of_outliers = model.outlier_group.cpu().numpy(), model.outlier_rate.cpu().numpy(), model.outlier_sizes.cpu().numpy()
+    outliers = model.outlier_group.cpu().numpy(), model.outlier_rate.cpu().numpy(), model.outlier_sizes.cpu().numpy()
 
     @torch.no_grad()
     def sample_block(stream: tuple[slice, torch.Generator]) -> sp.csr_matrix:
@@ -179,9 +195,9 @@ def sample(
         z, log_library = sample_z(model, y, latent_spread, generator)
         log_ratio = None
         if condition_idx is not None:
-            kind = torch.from_numpy(condition_idx[rows].astype(np.int64)), y.cpu()
-            moved, log_ratio = (prior[name][kind].to(z) for name in ("condition_shift", "condition_log_ratio"))
-            z, log_library = z + moved[:, :-1], log_library + moved[:, -1]
+            effect = torch.from_numpy(condition_idx[rows].astype(np.int64)), y.cpu()
+            point_shift, log_ratio = (prior[f"condition_{name}"][effect].to(z) for name in ("shift", "log_ratio"))
+            z, log_library = z + point_shift[:, :-1], log_library + point_shift[:, -1]
         if shift is not None:
             assert groups is not None
             group = torch.from_numpy(groups[rows].astype(np.int64)).to(model.device)
@@ -192,7 +208,7 @@ def sample(
         order = y.argsort(stable=True)
         likelihoods = _by_type(model, y, z, log_library.exp() * model.library_median, log_ratio, order)
         counts = sample_counts(likelihoods, generator)[order.argsort().cpu().numpy()]
-        outliers.put_back(counts, *of_outliers, generator)
+        add_outliers(counts, *outliers, generator)
         return counts
 
     streams = random_streams(len(cell_type_idx), seed, blocks, model.device)
@@ -209,10 +225,10 @@ def _by_type(
     """
     for cells in order.split(y.bincount().tolist()):
         if len(cells):
-            of_type = y[cells[:1]]
-            likelihood = model.p_x(z[cells], library_size[cells], of_type)
+            cell_type = y[cells[:1]]
+            likelihood = model.p_x(z[cells], library_size[cells], cell_type)
             if model.prior is not None:
-                likelihood.logits += model.prior["log_ratio"].to(z)[of_type]
+                likelihood.logits += model.prior["log_ratio"].to(z)[cell_type]
             if log_ratio is not None:
                 likelihood.logits += log_ratio[cells]
             likelihood.log_theta = likelihood.log_theta.view(-1)

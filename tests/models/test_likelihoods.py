@@ -1,15 +1,23 @@
-"""Likelihoods against scipy, closed forms and limits; gradients against finite differences."""
+"""Likelihoods against scipy, closed forms and limits; gradients against finite differences; sampled counts against their distribution."""
 
 import numpy as np
 import pytest
 import scipy.sparse as sp
 import scipy.stats
 import torch
+from helpers import CPU
 
 from lib.data.batches import CellDataset
-from lib.models.likelihoods import gaussian_kl, gaussian_log_prob, nb_log_prob, standard_normal_kl, zinb_log_prob
-
-CPU = torch.device("cpu")
+from lib.models.likelihoods import (
+    Likelihood,
+    gaussian_kl,
+    gaussian_log_prob,
+    importance_sample,
+    nb_log_prob,
+    sample_counts,
+    sample_positive_nb,
+    standard_normal_kl,
+)
 
 
 def batch_of(counts: np.ndarray):
@@ -23,8 +31,8 @@ def mean(mu) -> tuple[torch.Tensor, torch.Tensor]:
     return log_mu, log_mu.logsumexp(dim=1)
 
 
-def nb_reference(counts, mu, theta):
-    return scipy.stats.nbinom.logpmf(counts, theta, theta / (theta + mu)).sum(axis=1)
+def nb(mu, theta):
+    return scipy.stats.nbinom(theta, theta / (theta + mu))
 
 
 @pytest.fixture
@@ -36,71 +44,49 @@ def cells():
     return counts, mu
 
 
-@pytest.mark.parametrize("theta", [1e-2, 0.3, 1.0, 10.0, 1e3, 1e4, 1e6])
+@pytest.mark.parametrize("theta", [1e-2, 0.3, 1.0, 10.0, 1e3, 1e4, 1e6, "of each cell and gene"])
 def test_nb_equals_scipy_over_the_whole_range_of_theta(cells, theta):
     counts, mu = cells
-    ours = nb_log_prob(batch_of(counts), *mean(mu), torch.full((50,), np.log(theta), dtype=torch.float32))
+    theta = np.random.default_rng(2).lognormal(0, 1, mu.shape) if isinstance(theta, str) else np.full(50, theta)
+    ours = nb_log_prob(batch_of(counts), *mean(mu), torch.tensor(theta).float().log())
     # the error of float32 inputs alone: theta and mu are precise to 1e-7, and the log-likelihood depends on them
-    np.testing.assert_allclose(ours, nb_reference(counts, mu, theta), rtol=2e-6, atol=2e-3)
+    np.testing.assert_allclose(ours, nb(mu, theta).logpmf(counts).sum(axis=1), rtol=2e-6, atol=2e-3)
 
 
 def test_nb_per_entry_error_is_small_at_large_theta():
     x, mu, theta = 3.0, 2.5, 1e6
     ours = nb_log_prob(batch_of(np.array([[x]])), *mean([[mu]]), torch.tensor([theta]).log())
-    assert abs(ours.item() - scipy.stats.nbinom.logpmf(x, theta, theta / (theta + mu))) < 1e-5
-
-
-def test_nb_with_theta_per_cell_and_gene(cells):
-    counts, mu = cells
-    theta = np.random.default_rng(2).lognormal(0, 1, mu.shape)
-    ours = nb_log_prob(batch_of(counts), *mean(mu), torch.tensor(theta).float().log())
-    np.testing.assert_allclose(ours, nb_reference(counts, mu, theta), rtol=2e-6)
+    assert abs(ours.item() - nb(mu, theta).logpmf(x)) < 1e-5
 
 
 def test_nb_tends_to_poisson(cells):
-    counts, mu = cells
-    counts = np.minimum(counts, 50)
-    mu = np.minimum(mu, 50)
+    counts, mu = (np.minimum(x, 50) for x in cells)
     ours = nb_log_prob(batch_of(counts), *mean(mu), torch.full((50,), np.log(1e6), dtype=torch.float32))
     np.testing.assert_allclose(ours, scipy.stats.poisson.logpmf(counts, mu).sum(axis=1), rtol=1e-4)
 
 
-def test_zinb_equals_the_mixture_formula(cells):
+def test_zinb_equals_the_mixture_formula_and_without_inflation_the_nb(cells):
     counts, mu = cells
     rng = np.random.default_rng(3)
     logits, theta = rng.normal(0, 2, mu.shape), rng.lognormal(0, 1, 50)
     pi = 1 / (1 + np.exp(-logits))
-    nb = scipy.stats.nbinom.pmf(counts, theta, theta / (theta + mu))
-    log_nb = scipy.stats.nbinom.logpmf(counts, theta, theta / (theta + mu))
-    expected = np.where(counts == 0, np.log(pi + (1 - pi) * nb), np.log1p(-pi) + log_nb).sum(axis=1)
-    ours = zinb_log_prob(batch_of(counts), *mean(mu), torch.tensor(theta).float().log(), torch.tensor(logits).float())
-    np.testing.assert_allclose(ours, expected, rtol=2e-6)
-
-
-def test_zinb_without_inflation_is_nb(cells):
-    counts, mu = cells
-    arguments = batch_of(counts), *mean(mu), torch.zeros(50)
-    np.testing.assert_allclose(
-        zinb_log_prob(*arguments, torch.full(mu.shape, -40.0)), nb_log_prob(*arguments), rtol=1e-6
-    )
+    zero = np.log(pi + (1 - pi) * nb(mu, theta).pmf(counts))
+    expected = np.where(counts == 0, zero, np.log1p(-pi) + nb(mu, theta).logpmf(counts)).sum(axis=1)
+    arguments = batch_of(counts), *mean(mu), torch.tensor(theta).float().log()
+    np.testing.assert_allclose(nb_log_prob(*arguments, torch.tensor(logits).float()), expected, rtol=2e-6)
+    without = nb_log_prob(*arguments, torch.full(mu.shape, -40.0))
+    np.testing.assert_allclose(without, nb_log_prob(*arguments), rtol=1e-6)
 
 
 @pytest.mark.parametrize("zero_inflated", [False, True])
-def test_gradients_equal_finite_differences(zero_inflated):
-    batch = batch_of(np.array([[0, 2, 7], [1, 0, 0]]))
-    generator = torch.Generator().manual_seed(0)
-    logits, zi_logits = (
-        torch.randn((2, 3), generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2)
-    )
-    log_library = torch.randn(2, generator=generator, dtype=torch.float64, requires_grad=True)
-    for shape in ((3,), (2, 3)):
-        log_theta = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
-        if zero_inflated:
-            assert torch.autograd.gradcheck(
-                lambda *p: zinb_log_prob(batch, *p), (logits, log_library, log_theta, zi_logits)
-            )
-        else:
-            assert torch.autograd.gradcheck(lambda *p: nb_log_prob(batch, *p), (logits, log_library, log_theta))
+@pytest.mark.parametrize("theta_shape", [(3,), (2, 3)])
+def test_gradients_equal_finite_differences(zero_inflated, theta_shape):
+    batch, generator = batch_of(np.array([[0, 2, 7], [1, 0, 0]])), torch.Generator().manual_seed(0)
+    shapes = [(2, 3), (2,), theta_shape] + [
+        (2, 3)
+    ] * zero_inflated  # logits, log library, log theta, logits of extra zeros
+    inputs = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
+    assert torch.autograd.gradcheck(lambda *p: nb_log_prob(batch, *p), inputs)
 
 
 def test_gaussian_kl_by_hand_and_by_torch():
@@ -112,5 +98,46 @@ def test_gaussian_kl_by_hand_and_by_torch():
     expected = torch.distributions.kl_divergence(q, p).sum(dim=1)
     torch.testing.assert_close(gaussian_kl(q_mean, q_log_var, p_mean, p_log_var), expected)
     torch.testing.assert_close(gaussian_log_prob(q_mean, p_mean, p_log_var), p.log_prob(q_mean))
-    expected = 0.5 * (q_mean**2 + q_log_var.exp() - q_log_var - 1).sum(dim=1)
-    torch.testing.assert_close(standard_normal_kl(q_mean, q_log_var), expected)
+    standard = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum(dim=1)
+    torch.testing.assert_close(standard_normal_kl(q_mean, q_log_var), standard)
+    z, log_ratio = importance_sample((q_mean, q_log_var), (p_mean, p_log_var), torch.Generator().manual_seed(1))
+    torch.testing.assert_close(log_ratio, (p.log_prob(z) - q.log_prob(z)).sum(dim=1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("extra_zeros", [0.0, 0.3])
+@pytest.mark.parametrize("of_cell", [False, True])
+def test_sampled_counts_have_the_zeros_means_and_variances_of_the_distribution(extra_zeros, of_cell):
+    """Two likelihoods, one after the other, with thetas and extra zeros of their own genes, or of each cell and gene."""
+    n, shares, theta = 20_000, np.array([0.001, 0.02, 0.179, 0.8]), np.array([0.1, 5.0, 1.0, 1e4])
+    log_theta = torch.tensor(theta).float().log()
+    likelihoods = [
+        Likelihood(
+            torch.tensor(shares).float().log().expand(n, 4),
+            torch.full((n,), np.log(library)),
+            log_theta.expand(n, 4) if of_cell else log_theta,
+            torch.full((n, 4), np.log(extra_zeros / (1 - extra_zeros))) if extra_zeros else None,
+        )
+        for library in (2.0, 60.0)
+    ]
+    x = sample_counts(likelihoods, torch.Generator().manual_seed(3)).toarray()
+    for library, part in ((2.0, x[:n]), (60.0, x[n:])):
+        mu = library * shares
+        zeros = extra_zeros + (1 - extra_zeros) * nb(mu, theta).pmf(0)
+        np.testing.assert_allclose((part == 0).mean(axis=0), zeros, atol=4 * 0.5 / np.sqrt(n))
+        variance = (1 - extra_zeros) * (mu + mu**2 / theta + extra_zeros * mu**2)
+        assert (np.abs(part.mean(axis=0) - (1 - extra_zeros) * mu) < 5 * np.sqrt(variance / n)).all()
+        np.testing.assert_allclose(part.var(axis=0)[1:], variance[1:], rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    "mu, theta", [(0.05, 0.02), (0.3, 5.0), (4.0, 0.1), (4.0, 30.0), (300.0, 2.0), (50.0, 0.02), (0.01, 1e6)]
+)
+def test_positive_counts_follow_the_truncated_distribution(mu, theta):
+    """Both ways of sampling, against scipy's negative binomial without its zeros."""
+    n, generator = 60_000, torch.Generator().manual_seed(1)
+    ratio, shape = (torch.full((n,), value, dtype=torch.float64) for value in (mu / theta, theta))
+    x = sample_positive_nb(ratio, shape, torch.rand(n, generator=generator, dtype=torch.float64), generator).numpy()
+    sf, isf = nb(mu, theta).sf, nb(mu, theta).isf
+    edges = np.unique([isf(sf(0) * tail) for tail in (0.99, 0.9, 0.75, 0.5, 0.25, 0.1, 0.02)])
+    assert x.min() >= 1
+    np.testing.assert_allclose((x[:, None] > edges).mean(axis=0), sf(edges) / sf(0), atol=4 * 0.5 / np.sqrt(n))

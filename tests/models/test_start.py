@@ -1,4 +1,4 @@
-"""The axes within the types: their number, their loadings, and the scores of cells on them, in simulated cells."""
+"""Where training starts: the axes within the types, in simulated cells, and the parameters that are set from them."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,9 @@ import scipy.sparse as sp
 import torch
 
 from lib.data.batches import CellDataset
-from lib.models.axes import _shrunken, within_type_axes
+from lib.models.gmvae import GMVAE
 from lib.models.profiles import gene_marginals
+from lib.models.start import _shrunken, initialise, within_type_axes
 
 N_CELLS, N_GENES = 1500, 400
 
@@ -38,7 +39,8 @@ def scores(axes, counts, types):
 
 def test_axes_are_the_programmes_and_not_the_types():
     counts, types, z, _ = cells(3)
-    axes = axes_of(counts, types)
+    unlabelled = sp.csr_matrix(np.full((50, N_GENES), 9, dtype=np.float32))  # are left out
+    axes = axes_of(sp.vstack([counts, unlabelled], format="csr"), np.append(types, np.full(50, -1)))
     assert 3 <= axes.loadings.shape[1] <= 4
     estimate = scores(axes, counts, types)
     true_basis, basis = (np.linalg.qr(x - x.mean(axis=0))[0] for x in (z, estimate))
@@ -64,22 +66,6 @@ def test_cells_without_programmes_have_no_axes():
     assert axes.loadings.shape == (N_GENES, 1) and np.sqrt((axes.loadings**2).mean()) < 0.05
 
 
-def test_a_rare_gene_in_a_cell_with_an_extreme_score_gets_no_loading():
-    counts, types, z, _ = cells(2)
-    dense = counts.toarray()
-    dense[:, -1] = 0
-    dense[np.argmax(z[:, 0]), -1] = 1
-    axes = axes_of(sp.csr_matrix(dense), types)
-    assert np.abs(axes.loadings[-1]).max() < 0.2
-
-
-def test_cells_without_a_label_are_left_out():
-    counts, types, *_ = cells(2)
-    both = sp.vstack([counts, sp.csr_matrix(np.full((50, N_GENES), 9, dtype=np.float32))], format="csr")
-    axes = axes_of(both, np.append(types, np.full(50, -1)))
-    assert axes.loadings.shape[1] == 2
-
-
 def test_shrinkage_is_that_of_a_known_prior():
     """Half of the values are 0, half normal: precise estimates stay, imprecise ones are shrunk towards 0."""
     rng = np.random.default_rng(0)
@@ -92,3 +78,17 @@ def test_shrinkage_is_that_of_a_known_prior():
     np.testing.assert_allclose(
         shrunk[:2000][np.abs(true[:2000]) > 0.3], estimate[:2000][np.abs(true[:2000]) > 0.3], rtol=0.05
     )
+
+
+def test_the_model_starts_at_the_profiles_and_scores():
+    counts, types, *_ = cells(2)
+    dataset = CellDataset(counts, types, torch.device("cpu"))
+    marginals, axes = gene_marginals(dataset, 2), axes_of(counts, types)
+    model = GMVAE(N_GENES, 2, axes.loadings.shape[1])
+    initialise(model, dataset, marginals, axes)
+    batch = dataset.in_memory_cells.batch(np.arange(20))
+    with torch.no_grad():
+        mean, _ = model.q_z(model.encode_genes(batch), batch)
+        at_zero = model.p_x(torch.zeros(20, model.n_latent), batch.library_size, batch.cell_type_idx)
+    np.testing.assert_allclose(mean, scores(axes, counts, types)[:20], atol=2e-3)
+    np.testing.assert_allclose(at_zero.logits.softmax(dim=1), marginals.profiles[types[:20]], rtol=1e-4)

@@ -1,4 +1,4 @@
-"""The axes along which cells of one type differ: the starting point of the GMVAE's latent variables.
+"""Where the training of the GMVAE starts: the profiles and library sizes of the types, and the axes along which cells of one type differ.
 
 Within a type, a few gene programmes (cell cycle, interferon response, mitochondrial and ribosomal content, ...) change many
 genes together. From a random start, training finds one or two of them before the decoder begins to overfit the train cells.
@@ -7,13 +7,16 @@ sampling error, and even the variance along the real ones is overestimated. Axes
 were not used to find an axis decide whether it is real and how strong it is, and loadings are shrunk by their standard error.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
+import torch
 from scipy.linalg import eigh
+from torch import nn
 
 from lib.data.batches import CellDataset
+from lib.models.gmvae import GMVAE
 from lib.models.profiles import GeneMarginals, type_means
 
 MAX_CELLS = 10_000  # random cells used at most
@@ -26,8 +29,7 @@ MAX_LOADING = 1.5  # log fold change of a gene per standard deviation of z
 STANDARD_DEVIATIONS = np.array([0, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6])
 
 
-@dataclass
-class Axes:
+class Axes(NamedTuple):
     """Linear estimate of z: z = log_normalized @ projection + offset[type], with variance 1 over cells."""
 
     loadings: np.ndarray  # (n_genes, n_axes) change of a gene's log mean per unit of z
@@ -37,16 +39,9 @@ class Axes:
 
 
 def within_type_axes(dataset: CellDataset, marginals: GeneMarginals, max_axes: int, seed: int) -> Axes:
-    """Find the axes within the types that held-out cells confirm.
+    """Find the axes within the types that held-out cells confirm: at most `max_axes`; where there are none, one whose loadings are 0.
 
-    Parameters
-    ----------
-    dataset
-        Train cells; cells without a label are left out.
-    marginals
-        Of the same cells.
-    max_axes
-        Number of axes at most. Where held-out cells confirm none, one axis whose loadings are 0 is returned.
+    dataset: train cells, of which those without a label are left out; marginals: of the same cells.
     """
     n_cell_types = len(marginals.profiles)
     rng = np.random.default_rng(seed)
@@ -102,7 +97,8 @@ def _cross_fitted_scores(deviations: np.ndarray, max_axes: int, rng: np.random.G
     max_axes = min(max_axes, n_genes // 2)
     fold = rng.permutation(n_cells) % N_FOLDS
     products = [deviations[fold == f].T @ deviations[fold == f] for f in range(N_FOLDS)]
-    axes = [_leading_eigenvectors(sum(products) - held_out, 2 * max_axes) for held_out in products]
+    last = [n_genes - 2 * max_axes, n_genes - 1]  # eigh returns the largest eigenvalues last
+    axes = [eigh(sum(products) - held_out, subset_by_index=last)[1][:, ::-1] for held_out in products]
     variance = np.stack([((deviations[fold == f] @ axes[f]) ** 2).mean(axis=0) for f in range(N_FOLDS)])
     residual_variance = variance[:, max_axes:].mean()
     mean, error = variance.mean(axis=0)[:max_axes], variance.std(axis=0)[:max_axes] / np.sqrt(N_FOLDS)
@@ -115,11 +111,6 @@ def _cross_fitted_scores(deviations: np.ndarray, max_axes: int, rng: np.random.G
     signal = np.maximum((scores**2).mean(axis=0) - residual_variance, 0.1 * residual_variance)
     limit = MAX_SCORE * scores.std(axis=0)
     return np.clip(scores, -limit, limit) / np.sqrt(signal)
-
-
-def _leading_eigenvectors(covariance: np.ndarray, n_axes: int) -> np.ndarray:
-    n = len(covariance)
-    return eigh(covariance, subset_by_index=[n - n_axes, n - 1])[1][:, ::-1]
 
 
 def _loadings(
@@ -145,8 +136,9 @@ def _loadings(
         observed += squares - 2 * mu * (counts[cells].T @ (s**2 * library))
     slope, error = slope / total, np.sqrt(np.maximum(expected, observed)) / total
     shrunk = np.empty_like(slope)
+    # genes of similar expression share a prior
     by_expression = np.array_split(np.argsort(total[:, 0], kind="stable"), min(20, max(1, len(total) // 100)))
-    for genes in by_expression:  # genes of similar expression share a prior
+    for genes in by_expression:
         shrunk[genes] = _shrunken(slope[genes], error[genes])
     return np.clip(shrunk, -MAX_LOADING, MAX_LOADING)
 
@@ -169,3 +161,32 @@ def _shrunken(estimate: np.ndarray, standard_error: np.ndarray) -> np.ndarray:
             weights = posterior.mean(axis=0)
         shrunk[:, j] = (posterior * STANDARD_DEVIATIONS**2 / variance).sum(axis=1) * estimate[:, j]
     return shrunk
+
+
+@torch.no_grad()
+def initialise(model: GMVAE, dataset: CellDataset, marginals: GeneMarginals, axes: Axes) -> None:
+    """Set the parameters that can be estimated without gradients, from train cells, and profiles and dispersions of their genes.
+
+    q(z|x,y) and p(x|z,y,l) start on the axes, p(z|y) on a standard normal distribution.
+    """
+    cell_type_idx, library_size = dataset.cell_type_idx, dataset.library_size
+    model.library_median.fill_(float(np.median(library_size)))
+    model.n_train_cells.fill_(len(library_size))
+    n_per_type = np.bincount(cell_type_idx[cell_type_idx >= 0], minlength=model.n_cell_types)
+    model.type_frequency.copy_(torch.from_numpy((n_per_type + 1) / (n_per_type + 1).sum()))
+    mean_profile = model.type_frequency.cpu().double().numpy() @ marginals.profiles
+    model.log_profiles.copy_(torch.from_numpy(np.log(marginals.profiles)))
+    nn.init.zeros_(model.p_x_zyl_log_mean.bias)
+    model.p_x_zyl_log_mean.weight.copy_(torch.from_numpy(axes.loadings))
+    model.q_z_xy_axes.weight.copy_(torch.from_numpy(axes.projection))
+    for layer in (model.q_z_xy_mean, model.q_z_xy_log_var, model.p_l_zy_mean):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    model.q_z_xy_mean.weight[:, :-1] = torch.from_numpy(axes.offset.T)
+    model.q_z_xy_log_var.bias.copy_(torch.from_numpy(np.log(axes.variance)))
+    model.log_theta.copy_(torch.from_numpy(marginals.log_theta))
+    model.log_theta_mean.fill_(float(mean_profile @ marginals.log_theta))
+    if model.p_x_zyl_zi_logits is not None:
+        nn.init.zeros_(model.p_x_zyl_zi_logits.weight)
+        nn.init.constant_(model.p_x_zyl_zi_logits.bias, -4.0)
+    model.p_l_zy_log_scale.fill_(float(np.log(np.log(library_size).std() + 1e-2)))
