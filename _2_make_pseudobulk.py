@@ -21,7 +21,7 @@ import scipy.sparse as sp
 
 from lib import options
 from lib.bulk import pseudobulk
-from lib.bulk.reference import reference_profiles
+from lib.bulk.regression import reference_profiles
 from lib.bulk.rna_content import print_rna_per_cell, rna_per_cell
 from lib.data.counts import hold_out, read_split, write_blocks
 from lib.data.hdf5 import write_h5ad

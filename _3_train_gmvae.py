@@ -21,7 +21,7 @@ from lib import options, parallel
 from lib.baselines import registry
 from lib.data.batches import CellDataset
 from lib.data.counts import hold_out, n_entries, read_counts
-from lib.evaluation.plots_training import loss_curves
+from lib.evaluation.plots_cells import loss_curves
 from lib.models.conditions import condition_column, read_conditions
 from lib.models.gmvae import GMVAE
 from lib.models.profiles import GeneMarginals, find_outliers, gene_marginals, nb_baseline, nb_per_type_log_likelihood

@@ -14,6 +14,7 @@ run     python _5_generate.py
 time    650 test cells x 13,000 genes: 1 to 3 minutes; 2,500 x 19,000: 3-6 minutes; most of it is the evaluation
 """
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ from lib.bulk.deconvolution import Deconvolution
 from lib.bulk.pseudobulk import largest_remainder, require_test_mixtures
 from lib.bulk.rna_content import SETTINGS, print_rna_per_cell, rna_per_cell, table_path
 from lib.bulk.tables import holds_cells, read_bulk, read_cell_numbers, read_gene_ids, read_proportions, to_tpm
-from lib.data.counts import read_split, row_blocks, write_blocks, write_counts, write_mtx
+from lib.data.counts import read_split, read_uns, row_blocks, write_blocks, write_counts, write_mtx
 from lib.data.embedding import in_large_clusters, load_pymde
 from lib.evaluation import evaluate as evaluation
 from lib.models import conditions
@@ -106,17 +107,18 @@ def main() -> None:
     cells = read_cells(data)
     test = None if cells is None else cells[1]
     checkpoint, model = load_generator(GENERATOR, models, test, device)
-    check_condition(checkpoint)
 
-    deconvolution = deconvolve(checkpoint, test, models)
-    written = generate(checkpoint, model, deconvolution, test, output)
+    of_bulk = deconvolve(checkpoint, test, models)
+    written = generate(checkpoint, model, of_bulk, test, output)
     if not parallel.IS_FIRST:
         return
-    if deconvolution is not None:
-        written = write_proportions(deconvolution, data) + written
+    if of_bulk is not None:
+        written = deconvolution.write(of_bulk.estimate, data) + written
+        if of_bulk.method == "bulk_encoder":
+            written.append(bulk_encoder.write_states(of_bulk.checkpoint, of_bulk.bulk, data / "predicted_states.csv"))
     then = f"open the cells: scanpy.read_h5ad({str(output)!r})"
     if EVALUATE:
-        written += evaluate(checkpoint, model, deconvolution, cells, output, written, device)
+        written += evaluate(checkpoint, model, of_bulk, cells, output, written, device)
         then = (
             f"open {fig / 'report.html'} in a browser, or {then}" if REPORT else f"look at {FIG_DIR}/*.png, or {then}"
         )
@@ -156,18 +158,6 @@ def check_options() -> None:
             user_path(file)
 
 
-def check_condition(checkpoint: dict[str, Any]) -> None:
-    """Refuse a GENERATE_CONDITION that the model does not know."""
-    known = checkpoint.get("conditions", {"values": []})["values"]
-    if GENERATE_CONDITION not in (None, *known, *(["new"] if known else [])):
-        expected = (
-            "the model was trained without CONDITION: set it to none, or train with _3_train_gmvae.py --condition donor"
-        )
-        raise ValueError(
-            f"GENERATE_CONDITION is {GENERATE_CONDITION!r}; {f'expected {", ".join(known)}, new or none' if known else expected}"
-        )
-
-
 def output_path(data: Path) -> Path:
     path = Path(OUTPUT).expanduser()
     taken = ("counts.h5ad", "train.h5ad", "test.h5ad", "pseudobulk_train.h5ad")
@@ -179,13 +169,7 @@ def output_path(data: Path) -> Path:
 
 
 def read_cells(data: Path) -> tuple[ad.AnnData, ad.AnnData] | None:
-    """Train cells and test cells; None where `data` holds neither: models of somebody else generate without them.
-
-    Raises
-    ------
-    FileNotFoundError
-        If they are missing, and the sum of the test cells is to be the bulk, or their numbers are wanted.
-    """
+    """Train cells and test cells; None where `data` holds neither: models of somebody else generate without them."""
     if any((data / f"{part}.h5ad").exists() for part in ("train", "test")):
         cells = read_split(data)
         if EVALUATE and not (CELL_COUNTS or PROPORTIONS_FILE):
@@ -250,13 +234,6 @@ def read_bulk_samples(gene_names: list[str], test: ad.AnnData | None, gene_lengt
     return to_tpm(bulk, BULK_UNITS, gene_length_bp, user_path(REPLICATES) if REPLICATES else None)
 
 
-def write_proportions(of_bulk: Deconvolution, data: Path) -> list[Path]:
-    written = deconvolution.write(of_bulk.estimate, data)
-    if of_bulk.method == "bulk_encoder":
-        written.append(bulk_encoder.write_states(of_bulk.checkpoint, of_bulk.bulk, data / "predicted_states.csv"))
-    return written
-
-
 # --- from proportions to cells
 
 
@@ -276,23 +253,39 @@ def generate(
     names = [f"generated_{i + 1}" for i in range(len(types))]
     obs = pd.DataFrame({"cell_type": pd.Categorical.from_codes(types, n_cells.columns)}, index=names)
     obs["sample"] = pd.Categorical(samples[groups // n_types], categories=pd.unique(samples))
-    obs["library_size"] = 0.0
     arguments: dict[str, Any] = {}
     if "conditions" in checkpoint:
-        arguments["condition_idx"] = choose_conditions(checkpoint, model, types, obs)
+        column, values = checkpoint["conditions"]["column"], checkpoint["conditions"]["values"]
+        obs[column] = conditions.choose(model, values, GENERATE_CONDITION, types, SEED)
+        arguments["condition_idx"] = obs[column].cat.codes.to_numpy()
+    elif GENERATE_CONDITION is not None:
+        raise ValueError(
+            f"GENERATE_CONDITION is {GENERATE_CONDITION!r}, but the model was trained without CONDITION: set it to none"
+        )
     if of_bulk is not None and of_bulk.method == "bulk_encoder":
-        arguments |= {"shift": shift_of(of_bulk, model, checkpoint["gene_names"]), "groups": groups}
+        shares = of_bulk.estimate.proportions.to_numpy()
+        shift = bulk_encoder.shift_of_cells(
+            of_bulk.checkpoint, model, checkpoint["gene_names"], shares, of_bulk.bulk, SEED
+        )
+        arguments |= {"shift": shift, "groups": groups}
     uns = {"dataset": checkpoint["dataset"], "split_id": checkpoint["split_id"], "seed": SEED}
     uns |= {"latent_spread": LATENT_SPREAD, "generator": GENERATOR}
     cells = ad.AnnData(obs=obs, var=pd.DataFrame(index=checkpoint["gene_names"]), uns=uns)
     numbers = range(parallel.RANK, n_blocks(len(types)), parallel.N_RANKS)  # blocks of this process
-    blocks = parallel.in_turn(
-        registry.sample(model, types, SEED, LATENT_SPREAD, numbers, **arguments), n_blocks(len(types))
-    )
+    own_blocks = registry.sample(model, types, SEED, LATENT_SPREAD, numbers, **arguments)
     started = time.perf_counter()
+
+    def blocks() -> Iterator[sp.csr_matrix]:
+        library_sizes = []
+        for counts in parallel.in_turn(own_blocks, n_blocks(len(types))):
+            library_sizes.append(np.asarray(counts.sum(axis=1)).ravel())
+            yield counts
+        cells.obs["library_size"] = np.concatenate(library_sizes) if library_sizes else 0.0
+
     if not parallel.IS_FIRST:
-        return list(blocks)
-    write_blocks(cells, with_library_size(blocks, cells.obs), output)
+        list(blocks())  # sent to the first process
+        return []
+    write_blocks(cells, blocks(), output)
     seconds = time.perf_counter() - started
     print(f"generated and written in {seconds:.1f} s: {len(types) / seconds:,.0f} cells/s")
     if MIN_CLUSTER_CELLS is not None:
@@ -321,44 +314,6 @@ def cells_per_type(of_bulk: Deconvolution | None, types: list[str], test: ad.Ann
     return pd.DataFrame(largest_remainder(shares.to_numpy(), total), shares.index, types)
 
 
-def choose_conditions(
-    checkpoint: dict[str, Any], model: torch.nn.Module, types: np.ndarray, obs: pd.DataFrame
-) -> np.ndarray:
-    """Condition of each new cell, as GENERATE_CONDITION says, also written to `obs`; a new one is added to the model."""
-    assert isinstance(model, GMVAE) and model.prior is not None
-    column, values = checkpoint["conditions"]["column"], checkpoint["conditions"]["values"]
-    if GENERATE_CONDITION is None:
-        idx = conditions.assign(model.prior, types, SEED)
-    else:
-        if GENERATE_CONDITION not in values:
-            model.prior, values = conditions.add_new(model.prior, SEED), [*values, GENERATE_CONDITION]
-        idx = np.full(len(types), values.index(GENERATE_CONDITION))
-    obs[column] = pd.Categorical.from_codes(idx, values)
-    return idx
-
-
-def shift_of(of_bulk: Deconvolution, model: torch.nn.Module, gene_names: list[str]) -> Shift:
-    """How the bulk encoder shifts the cells of each sample and type."""
-    assert isinstance(model, GMVAE)
-    if bulk_encoder.weights_id(model) != of_bulk.checkpoint["gmvae_id"]:
-        raise ValueError(
-            "models/bulk_encoder.pt was trained for another model than models/gmvae.pt; "
-            "run _4_train_sctape.py --network bulk_encoder again, or set DECONVOLUTION to regression"
-        )
-    shift = bulk_encoder.shift(of_bulk.checkpoint, of_bulk.bulk)
-    shares, lengths = of_bulk.estimate.proportions.to_numpy(), of_bulk.checkpoint["gene_length_bp"]
-    return bulk_encoder.with_genes(shift, model, gene_names, lengths, shares, of_bulk.bulk, SEED)
-
-
-def with_library_size(blocks: Iterator[sp.csr_matrix], obs: pd.DataFrame) -> Iterator[sp.csr_matrix]:
-    """The same blocks; the sums of their rows are entered in obs["library_size"]."""
-    done, column = 0, obs.columns.get_loc("library_size")
-    for counts in blocks:
-        obs.iloc[done : done + counts.shape[0], column] = np.asarray(counts.sum(axis=1)).ravel()
-        done += counts.shape[0]
-        yield counts
-
-
 def drop_small_clusters(output: Path, min_cells: int) -> None:
     """Small-cluster filter: remove the generated cells in clusters of fewer cells than `min_cells` from the file."""
     cells = ad.read_h5ad(output)
@@ -373,11 +328,43 @@ def drop_small_clusters(output: Path, min_cells: int) -> None:
 
 
 def evaluate(
-    checkpoint: dict[str, Any], model: torch.nn.Module, of_bulk: Deconvolution | None,
-    cells: tuple[ad.AnnData, ad.AnnData] | None, output: Path, written: list[Path], device: torch.device,
+    checkpoint: dict[str, Any], model: torch.nn.Module, of_bulk: Deconvolution | None, cells: tuple[ad.AnnData, ad.AnnData] | None,
+    output: Path, written: list[Path], device: torch.device,
 ) -> list[Path]:  # fmt: skip
     """Compare proportions, cells and, where models/ holds several, generators with the test cells; write the report."""
-    return []
+    data, models, fig, files = folder(DATA_DIR), folder(MODELS_DIR), folder(FIG_DIR), []
+    if cells is not None:
+        settings = evaluation.Settings(
+            MAX_CELLS_EVALUATED, MAX_CELLS_PLOTTED, N_TOP_GENES, N_PCS, N_NEIGHBORS, N_CORRELATION_GENES, N_TYPE_MARKERS, MDE,
+            FOUR_STAGES, XGBOOST, XGBOOST_CELLS, None if CLASS_FILE is None else user_path(CLASS_FILE), SEED,
+        )  # fmt: skip
+        others = other_generators(models, cells[1], device)
+        files = evaluation.evaluate(model, of_bulk, *cells, output, others, settings, fig, data)
+    if REPORT:
+        networks = [GENERATOR] + (
+            [] if of_bulk is None else ["bulk_encoder" if DECONVOLUTION == "bulk_encoder" else "sctape"]
+        )
+        earlier = [data / f"{name}.h5ad" for name in ("counts", "test", "pseudobulk_train")]
+        made_by = [json.loads(read_uns(path, "made_by") or "{}") for path in earlier if path.exists()]
+        made_by += [one["made_by"] for one in (checkpoint, *([] if of_bulk is None else [of_bulk.checkpoint]))]
+        generated = ad.read_h5ad(output, backed="r").obs
+        numbers = pd.crosstab(generated["sample"], generated["cell_type"], dropna=False)
+        histories = [models / f"{name}_history.csv" for name in networks]
+        results = page.Results(checkpoint, GENERATOR, of_bulk, cells, numbers, made_by, histories, written + files)
+        files.append(page.write(results, fig / "report.html"))
+    return files
+
+
+def other_generators(models: Path, test: ad.AnnData, device: torch.device) -> dict[str, torch.nn.Module]:
+    """All generators in models/ except the chosen one, without those that were trained on other cells."""
+    others = {}
+    for name in registry.CLASSES:
+        if name != GENERATOR and (models / f"{name}.pt").exists():
+            try:
+                others[name] = load_generator(name, models, test, device)[1]
+            except ValueError as error:
+                print(f"{name} is left out of the comparison: {error}")
+    return others
 
 
 if __name__ == "__main__":

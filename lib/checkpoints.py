@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from lib.files import Unusable, check_same_names, check_same_split, check_unpacked, reading, replacing, require
+from lib.files import check_same_names, check_same_split, check_unpacked, reading, replacing, require
+from lib.records import Unusable
 
 CHECKPOINT_FORMAT = 6  # raised when checkpoints of older versions cannot be used any more
 EVERY_CHECKPOINT = ("stage", "constants", "arguments", "gene_names", "cell_types", "split_id", "weights", "epoch")

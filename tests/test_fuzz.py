@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lib import options, records
-from lib.bulk.cell_counts_table import read_cell_numbers, read_proportions
+from lib.bulk.tables import read_cell_numbers, read_proportions
 from lib.bulk.rna_content import own_values
 from lib.bulk.tables import read_bulk, read_gene_ids
 from lib.checkpoints import load_checkpoint
@@ -30,7 +30,7 @@ from lib.data.labels import read_labels
 from lib.data.markers import read_markers
 from lib.data.readers import read_count_table, read_gene_lengths
 from lib.data.tables import read_table
-from lib.evaluation.classifier_transfer import read_classes
+from lib.evaluation.transfer import read_classes
 from lib.files import require
 from lib.models.likelihoods import nb_log_prob
 

@@ -14,7 +14,7 @@ from helpers import FEW, STAGES, Workplace, read_dataset, simulated_dataset, spl
 
 from lib.bulk import pseudobulk, sctape
 from lib.bulk.deconvolution import deconvolve
-from lib.bulk.reference import Reference
+from lib.bulk.regression import Reference
 from lib.data.batches import CellDataset
 from lib.data.counts import read_split
 from lib.evaluation.metrics import mae

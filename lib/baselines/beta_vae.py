@@ -18,7 +18,7 @@ from torch import nn
 
 from lib.baselines.expression_sampling import NORMALIZED_TOTAL, ExpressionVAE, fit_gene_ratio, select_train_cells
 from lib.data.batches import Batch, CellDataset
-from lib.models.layers import SparseLinear, scaled_columns
+from lib.models.gmvae import SparseLinear, scaled_columns
 from lib.models.profiles import log_fold_changes, top_genes, type_profiles
 
 SETTINGS = {

@@ -24,7 +24,7 @@ from torch import nn
 from lib.baselines.expression_sampling import NORMALIZED_TOTAL, ExpressionVAE
 from lib.data.batches import Batch, CellDataset
 from lib.data.counts import log_normalize
-from lib.models.layers import scaled_columns
+from lib.models.gmvae import scaled_columns
 
 SETTINGS = {
     "epochs": 100, "batch_size": 5000, "learning_rate": 1e-3, "weight_decay": 1e-3, "patience": 100, "optimizer": "adamw",

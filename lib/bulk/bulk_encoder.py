@@ -30,7 +30,7 @@ from lib.data.batches import CellDataset
 from lib.data.counts import digest, hold_out
 from lib.data.embedding import variable_genes
 from lib.models.gmvae import GMVAE
-from lib.models.layers import mlp
+from lib.models.gmvae import mlp
 from lib.models.profiles import type_means
 from lib.models.sampling import Shift, generate
 from lib.run import replacing
@@ -149,6 +149,22 @@ def write_states(checkpoint: dict[str, Any], bulk: pd.DataFrame, path: Path) -> 
         table = pd.DataFrame({"mean": mean.ravel(), "spread": log_scale.exp().ravel()}, index=rows)
         table.to_csv(temporary, float_format="%.6f")
     return path
+
+
+def shift_of_cells(
+    checkpoint: dict[str, Any], model: nn.Module, gene_names: list[str], proportions: np.ndarray, bulk: pd.DataFrame, seed: int
+) -> Shift:  # fmt: skip
+    """How the cells of each sample and type are shifted: z (`shift`), then genes (`with_genes`).
+
+    ValueError if the encoder was trained for another GMVAE.
+    """
+    if not isinstance(model, GMVAE) or weights_id(model) != checkpoint["gmvae_id"]:
+        raise ValueError(
+            "models/bulk_encoder.pt was trained for another model than models/gmvae.pt; "
+            "run _4_train_sctape.py --network bulk_encoder again, or set DECONVOLUTION to regression"
+        )
+    lengths = checkpoint["gene_length_bp"]
+    return with_genes(shift(checkpoint, bulk), model, gene_names, lengths, proportions, bulk, seed)
 
 
 def shift(checkpoint: dict[str, Any], bulk: pd.DataFrame) -> Shift:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from lib.bulk.reference import Reference
+from lib.bulk.regression import Reference
 from lib.data.tables import read_table
 from lib.run import user_path
 

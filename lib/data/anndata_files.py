@@ -15,7 +15,8 @@ import zarr
 from lib.data.counts import check_values
 from lib.data.hdf5 import check_sparse, check_structure, from_child
 from lib.data.streams import CellStream, blocks_of_rows, entries_of_columns, sorted_by_cell
-from lib.files import Unusable, reading
+from lib.files import reading
+from lib.records import Unusable
 
 FIRST_CELLS = 2048  # that show whether a matrix holds counts
 

@@ -14,7 +14,8 @@ import h5py
 import numpy as np
 
 from lib import records, runs
-from lib.files import Unusable, check_unpacked, reading, replacing
+from lib.files import check_unpacked, reading, replacing
+from lib.records import Unusable
 
 ENTRIES_AT_ONCE = 1 << 22  # indices in memory at a time
 CHECK_S = 60  # seconds that reading a block of a user's file may take

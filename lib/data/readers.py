@@ -14,7 +14,8 @@ from lib.data.labels import take_labels
 from lib.data.mtx import open_mtx
 from lib.data.streams import CellStream
 from lib.data.tables import EXPECTED, open_text, read_header, read_rows, read_table, separator
-from lib.files import Unusable, reading
+from lib.files import reading
+from lib.records import Unusable
 
 CSV_BLOCK_ROWS = 500  # of a csv in memory at a time: 18,000 genes x 10,000 cells are 1.5 GB when dense, a block 0.04 GB
 TABLE_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".txt", ".txt.gz")

@@ -9,7 +9,8 @@ from typing import IO, Any
 
 import pandas as pd
 
-from lib.files import Unusable, check_unpacked, reading
+from lib.files import check_unpacked, reading
+from lib.records import Unusable
 
 MAX_LINE = 1 << 27  # characters of the first line: more than the names of 10 million cells
 EXPECTED = "a complete csv or tsv file in UTF-8, gzipped if it is called .gz"

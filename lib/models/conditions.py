@@ -149,6 +149,20 @@ def assign(prior: Prior, cell_type_idx: np.ndarray, seed: int) -> np.ndarray:
     return (u > share[:-1, cell_type_idx]).sum(axis=0)
 
 
+def choose(model: Any, values: list[str], wanted: str | None, cell_type_idx: np.ndarray, seed: int) -> pd.Categorical:
+    """The condition of each new cell: the wanted one, "new" for one that the train cells lack, None for random ones (`assign`).
+
+    A new condition is added to `model.prior`. ValueError for a condition that the model does not know.
+    """
+    if wanted not in (None, "new", *values):
+        raise ValueError(f"GENERATE_CONDITION is {wanted!r}; expected {', '.join(values)}, new or none")
+    if wanted is None:
+        return pd.Categorical.from_codes(assign(model.prior, cell_type_idx, seed), values)
+    if wanted not in values:
+        model.prior, values = add_new(model.prior, seed), [*values, wanted]
+    return pd.Categorical.from_codes(np.full(len(cell_type_idx), values.index(wanted)), values)
+
+
 def add_new(prior: Prior, seed: int) -> Prior:
     """The prior with one more condition, the last one: the mean over the conditions, plus their deviations from it weighted by normal
     numbers of variance 1 / (n_conditions - 1), which have the covariance of the estimates, plus those of the posterior variance.

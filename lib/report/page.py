@@ -22,7 +22,7 @@ from bokeh.transform import factor_cmap
 
 from lib import options
 from lib.bulk.deconvolution import Deconvolution, scaled_reference, signature_coverage
-from lib.evaluation.plots_style import GENERATED, REAL, label_places, palette
+from lib.evaluation.plots_cells import GENERATED, REAL, label_places, palette
 from lib.report import programmes, sentences
 from lib.run import ROOT, description, git, replacing
 

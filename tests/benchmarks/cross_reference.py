@@ -21,7 +21,7 @@ import scipy.sparse as sp
 from deconvolution import BLOOD_GROUPS, DATA
 
 from lib.bulk.deconvolution import MODES, deconvolve
-from lib.bulk.reference import Reference, reference_profiles
+from lib.bulk.regression import Reference, reference_profiles
 from lib.bulk.rna_content import rna_per_cell
 from lib.evaluation import metrics
 

@@ -39,7 +39,7 @@ from shared import ROOT, SPLIT_SEED, add_data_option, load, mean_and_half_range,
 
 from lib.bulk import pseudobulk, sctape
 from lib.bulk.deconvolution import deconvolve
-from lib.bulk.reference import Reference, nnls_on_markers, reference_profiles
+from lib.bulk.regression import Reference, nnls_on_markers, reference_profiles
 from lib.bulk.rna_content import rna_per_cell, to_cells, to_rna
 from lib.checkpoints import load_checkpoint
 from lib.data.counts import digest, log_normalize

@@ -28,7 +28,7 @@ from shared import mean_and_half_range, parser, read, split, train_gmvae, with_c
 from lib.data.counts import hold_out
 from lib.data.embedding import principal_components
 from lib.evaluation import metrics
-from lib.evaluation.cell_statistics import mean_expression
+from lib.evaluation.metrics import mean_expression
 from lib.models import conditions, sampling
 from lib.models.gmvae import GMVAE
 

@@ -36,7 +36,8 @@ from lib.data.batches import CellDataset
 from lib.data.counts import select_per_type
 from lib.data.embedding import embed, principal_components
 from lib.evaluation import metrics, plots_cells
-from lib.evaluation.report import EvaluationCells, fidelity_and_memorisation
+from lib.evaluation.metrics import EvaluationCells
+from lib.evaluation.report import fidelity_and_memorisation
 from lib.models.profiles import gene_marginals
 
 N_NEIGHBORS = 15  # of the UMAP of --plot, as in stage 5

@@ -24,7 +24,7 @@ from lib.data import datasets  # noqa: E402
 from lib.data.counts import digest, select_per_type, write_counts  # noqa: E402
 from lib.data.embedding import variable_genes  # noqa: E402
 from lib.evaluation import metrics  # noqa: E402
-from lib.evaluation.report import EvaluationCells  # noqa: E402
+from lib.evaluation.metrics import EvaluationCells
 from lib.files import user_path  # noqa: E402
 from lib.models.gmvae import GMVAE  # noqa: E402
 

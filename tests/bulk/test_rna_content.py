@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib.bulk.reference import Reference
+from lib.bulk.regression import Reference
 from lib.bulk.rna_content import KINDS, TABLE, is_confirmed, kind_of, print_rna_per_cell, published_values, rna_per_cell
 
 MARKERS = {"T": ["CD3D", "CD3E", "CD2"], "monocyte": ["LYZ", "CD14", "FCN1"], "B": ["MS4A1", "CD79A", "CD79B"]}

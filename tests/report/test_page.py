@@ -14,7 +14,7 @@ from helpers import STAGES
 
 from lib import options
 from lib.bulk.deconvolution import Deconvolution, Estimate
-from lib.evaluation.plots_style import COLOURS
+from lib.evaluation.plots_cells import COLOURS
 from lib.report import page
 
 EVIL = "<script>alert(1)</script>"
