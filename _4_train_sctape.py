@@ -29,7 +29,7 @@ from lib.bulk.regression import reference_profiles
 from lib.bulk.sctape import ScTAPE, augment, most_variable_genes, read_profiles, select_genes
 from lib.bulk.tables import read_bulk, read_gene_ids
 from lib.data.counts import select_cells
-from lib.evaluation import plots_training
+from lib.evaluation import plots_cells
 from lib.options import Count, Fraction, NotNegative, Part, Positive, Seed, Several, Share
 from lib.run import folder, print_written, user_path
 from lib.training import Trainer, check_checkpoint, keep_freed_memory, load_checkpoint, tensor_batches
@@ -85,7 +85,7 @@ def main() -> None:
         return
     figure = fig / f"{NETWORK}_loss.png"
     unit = "mean absolute error" if NETWORK == "sctape" else "error"
-    plots_training.loss_curves(trainer.history_table(), trainer.best_epoch, unit, figure)
+    plots_cells.loss_curves(trainer.history_table(), trainer.best_epoch, unit, figure)
     following = f"python _5_generate.py{options.preset_option(PRESET)}"
     following += " --deconvolution bulk_encoder" * (NETWORK == "bulk_encoder")
     print_written("stage 4", [trainer.best_path, trainer.last_path, trainer.history_path, figure], following)

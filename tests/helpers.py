@@ -130,7 +130,8 @@ def trained_gmvae(counts, cell_type_idx, epochs: int = 150, seed: int = 0, **arg
     dataset, generator = CellDataset(counts, cell_type_idx, CPU), torch.Generator().manual_seed(seed)
     marginals = gene_marginals(dataset, 3)
     axes = within_type_axes(dataset, marginals, 8, seed)
-    model = GMVAE(counts.shape[1], 3, n_latent=len(axes.variance), hidden=32, **arguments)
+    has_unknown = bool((cell_type_idx < 0).any())
+    model = GMVAE(counts.shape[1], 3, len(axes.variance), 32, with_classifier=has_unknown, **arguments)
     initialise(model, dataset, marginals, axes)
     dispersion = [p for n, p in model.named_parameters() if n.startswith(("log_theta", "log_loading"))]
     others = [p for n, p in model.named_parameters() if not n.startswith(("log_theta", "log_loading"))]

@@ -14,7 +14,7 @@ A condition that the train cells lack is sampled from a normal distribution betw
 the estimated effects, plus the posterior variance of each, which shrunk estimates lack.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd

@@ -32,11 +32,10 @@ from torch import nn
 
 from lib.data.batches import Batch, CellDataset, transposed
 from lib.models.likelihoods import Likelihood, gaussian_kl, gaussian_log_prob, importance_sample
-from lib.models.profiles import N_GROUPS, N_SIZES
+from lib.models.profiles import LOG_THETA_RATIO_SD, N_GROUPS, N_SIZES
 
 LOG_THETA_RANGE = (math.log(1e-3), math.log(1e6))
 LOG_THETA_SD = 1.5  # prior standard deviation of log theta of a gene about the mean over genes
-LOG_THETA_RATIO_SD = 0.5  # prior standard deviation of log theta of a type about that of the gene
 LOG_LOADING_RATIO_SD = 0.5  # prior standard deviation of log a(y)
 
 Prior = dict[str, torch.Tensor]  # what new cells are sampled from (`lib.models.sampling`)

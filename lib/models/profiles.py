@@ -22,7 +22,7 @@ from lib.models.likelihoods import nb_log_prob
 PROFILE_VARIATION = np.array([0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000])
 PRIOR_SUM_MU2 = 10  # weight of the dispersion of all genes in that of one gene, as a sum of mu^2 over cells
 LOG_THETA_LIMITS = (np.log(0.01), np.log(1e4))
-LOG_THETA_TYPE_SD = 1.0  # prior standard deviation of log theta of a type about that of the gene, in the baseline
+LOG_THETA_RATIO_SD = 0.5  # prior standard deviation of log theta of a type about that of the gene, also of the GMVAE
 LIBRARY_BINS = 20  # of the cells of a type, whose library sizes are taken as those of the bin's mean
 PSEUDO_EXPRESSION = 0.1  # counts per 10,000, added to both sides of a fold change
 
@@ -173,7 +173,7 @@ def log_theta_by_likelihood(dataset: CellDataset, profiles: np.ndarray) -> np.nd
     """Log theta of every gene and type by penalised maximum likelihood given mu = library size x profile: cell types x genes.
 
     First log theta of the gene in all types, by maximum likelihood. Then that of each type, with the prior
-    Normal(log theta of the gene, `LOG_THETA_TYPE_SD`^2): without it, the ten cells of a rare type decide alone. The likelihood
+    Normal(log theta of the gene, `LOG_THETA_RATIO_SD`^2): without it, the ten cells of a rare type decide alone. The likelihood
     needs sums over cells only: how often each count occurs, and cells and counts in bins of similar library size.
     """
     n_cell_types, n_genes = profiles.shape
@@ -204,7 +204,7 @@ def log_theta_by_likelihood(dataset: CellDataset, profiles: np.ndarray) -> np.nd
         return by_type - totals.sum(axis=1) * log_theta
 
     of_gene = _maximise(lambda value: log_likelihood(np.tile(value, (n_cell_types, 1))).sum(axis=0), (n_genes,))
-    penalty = 0.5 / LOG_THETA_TYPE_SD**2
+    penalty = 0.5 / LOG_THETA_RATIO_SD**2
     return _maximise(lambda value: log_likelihood(value) - penalty * (value - of_gene) ** 2, profiles.shape)
 
 
