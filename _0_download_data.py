@@ -5,7 +5,8 @@ writes  data/counts.h5ad: cells x genes, raw counts, obs["cell_type"] if the sou
 run     python _0_download_data.py
 note    the labels of pbmc3k are those of scanpy's tutorial: eight clusters, named by marker genes
 time    GSE130148: 1 minute after its download of 30 MB; pbmc68k_reduced: seconds
-memory  0.5 GB for 200,000 cells of an h5ad file, 0.8 for 1.3 million: all formats but csv and tsv are read in blocks
+memory  0.5 GB for 200,000 cells of an h5ad file, 0.8 for 1.3 million, if it stores the counts by cell (CSR), as scanpy does: these
+        are read in blocks. All other formats are read as a whole, as sparse counts; E-ANND-5 needs some 40 GB
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,7 +20,7 @@ import scipy.sparse as sp
 from lib import options
 from lib.data import datasets, labels, readers
 from lib.data.counts import Fingerprint, write_blocks
-from lib.files import folder, print_written, replacing, user_path
+from lib.run import folder, print_written, replacing, user_path
 
 # Data set
 DATASET = "GSE130148"  # GSE130148 (the paper's), pbmc68k_reduced (no network), pbmc1k, pbmc3k, pbmc68k, dentate_gyrus, E-ANND-5, or a path
@@ -79,15 +80,7 @@ def write_fingerprinted(adata: ad.AnnData, blocks: Iterable[sp.csr_matrix], path
 
 
 def load() -> datasets.Source:
-    """Read the data set by its name, or from the user's path.
-
-    Raises
-    ------
-    ValueError
-        If CELL_TYPE_KEY is set for a data set with its own labels.
-    FileNotFoundError
-        If DATASET is neither a name nor a path.
-    """
+    """Open the data set by its name, or from the user's path; ValueError if CELL_TYPE_KEY is set for one with its own labels."""
     lengths = None if GENE_LENGTHS in ("auto", None) else user_path(GENE_LENGTHS)
     if DATASET in datasets.NAMES:
         if CELL_TYPE_KEY is not None and LABELS_FILE is None:
@@ -103,14 +96,13 @@ def load() -> datasets.Source:
         raise FileNotFoundError(
             f"DATASET is {DATASET!r}; expected one of {', '.join(datasets.NAMES)} or a path: {error}"
         ) from error
-    key = CELL_TYPE_KEY if LABELS_FILE is None else None
-    return datasets.Source(readers.open_dataset(path, ORIENTATION, key, folder(DATA_DIR)), str(path), lengths)
+    cells = readers.open_dataset(path, ORIENTATION, CELL_TYPE_KEY if LABELS_FILE is None else None)
+    return datasets.Source(cells, str(path), lengths)
 
 
 def add_gene_lengths(adata: ad.AnnData, path: Path) -> None:
     """Set var["gene_length_bp"], missing for genes that the table does not have."""
-    lengths = readers.read_gene_lengths(path).reindex(adata.var_names)
-    adata.var["gene_length_bp"] = pd.to_numeric(lengths)
+    adata.var["gene_length_bp"] = lengths = readers.read_gene_lengths(path).reindex(adata.var_names)
     print(f"{path.name}: lengths for {lengths.notna().sum():,} of {adata.n_vars:,} genes")
 
 

@@ -23,9 +23,8 @@ from lib import options
 from lib.bulk import pseudobulk
 from lib.bulk.regression import reference_profiles
 from lib.bulk.rna_content import print_rna_per_cell, rna_per_cell
-from lib.data.counts import hold_out, read_split, write_blocks
-from lib.data.hdf5 import write_h5ad
-from lib.ranges import Count, NotNegative, Part, Seed, Several, Share
+from lib.data.counts import hold_out, read_split, write_blocks, write_h5ad
+from lib.options import Count, NotNegative, Part, Seed, Several, Share
 from lib.run import folder, print_written, replacing
 
 # Preset

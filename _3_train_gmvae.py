@@ -27,7 +27,7 @@ from lib.models.gmvae import GMVAE
 from lib.models.profiles import GeneMarginals, find_outliers, gene_marginals, nb_baseline, nb_per_type_log_likelihood
 from lib.models.sampling import fit_prior
 from lib.models.start import initialise, within_type_axes
-from lib.ranges import Count, NotNegative, Part, Positive, Seed
+from lib.options import Count, NotNegative, Part, Positive, Seed
 from lib.run import folder, print_written
 from lib.training import Minibatch, Trainer, cell_batches, keep_freed_memory
 

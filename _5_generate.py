@@ -33,7 +33,7 @@ from lib.bulk.deconvolution import Deconvolution
 from lib.bulk.pseudobulk import largest_remainder, require_test_mixtures
 from lib.bulk.rna_content import SETTINGS, print_rna_per_cell, rna_per_cell, table_path
 from lib.bulk.tables import holds_cells, read_bulk, read_cell_numbers, read_gene_ids, read_proportions, to_tpm
-from lib.data.counts import read_split, read_uns, row_blocks, write_blocks, write_counts, write_mtx
+from lib.data.counts import read_h5ad, read_split, row_blocks, write_blocks, write_h5ad, write_mtx
 from lib.data.embedding import in_large_clusters, load_pymde
 from lib.evaluation import evaluate as evaluation
 from lib.models import conditions
@@ -321,7 +321,7 @@ def drop_small_clusters(output: Path, min_cells: int) -> None:
     types = cells.obs["cell_type"].cat.categories
     cells = cells[kept].copy()
     cells.obs["cell_type"] = cells.obs["cell_type"].cat.set_categories(types)  # anndata drops types without cells
-    write_counts(cells, output)
+    write_h5ad(cells, output)
 
 
 # --- how good both are
@@ -345,7 +345,9 @@ def evaluate(
             [] if of_bulk is None else ["bulk_encoder" if DECONVOLUTION == "bulk_encoder" else "sctape"]
         )
         earlier = [data / f"{name}.h5ad" for name in ("counts", "test", "pseudobulk_train")]
-        made_by = [json.loads(read_uns(path, "made_by") or "{}") for path in earlier if path.exists()]
+        made_by = [
+            json.loads(read_h5ad(path, backed="r").uns.get("made_by", "{}")) for path in earlier if path.exists()
+        ]
         made_by += [one["made_by"] for one in (checkpoint, *([] if of_bulk is None else [of_bulk.checkpoint]))]
         generated = ad.read_h5ad(output, backed="r").obs
         numbers = pd.crosstab(generated["sample"], generated["cell_type"], dropna=False)

@@ -13,6 +13,7 @@ import platform
 import re
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -279,6 +280,9 @@ def _changed(last: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def load_checkpoint(path: Path, stage: str) -> dict[str, Any]:
     """Read a checkpoint that `stage` has written; ValueError if it is damaged, of another stage, or of another version."""
     with reading(require(path, stage), "a checkpoint"):
+        with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"wrong checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     version = checkpoint.get("format", "unknown") if isinstance(checkpoint, dict) else "unknown"
     if version != CHECKPOINT_FORMAT or "weights" not in checkpoint:

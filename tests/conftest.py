@@ -11,8 +11,6 @@ import pytest
 from helpers import STAGES, Workplace
 from server import Site
 
-import lib.data.download
-
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory) -> Workplace:
@@ -33,9 +31,3 @@ def site():
     site = Site()
     yield site
     site.stop()
-
-
-@pytest.fixture
-def no_waits_no_proxy(monkeypatch):
-    monkeypatch.setattr(lib.data.download, "FIRST_WAIT_S", 0)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")

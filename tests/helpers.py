@@ -19,11 +19,10 @@ import torch.nn.functional as F
 import lib.options
 from lib.data.batches import CellDataset
 from lib.data.readers import open_dataset
-from lib.models.start import within_type_axes
 from lib.models.gmvae import GMVAE
-from lib.models.start import initialise
 from lib.models.paper_gmvae import PaperGMVAE
 from lib.models.profiles import gene_marginals
+from lib.models.start import initialise, within_type_axes
 
 CPU = torch.device("cpu")
 

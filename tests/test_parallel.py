@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import STAGES, Workplace, simulated_dataset
 
-from lib.data.counts import write_counts
+from lib.data.counts import write_h5ad
 from lib.parallel import in_threads
 
 pytestmark = pytest.mark.slow
@@ -25,7 +25,7 @@ def cells(path) -> Workplace:
     for name, seed in (("train", 0), ("test", 1)):
         adata = simulated_dataset(n_cells=300, n_genes=60, seed=seed)
         adata.uns |= {"dataset": "simulated", "split_id": "s"}
-        write_counts(adata, place.data / f"{name}.h5ad")
+        write_h5ad(adata, place.data / f"{name}.h5ad")
     return place
 
 

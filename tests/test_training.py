@@ -9,7 +9,7 @@ import torch
 from helpers import Workplace, simulated_dataset
 
 from lib.baselines import registry
-from lib.data.counts import fingerprint, write_counts
+from lib.data.counts import fingerprint, write_h5ad
 from lib.parallel import start
 from lib.training import Trainer, clip_gradients, load_checkpoint
 
@@ -22,7 +22,7 @@ def workplace(path, seed: int = 0) -> Workplace:
     adata = simulated_dataset(n_cells=120, seed=seed)
     adata.uns |= {"dataset": "simulated", "split_id": fingerprint(adata)}
     place.data.mkdir(parents=True)
-    write_counts(adata, place.data / "train.h5ad")
+    write_h5ad(adata, place.data / "train.h5ad")
     return place
 
 
@@ -123,7 +123,7 @@ def test_a_partly_labelled_set_trains(tmp_path):
     adata.obs.loc[np.random.default_rng(0).random(150) < 0.5, "cell_type"] = None
     adata.uns |= {"dataset": "simulated", "split_id": "x"}
     place.data.mkdir()
-    write_counts(adata, place.data / "train.h5ad")
+    write_h5ad(adata, place.data / "train.h5ad")
     place.main(STAGE, **SMALL)
     history = pd.read_csv(place.models / "gmvae_history.csv")
     for loss in ("train_loss", "held_out_kl_y"):  # the types of cells that have no part in the training

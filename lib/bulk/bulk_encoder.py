@@ -29,8 +29,7 @@ from lib.bulk.sctape import bulk_profiles, scale
 from lib.data.batches import CellDataset
 from lib.data.counts import digest, hold_out
 from lib.data.embedding import variable_genes
-from lib.models.gmvae import GMVAE
-from lib.models.gmvae import mlp
+from lib.models.gmvae import GMVAE, mlp
 from lib.models.profiles import type_means
 from lib.models.sampling import Shift, generate
 from lib.run import replacing

@@ -13,7 +13,7 @@ from scipy.sparse.csgraph import connected_components
 from lib.bulk import bulk_encoder, regression, sctape
 from lib.bulk.regression import Reference, fit_regression, signature_genes
 from lib.bulk.rna_content import to_cells, to_rna
-from lib.data.hdf5 import write_h5ad
+from lib.data.counts import write_h5ad
 from lib.run import detail, replacing
 
 Mode = Literal["regression", "regression-per-sample", "regression-unadapted"]

@@ -18,8 +18,7 @@ import scipy.sparse as sp
 from anndata.abc import CSRDataset
 from tqdm import tqdm
 
-from lib.data.counts import n_entries, read_counts, row_blocks
-from lib.data.hdf5 import read_h5ad
+from lib.data.counts import n_entries, read_counts, read_h5ad, row_blocks
 from lib.run import check_same_split, reading, require
 
 STAGE = "_2_make_pseudobulk.py"

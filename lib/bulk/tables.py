@@ -8,7 +8,8 @@ import pandas as pd
 import scipy.sparse as sp
 
 from lib.bulk.pseudobulk import tpm
-from lib.data.hdf5 import check_foreign, read_h5ad
+from lib.data.counts import read_h5ad
+from lib.data.readers import check_foreign
 from lib.data.tables import read_rows, read_table
 
 ENSEMBL = re.compile(r"^(ENS[A-Z]*G\d{6,})(\.\d+)?$")  # an Ensembl gene ID and its version

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -20,7 +19,7 @@ from lib.data.counts import read_rows, selected_blocks
 SHUFFLED_CELLS = 256  # consecutive cells on disk that are read together when cells are shuffled
 WINDOW_CELLS = 8_192  # cells of random blocks on disk that are in memory together and are shuffled
 LOG_FACTORIALS = gammaln(np.arange(1024) + 1.0)
-GPU_SHARE = 0.5  # of the GPU's free memory that the counts may take; larger sets stay in the computer's memory
+GPU_SHARE = 0.5  # of the GPU's free memory that the counts may take; more stay in the computer's memory
 
 
 @dataclass
@@ -53,7 +52,8 @@ class Batch:
 
     def select(self, chosen: torch.Tensor) -> "Batch":
         """The cells of a mask (n_cells,) or of indices, which may repeat."""
-        chosen = chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen
+        if chosen.dtype == torch.bool:
+            chosen = chosen.nonzero()[:, 0]
         n_entries = self.indptr.diff()[chosen]
         indptr = F.pad(n_entries.cumsum(0), (1, 0))
         cells = torch.repeat_interleave(n_entries)
@@ -75,12 +75,11 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor)
-        }
-        return replace(self, **moved)
+        batch = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(batch, name, value.to(device, non_blocking=True))
+        return batch
 
 
 def _csr(indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -116,8 +115,7 @@ class InMemoryCells:
     """Cells in memory, their counts sparse; on the GPU if they fit."""
 
     def __init__(self, counts: sp.csr_matrix, cell_type_idx: np.ndarray, device: torch.device):
-        self.device = device
-        self.n_genes = counts.shape[1]
+        self.device, self.n_genes = device, counts.shape[1]
         self.indptr = counts.indptr.astype(np.int64)
         self.genes, self.counts = torch.from_numpy(counts.indices), torch.from_numpy(counts.data)
         self.library_size = torch.from_numpy(np.asarray(counts.sum(axis=1), dtype=np.float32).ravel())
@@ -125,10 +123,8 @@ class InMemoryCells:
         self.log_factorials = torch.from_numpy(np.asarray(logs.sum(axis=1)).ravel())
         self.cell_type_idx = torch.from_numpy(cell_type_idx)
         self.is_labelled = cell_type_idx >= 0
-        if (
-            device.type == "cuda"
-            and self.genes.nbytes + self.counts.nbytes < GPU_SHARE * torch.cuda.mem_get_info(device)[0]
-        ):
+        n_bytes = self.genes.nbytes + self.counts.nbytes
+        if device.type == "cuda" and n_bytes < GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
             for name in ("genes", "counts", "library_size", "log_factorials", "cell_type_idx"):
                 setattr(self, name, getattr(self, name).to(device))
 
@@ -160,20 +156,11 @@ class InMemoryCells:
 
 
 class CellDataset:
-    """Counts and types of cells, as batches.
+    """Counts and types of cells, as batches on a device.
 
-    Parameters
-    ----------
-    counts
-        Cells x genes, CSR, raw counts: a matrix in memory, or on disk (`X` of a backed AnnData).
-    cell_type_idx
-        Type of each cell, -1 where unknown.
-    device
-        Of the batches.
-    cells
-        Rows that belong to the data set, ascending; None for all.
-    in_memory
-        Whether counts on disk are read into memory at once; otherwise at most `WINDOW_CELLS` at a time.
+    counts: all rows of a matrix in memory (CSR), or of a file (`X` of a backed AnnData); cell_type_idx: type of each row, -1 where
+    unknown; cells: rows of this data set, ascending (None: all); in_memory: whether counts on disk are read into memory at once,
+    otherwise about `WINDOW_CELLS` at a time. `rows` are the rows of these cells in the attribute `counts`.
     """
 
     def __init__(
@@ -181,35 +168,31 @@ class CellDataset:
         cells: np.ndarray | None = None, in_memory: bool = True,
     ):  # fmt: skip
         assert isinstance(counts, CSRDataset) or counts.format == "csr"
-        self.n_genes = counts.shape[1]
-        self.cells = np.arange(counts.shape[0]) if cells is None else cells
+        self.counts, self.device, self.n_genes = counts, device, counts.shape[1]
+        self.cells = self.rows = np.arange(counts.shape[0]) if cells is None else cells
         self.cell_type_idx = np.asarray(cell_type_idx, dtype=np.int64)[self.cells]
-        self.device = device
         self.correct: Callable[[sp.csr_matrix, np.ndarray], sp.csr_matrix] | None = None
-        self.counts, self.in_memory_cells = counts, None
+        self.in_memory_cells = None
         if in_memory:
-            self.counts = (
-                sp.vstack([block for block, _ in self.blocks()], format="csr")
-                if cells is not None or not sp.issparse(counts)
-                else counts
-            )
+            if cells is not None or not sp.issparse(counts):
+                self.counts = sp.vstack([block for block, _ in self.blocks()], format="csr")
+            self.rows = np.arange(len(self))
             self.in_memory_cells = InMemoryCells(self.counts, self.cell_type_idx, device)
+
+    def __len__(self) -> int:
+        return len(self.cells)
 
     @functools.cached_property
     def library_size(self) -> np.ndarray:
         """Sum of each cell's counts, (n_cells,)."""
         return np.concatenate([np.asarray(counts.sum(axis=1)).ravel() for counts, _ in self.blocks()])
 
-    def __len__(self) -> int:
-        return len(self.cells)
-
     def subset(self, places: np.ndarray) -> "CellDataset":
         """Some of the cells, read block by block. places: their numbers in this data set, ascending."""
-        rows = places if self.in_memory_cells is not None else self.cells[places]
-        cell_type_idx = np.full(self.counts.shape[0], -1)
-        cell_type_idx[rows] = self.cell_type_idx[places]
-        part = CellDataset(self.counts, cell_type_idx, self.device, rows, in_memory=False)
-        part.correct = self.correct
+        part = copy.copy(self)
+        part.__dict__.pop("library_size", None)
+        part.cells, part.rows, part.cell_type_idx = self.cells[places], self.rows[places], self.cell_type_idx[places]
+        part.in_memory_cells = None
         return part
 
     def corrected(self, correct: Callable[[sp.csr_matrix, np.ndarray], sp.csr_matrix]) -> "CellDataset":
@@ -225,10 +208,13 @@ class CellDataset:
 
     def blocks(self) -> Iterator[tuple[sp.csr_matrix, np.ndarray]]:
         """All cells in order, in blocks: counts and types."""
-        rows = np.arange(len(self)) if self.in_memory_cells is not None else self.cells
-        for counts, places in selected_blocks(self.counts, rows):
-            types = self.cell_type_idx[places]
-            yield counts if self.correct is None else self.correct(counts, types), types
+        for counts, places in selected_blocks(self.counts, self.rows):
+            yield self._corrected(counts, places)
+
+    def _corrected(self, counts: sp.csr_matrix, places: slice | np.ndarray) -> tuple[sp.csr_matrix, np.ndarray]:
+        """The counts to use of these cells, and their types."""
+        types = self.cell_type_idx[places]
+        return counts if self.correct is None else self.correct(counts, types), types
 
     def in_order(self, batch_size: int) -> Iterator[Batch]:
         """Every cell once, in order, in batches of at most `batch_size` cells."""
@@ -243,41 +229,44 @@ class CellDataset:
         """Every cell once, in random order, in batches of about `batch_size` cells.
 
         Cells on disk are shuffled in windows: random blocks of consecutive cells are read, and the cells of these blocks are
-        shuffled. Of several processes, each gets its share of every batch. `balanced` samples as many cells with replacement
-        instead: every type of the window equally often, no cell of unknown type.
+        shuffled. Of `n_ranks` processes each reads all windows and gets its share of every batch, at least one cell: if there are fewer
+        cells than processes, some are repeated. `balanced` samples as many cells with replacement instead: every type of the window
+        equally often, no cell of unknown type.
         """
         for part in self._windows(generator) if self.in_memory_cells is None else [self.in_memory_cells]:
-            if balanced:
-                types = part.cell_type_idx.to(generator.device)
+            types = part.cell_type_idx.to(generator.device)
+            if not balanced:
+                random = torch.randperm(len(part), generator=generator, device=generator.device)
+            elif part.is_labelled.any():
                 weights = torch.where(types < 0, 0.0, 1 / types[types >= 0].bincount()[types.clamp(min=0)])
-                order = torch.multinomial(weights, len(types), replacement=True, generator=generator)
+                random = torch.multinomial(weights, len(part), replacement=True, generator=generator)
             else:
-                order = torch.randperm(len(part), generator=generator, device=generator.device)
-            for cells in np.array_split(order.cpu().numpy(), max(1, round(len(order) / batch_size))):
+                continue
+            order = np.resize(random.cpu().numpy(), max(len(part), n_ranks))
+            n_batches = min(round(len(order) / batch_size), len(order) // n_ranks)
+            for cells in np.array_split(order, max(1, n_batches)):
                 yield part.batch(cells[rank::n_ranks], len(cells))
 
     def _windows(self, generator: torch.Generator) -> Iterator[InMemoryCells]:
-        """Windows of random blocks of cells; the next window is read while the current one is used."""
-        n_blocks = -(-self.counts.shape[0] // SHUFFLED_CELLS)
-        order = torch.randperm(n_blocks, generator=generator, device=generator.device).cpu().numpy()
-        windows = np.array_split(order, max(1, round(n_blocks * SHUFFLED_CELLS / WINDOW_CELLS)))
+        """Windows of about as many cells each, from random blocks; the next one is read while the current one is used."""
+        n_cells = np.bincount(self.rows // SHUFFLED_CELLS, minlength=-(-self.counts.shape[0] // SHUFFLED_CELLS))
+        order = torch.randperm(len(n_cells), generator=generator, device=generator.device).cpu().numpy()
+        order = order[n_cells[order] > 0]
+        n_windows = max(1, round(len(self) / WINDOW_CELLS))
+        starts = np.arange(1, n_windows) * len(self) / n_windows
+        windows = np.split(order, np.searchsorted(n_cells[order].cumsum(), starts))
         with ThreadPoolExecutor(1) as reader:
-            reading = reader.submit(self._read, windows[0])
-            for following in [*windows[1:], None]:
-                window = reading.result()
-                if following is not None:
-                    reading = reader.submit(self._read, following)
-                if len(window):
-                    yield window
+            following = reader.submit(self._read, windows[0])
+            for blocks in windows[1:]:
+                window, following = following.result(), reader.submit(self._read, blocks)
+                yield window
+            yield following.result()
 
     def _read(self, blocks: np.ndarray) -> InMemoryCells:
         """Read the data set's cells in these blocks of the file."""
-        parts, cell_type_idx = [], []
+        counts, places = [], []
         for start in np.sort(blocks) * SHUFFLED_CELLS:
             rows = slice(start, min(start + SHUFFLED_CELLS, self.counts.shape[0]))
-            places = slice(*np.searchsorted(self.cells, [rows.start, rows.stop]))
-            block, chosen = read_rows(self.counts, rows), self.cells[places] - start
-            parts.append(block if len(chosen) == block.shape[0] else block[chosen])
-            cell_type_idx.append(self.cell_type_idx[places])
-        counts, types = sp.vstack(parts, format="csr"), np.concatenate(cell_type_idx)
-        return InMemoryCells(counts if self.correct is None else self.correct(counts, types), types, self.device)
+            places.append(np.arange(*np.searchsorted(self.rows, [rows.start, rows.stop])))
+            counts.append(read_rows(self.counts, rows)[self.rows[places[-1]] - start])
+        return InMemoryCells(*self._corrected(sp.vstack(counts, format="csr"), np.concatenate(places)), self.device)

@@ -10,37 +10,28 @@ dentate_gyrus    2,930 x 13,913   .h5ad, scVelo's copy of GSE95753 (Hochgerner e
 E-ANND-5         828,328 cells    .zip of .mtx, .mtx_rows, .mtx_cols; a design .tsv (EBI)   126 types
 """
 
-import io
-import tarfile
+import gzip
+import shutil
+import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import anndata as ad
 import numpy as np
 import pandas as pd
+import pooch
+import requests
 import scanpy as sc
+import scipy.io
 import scipy.sparse as sp
 
-from lib.data.anndata_files import open_10x
-from lib.data.download import fetch
-from lib.data.hdf5 import read_h5ad
+from lib.data.counts import read_h5ad
 from lib.data.labels import clean_labels, read_labels
-from lib.data.mtx import MtxTable, open_mtx
-from lib.data.readers import read_count_table
-from lib.data.streams import CellStream
-from lib.files import check_unpacked, reading
+from lib.data.readers import CellStream, check_foreign, open_10x, open_mtx, read_count_table
+from lib.run import reading
 
-N_CELLS = {
-    "GSE130148": 10_360,
-    "pbmc68k_reduced": 700,
-    "pbmc1k": 1_222,
-    "pbmc3k": 2_700,
-    "pbmc68k": 68_579,
-    "dentate_gyrus": 2_930,
-    "E-ANND-5": 828_328,
-}
-NAMES = tuple(N_CELLS)
 URLS = {
     "10x": "https://cf.10xgenomics.com/samples/cell-exp",
     "cellxgene": "https://raw.githubusercontent.com/chanzuckerberg/cellxgene/main/example-dataset",
@@ -53,6 +44,7 @@ EBI_LABELS = tuple(
     f"Factor Value[{name}]"
     for name in ("inferred cell type - authors labels", "inferred cell type - ontology labels", "cell type")
 )
+RETRIES = 5  # of a download, after 1, 2, ... seconds
 
 
 class Source(NamedTuple):
@@ -65,29 +57,70 @@ class Source(NamedTuple):
 
 
 def load(name: str, raw: Path, geo_url: str, gene_length_url: str | None) -> Source:
-    """Open a data set of `NAMES`; its counts are checked when they are read.
+    """Open a data set of `NAMES`, whose downloads are kept in the folder `raw`; its counts are checked when they are read.
 
-    Parameters
-    ----------
-    raw
-        Folder that keeps the downloaded files.
-    geo_url
-        Folder of the two files of GSE130148.
-    gene_length_url
-        Table of gene lengths for GSE130148; None for no gene lengths.
-
-    Raises
-    ------
-    ValueError
-        If the files have another number of cells than the source states, or no counts.
+    The addresses are those of GSE130148: the folder of its two files, and its table of gene lengths (None: without). ValueError if
+    the files have another number of cells than the source states.
     """
-    source = gse130148(raw, geo_url, gene_length_url) if name == "GSE130148" else READERS[name](raw)
-    if len(source.cells.obs) != N_CELLS[name]:
+    reader, n_cells = SETS[name]
+    source = gse130148(raw, geo_url, gene_length_url) if name == "GSE130148" else reader(raw)
+    if len(source.cells.obs) != n_cells:
         raise ValueError(
-            f"{name} has {len(source.cells.obs):,} cells, expected {N_CELLS[name]:,}: delete its files in {raw} and run this again, "
+            f"{name} has {len(source.cells.obs):,} cells, expected {n_cells:,}: delete its files in {raw} and run this again, "
             "or give their path as DATASET"
         )
     return source._replace(cells=source.cells.tidy())
+
+
+def fetch(url: str, path: Path) -> Path:
+    """Download `url` to `path`, unless the file exists. The file has its name only when it is complete.
+
+    Raises
+    ------
+    ConnectionError
+        If the download fails; the message says which file to save where by hand.
+    ValueError
+        If the file is a web page, empty, or an incomplete gzip file.
+    """
+    if path.exists():
+        check_download(path, path)
+        print(f"{path.name}: using the file in {path.parent}")
+        return path
+
+    def download(url: str, temporary: str, cache: Any) -> None:
+        try:
+            pooch.HTTPDownloader(progressbar=True, headers={"Accept-Encoding": "identity"})(url, temporary, cache)
+        except requests.HTTPError as error:
+            assert error.response is not None
+            if error.response.status_code in (429, *range(500, 600)):
+                raise  # pooch tries again
+            raise ConnectionError(str(error)) from error
+        check_download(Path(temporary), path)
+
+    cache = pooch.create(
+        path.parent, base_url="", registry={path.name: None}, urls={path.name: url}, retry_if_failed=RETRIES
+    )
+    try:
+        cache.fetch(path.name, downloader=download)
+    except (requests.RequestException, ConnectionError) as error:
+        raise ConnectionError(
+            f"{url} could not be downloaded ({error}). Without a network: download it elsewhere, save it as {path}, and run this again"
+        ) from error
+    return path
+
+
+def check_download(file: Path, named: Path) -> None:
+    """Refuse a file that is empty, a web page, or, if it is to be called .gz, no complete gzip file."""
+    with open(file, "rb") as stream:
+        head = stream.read(512).lstrip().lower()
+    if not head or head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise ValueError(
+            f"{named} is {'a web page, not data' if head else 'empty'}; expected the data file: download it elsewhere and save it there"
+        )
+    if named.suffix == ".gz":
+        with reading(named, "a complete gzip file"), gzip.open(file) as stream:
+            while stream.read(1 << 22):
+                pass
 
 
 def gse130148(raw: Path, geo_url: str, gene_length_url: str | None) -> Source:
@@ -103,8 +136,7 @@ def gse130148(raw: Path, geo_url: str, gene_length_url: str | None) -> Source:
         except ConnectionError as error:  # only USE_GENE_LENGTHS in stage 2 needs lengths
             print(f"WARNING: no gene lengths, so USE_GENE_LENGTHS in stage 2 will not work: {error}")
     adata = read_count_table(count_file, "genes_in_rows")
-    labels = read_labels(label_file, adata.obs_names, "celltype")
-    adata.obs = labels.rename(columns={"ID": "donor"})
+    adata.obs = read_labels(label_file, adata.obs_names, "celltype").rename(columns={"ID": "donor"})
     return Source(CellStream.of(adata, "GSE130148"), f"GEO GSE130148, {geo_url}", length_file)
 
 
@@ -115,16 +147,12 @@ def pbmc68k_reduced(_: Path) -> Source:
     """
     source = sc.datasets.pbmc68k_reduced()
     normalized = sp.csr_matrix(source.raw.X, dtype=np.float64)
-    n_counts = source.obs["n_counts"].to_numpy(dtype=np.float64)
-    exact = sp.diags_array(n_counts / 1e4).dot(normalized.expm1()).tocsr()
+    exact = sp.diags_array(source.obs["n_counts"].to_numpy(np.float64) / 1e4).dot(normalized.expm1()).tocsr()
     counts = exact.rint()
-    assert np.abs((exact - counts).data).max(initial=0) < 0.25, (
-        "scanpy's pbmc68k_reduced has changed: its counts cannot be recovered"
-    )
-    obs = pd.DataFrame({"cell_type": clean_labels(source.obs["bulk_labels"])}, index=source.obs_names)
-    var = pd.DataFrame(index=source.raw.var_names)
-    cells = CellStream.of(ad.AnnData(counts, obs=obs, var=var), "pbmc68k_reduced")
-    return Source(cells, "scanpy.datasets.pbmc68k_reduced")
+    assert np.abs((exact - counts).data).max(initial=0) < 0.25, "scanpy's pbmc68k_reduced has changed"
+    obs = pd.DataFrame({"cell_type": clean_labels(source.obs["bulk_labels"])})
+    adata = ad.AnnData(counts, obs=obs, var=source.raw.var[[]])
+    return Source(CellStream.of(adata, "pbmc68k_reduced"), "scanpy.datasets.pbmc68k_reduced")
 
 
 def pbmc1k(raw: Path) -> Source:
@@ -135,61 +163,55 @@ def pbmc1k(raw: Path) -> Source:
 
 
 def pbmc3k(raw: Path) -> Source:
-    """Blood of a healthy donor, 10x v1, with the labels of scanpy's tutorial.
+    """Blood of a healthy donor, 10x v1, with the labels of scanpy's tutorial (`scanpy.datasets.pbmc3k_processed`).
 
-    The labels are not the authors': the tutorial names its eight Louvain clusters by marker genes
-    (`scanpy.datasets.pbmc3k_processed`). 62 of the 2,700 cells fail the tutorial's quality control and have no type.
-    Without the file of labels the cells have no types, with a warning.
+    The labels are not the authors': the tutorial names its eight Louvain clusters by marker genes. 62 of the 2,700 cells fail its
+    quality control and have no type. Without the file of labels the cells have no types, with a warning.
     """
-    file = "pbmc3k_filtered_gene_bc_matrices.tar.gz"
-    url = f"{URLS['10x']}/1.1.0/pbmc3k/{file}"
-    cells = open_mtx(unpack(fetch(url, raw / file), raw / "pbmc3k"), scratch=raw)
+    cells, url = cell_ranger_archive("pbmc3k/pbmc3k", raw)
     try:
         label_file = fetch(f"{URLS['cellxgene']}/pbmc3k.h5ad", raw / "pbmc3k_processed.h5ad")
     except ConnectionError as error:  # stage 1 can cluster the cells
         print(f"WARNING: no cell types of pbmc3k, so stage 1 will cluster the cells: {error}")
-    else:
-        cells.obs["cell_type"] = tutorial_labels(label_file, cells.obs.index)
-    return Source(cells, url)
-
-
-def tutorial_labels(path: Path, barcodes: pd.Index) -> pd.Series:
-    """obs["louvain"] of an .h5ad for these barcodes, missing for other cells; the counts are not read.
-
-    Raises
-    ------
-    ValueError
-        If the file has no such column, or none of the barcodes.
-    """
-    table = read_h5ad(path, backed="r")
-    obs = table.obs
-    table.file.close()
-    if "louvain" not in obs or not barcodes.isin(obs.index).any():
+        return Source(cells, url)
+    with reading(label_file, "scanpy's pbmc3k_processed, with the cell types in obs['louvain']"):
+        check_foreign(label_file, ("obs",), indices=False)
+        louvain = read_h5ad(label_file).obs["louvain"].reindex(cells.obs.index)
+    if louvain.isna().all():
         raise ValueError(
-            f"{path} has no cell types of these cells: its obs has {', '.join(obs.columns) or 'no columns'} for barcodes such as "
-            f"{', '.join(obs.index[:1])}; expected the column louvain for barcodes such as {barcodes[0]}: delete it and run this again"
+            f"{label_file} has none of these cells, such as {louvain.index[0]}: delete it and run this again"
         )
-    labels = clean_labels(obs["louvain"].reindex(barcodes))
-    print(f"{labels.notna().sum():,} of {len(barcodes):,} cells have a label in {path.name}")
-    return labels
+    cells.obs["cell_type"] = clean_labels(louvain)
+    print(f"{louvain.notna().sum():,} of {len(louvain):,} cells have a label in {label_file.name}")
+    return Source(cells, url)
 
 
 def pbmc68k(raw: Path) -> Source:
     """Fresh blood cells of donor A, with the labels of the paper (Zheng et al., Nature Communications 2017)."""
-    file = "fresh_68k_pbmc_donor_a_filtered_gene_bc_matrices.tar.gz"
-    url = f"{URLS['10x']}/1.1.0/fresh_68k_pbmc_donor_a/{file}"
-    cells = open_mtx(unpack(fetch(url, raw / file), raw / "pbmc68k"), scratch=raw)
+    cells, url = cell_ranger_archive("fresh_68k_pbmc_donor_a/fresh_68k_pbmc_donor_a", raw)
     labels = fetch(f"{URLS['zheng']}/68k_pbmc_barcodes_annotation.tsv", raw / "68k_pbmc_barcodes_annotation.tsv")
     cells.obs = read_labels(labels, cells.obs.index, "celltype")[["cell_type"]]
     return Source(cells, url)
 
 
+def cell_ranger_archive(name: str, raw: Path) -> tuple[CellStream, str]:
+    """The cells of a .tar.gz of 10x with one folder of MatrixMarket files, and its address."""
+    url = f"{URLS['10x']}/1.1.0/{name}_filtered_gene_bc_matrices.tar.gz"
+    archive = fetch(url, raw / url.rpartition("/")[2])
+    with tempfile.TemporaryDirectory(dir=raw) as folder, reading(archive, "a .tar.gz with one matrix.mtx"):
+        shutil.unpack_archive(archive, folder, filter="data")
+        (matrix,) = Path(folder).rglob("matrix.mtx")
+        return open_mtx(matrix.parent), url
+
+
 def dentate_gyrus(raw: Path) -> Source:
     """Mouse dentate gyrus: the spliced counts of scVelo's copy of GSE95753, and the bulk GSE74985."""
     url = f"{URLS['scvelo']}/10X43_1.h5ad"
-    source = read_h5ad(fetch(url, raw / "dentate_gyrus_10X43_1.h5ad"))
-    obs = pd.DataFrame({"cell_type": clean_labels(source.obs["clusters"])}, index=source.obs_names)
-    adata = ad.AnnData(source.layers["spliced"], obs=obs, var=source.var[[]].copy())
+    file = fetch(url, raw / "dentate_gyrus_10X43_1.h5ad")
+    check_foreign(file, ("obs", "layers"))
+    source = read_h5ad(file)
+    obs = pd.DataFrame({"cell_type": clean_labels(source.obs["clusters"])})
+    adata = ad.AnnData(source.layers["spliced"], obs=obs, var=source.var[[]])
     counts, names = (
         fetch(f"{URLS['geo']}/GSE74985%5F{file}", raw / f"GSE74985_{file}")
         for file in ("mergedCount.txt.gz", "genes.fpkm_tracking.gz")
@@ -214,69 +236,34 @@ def e_annd_5(raw: Path) -> Source:
     url = f"{URLS['ebi']}/E-ANND-5/download"
     design = fetch(f"{url}?accessKey=&fileType=experiment-design", raw / "E-ANND-5_experimental_design.tsv")
     packed = fetch(f"{url}/zip?accessKey=&fileType=quantification-raw", raw / "E-ANND-5_expression_archive.zip")
-    with reading(packed, "a complete zip archive of the EBI"):
-        archive = zipfile.ZipFile(packed)
-        check_unpacked(packed, sum(part.file_size for part in archive.infolist()))
+    with reading(packed, "a complete zip archive of the EBI"), zipfile.ZipFile(packed) as archive:
         parts = {Path(part).suffix: part for part in archive.namelist()}
-        gene_names, barcodes = (
-            pd.Index(pd.read_csv(archive.open(parts[suffix]), sep="\t", header=None, dtype=str)[column].to_numpy())
-            for suffix, column in ((".mtx_rows", 1), (".mtx_cols", 0))
+        genes, barcodes = (
+            pd.read_csv(archive.open(parts[suffix]), sep="\t", header=None, dtype=str)
+            for suffix in (".mtx_rows", ".mtx_cols")
         )
-        table = MtxTable.of(packed, lambda: io.TextIOWrapper(archive.open(parts[".mtx"]), "utf-8"))
-        if table.shape != (len(gene_names), len(barcodes)):
-            raise ValueError(f"a table of {table.shape} with {len(gene_names):,} genes and {len(barcodes):,} cells")
-    obs = pd.DataFrame({"cell_type": ebi_labels(design, barcodes)})
-    return Source(CellStream(obs, gene_names, table.cells(genes_in_rows=True, scratch=raw), "E-ANND-5"), url)
-
-
-def ebi_labels(design: Path, barcodes: pd.Index) -> pd.Series:
-    """Cell types of these barcodes in a table of cells of the EBI.
-
-    Raises
-    ------
-    ValueError
-        If it has no column of cell types.
-    """
+        counts = sp.csr_matrix(scipy.io.mmread(archive.open(parts[".mtx"])).T)
+        obs = pd.DataFrame(index=barcodes[0].to_numpy())
+        adata = ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=genes[1].to_numpy()))
     with reading(design, "a table of cells"):
-        columns = pd.read_csv(design, sep="\t", index_col=0, nrows=0).columns
-    found = [column for column in EBI_LABELS if column in columns]
-    if not found:
+        table = pd.read_csv(design, sep="\t", index_col=0, dtype=str)
+    columns = [column for column in EBI_LABELS if column in table]
+    if not columns:
         raise ValueError(
-            f"{design} has no column of cell types; it has {', '.join(columns)}; expected one of {', '.join(EBI_LABELS)}: "
+            f"{design} has no column of cell types; it has {', '.join(table)}; expected one of {', '.join(EBI_LABELS)}: "
             "delete it and run this again"
         )
-    with reading(design, "a table of cells"):
-        table = pd.read_csv(design, sep="\t", index_col=0, usecols=[0, 1 + columns.get_loc(found[0])], dtype=str)
-    return clean_labels(table.iloc[:, 0].reindex(barcodes))
+    adata.obs["cell_type"] = clean_labels(table[columns[0]].reindex(adata.obs_names))
+    return Source(CellStream.of(adata, "E-ANND-5"), url)
 
 
-READERS = {
-    "pbmc68k_reduced": pbmc68k_reduced,
-    "pbmc1k": pbmc1k,
-    "pbmc3k": pbmc3k,
-    "pbmc68k": pbmc68k,
-    "dentate_gyrus": dentate_gyrus,
-    "E-ANND-5": e_annd_5,
+SETS: dict[str, tuple[Callable[..., Source], int]] = {  # name: its reader, number of cells
+    "GSE130148": (gse130148, 10_360),
+    "pbmc68k_reduced": (pbmc68k_reduced, 700),
+    "pbmc1k": (pbmc1k, 1_222),
+    "pbmc3k": (pbmc3k, 2_700),
+    "pbmc68k": (pbmc68k, 68_579),
+    "dentate_gyrus": (dentate_gyrus, 2_930),
+    "E-ANND-5": (e_annd_5, 828_328),
 }
-
-
-def unpack(archive: Path, folder: Path) -> Path:
-    """Unpack a .tar.gz, unless that is done; the folder inside that holds the matrix.
-
-    Raises
-    ------
-    ValueError
-        If it holds no matrix.mtx, or several.
-    """
-    if not folder.exists():
-        partial = folder.with_name(folder.name + ".part")
-        with reading(archive, "a complete .tar.gz"), tarfile.open(archive) as file:
-            check_unpacked(archive, sum(part.size for part in file))
-            file.extractall(partial, filter="data")
-        partial.rename(folder)
-    found = sorted(path.parent for path in folder.rglob("matrix.mtx*"))
-    if len(found) != 1:
-        raise ValueError(
-            f"{archive} holds {len(found)} files called matrix.mtx, expected one; delete it and {folder}, and run this again"
-        )
-    return found[0]
+NAMES = tuple(SETS)

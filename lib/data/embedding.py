@@ -1,7 +1,8 @@
 """Principal components, UMAP, MDE and Leiden clusters of cells, computed in the same way for real and generated cells."""
 
+import contextlib
+from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -15,32 +16,57 @@ from sklearn.neighbors import KNeighborsClassifier
 from lib.data.counts import BLOCK_CELLS
 
 MIN_CELLS = 10  # fewer cells have no meaningful neighbours
+CONNECT_S = 20  # seconds that a dask scheduler has to answer
 
 
-def lazy(adata: ad.AnnData, rows: np.ndarray) -> ad.AnnData:
-    """Some cells of a count file (`rows` ascending), their counts a dask array that is read in blocks when it is used."""
+def lazy(adata: ad.AnnData, rows: np.ndarray | None = None) -> ad.AnnData:
+    """Some cells of a file (`rows`, ascending), their counts a dask array that is read in blocks when it is used."""
     counts = read_elem_lazy(adata.X.group, chunks=(BLOCK_CELLS, adata.n_vars))
-    return ad.AnnData(counts[rows], var=adata.var[[]].copy())
+    return ad.AnnData(counts if rows is None else counts[rows], var=adata.var[[]].copy())
+
+
+@contextlib.contextmanager
+def scheduler(address: str | None) -> Iterator[None]:
+    """Compute the dask arrays of this block in this process (None), in one process per processor ("local"), or by the workers of a
+    running scheduler, which need the same packages and the same path of the data.
+    """
+    if address is None:
+        yield
+        return
+    try:
+        from distributed import Client
+
+        local = {"processes": True, "threads_per_worker": 1, "dashboard_address": None}
+        client = Client(**local) if address == "local" else Client(address, timeout=CONNECT_S)
+    except (ImportError, OSError, ValueError) as error:
+        raise ValueError(
+            f"DASK_SCHEDULER is {address!r}, but it does not answer ({error}); "
+            "expected the address of a running dask scheduler, local or none, and the package dask[distributed]"
+        ) from error
+    with client:
+        yield
+
+
+def quality_metrics(adata: ad.AnnData) -> pd.DataFrame:
+    """scanpy's quality metrics of the cells of a file: total_counts, n_genes_by_counts, and pct_counts_mt (of genes called MT-...)."""
+    names = ["total_counts", "n_genes_by_counts", "pct_counts_mt"]
+    var = pd.DataFrame({"mt": adata.var_names.str.upper().str.startswith("MT-")}, index=adata.var_names)
+    if not var["mt"].any():
+        print("no gene is called MT-...: no mitochondrial counts are known")
+
+    def of_block(counts: sp.csr_matrix) -> np.ndarray:  # of a whole dask array, scanpy needs all counts in memory
+        cells = ad.AnnData(counts, var=var)
+        return sc.pp.calculate_qc_metrics(cells, qc_vars=["mt"], percent_top=None, log1p=False)[0][names].to_numpy()
+
+    counts = lazy(adata).X
+    values = counts.map_blocks(of_block, chunks=(counts.chunks[0], (len(names),)), meta=np.empty((0, 0))).compute()
+    return pd.DataFrame(values, columns=names).fillna(0)  # without any count, the percentage is not a number
 
 
 def principal_components(counts: ad.AnnData, n_top_genes: int | None, n_pcs: int) -> np.ndarray:
-    """Normalise to the median library size, log1p, select highly variable genes, PCA (scanpy), all cells together.
+    """Normalise to the median library size, log1p, select highly variable genes (None: all), PCA (scanpy): cells x components, float32.
 
-    Parameters
-    ----------
-    counts
-        Cells x genes, raw counts, sparse, in memory or as a dask array.
-    n_top_genes
-        Number of highly variable genes; None for all genes.
-
-    Returns
-    -------
-    Cells x components, float32.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer than `MIN_CELLS` cells.
+    counts: cells x genes, raw, sparse, in memory or as a dask array; a ValueError says if there are fewer than `MIN_CELLS` cells.
     """
     if counts.n_obs < MIN_CELLS:
         raise ValueError(f"{counts.n_obs} cells are too few for an embedding; expected at least {MIN_CELLS}")
@@ -57,10 +83,7 @@ def principal_components(counts: ad.AnnData, n_top_genes: int | None, n_pcs: int
 
 
 def variable_genes(cells: ad.AnnData, n_genes: int) -> np.ndarray:
-    """Indices of the genes with the most variance beyond chance, ascending.
-
-    Ranked by the variance of Pearson residuals (Lause, Berens and Kobak, Genome Biology 2021).
-    """
+    """Indices of the genes with the most variance of Pearson residuals, ascending (Lause, Berens and Kobak, Genome Biology 2021)."""
     counts = ad.AnnData(cells.X)
     sc.experimental.pp.highly_variable_genes(counts, n_top_genes=min(n_genes, cells.n_vars))
     return np.flatnonzero(counts.var["highly_variable"])
@@ -80,24 +103,8 @@ def embed(pcs: np.ndarray, n_neighbors: int, seed: int, min_dist: float = 0.5) -
     return graph
 
 
-def mde(pcs: np.ndarray, n_neighbors: int, seed: int) -> np.ndarray:
-    """Minimum-distortion embedding that preserves neighbours (pymde; Agrawal, Ali and Boyd 2021), cells x 2."""
-    pymde = load_pymde()
-    pymde.seed(seed)
-    problem = pymde.preserve_neighbors(
-        torch.from_numpy(pcs), embedding_dim=2, n_neighbors=min(n_neighbors, len(pcs) - 1)
-    )
-    return problem.embed().cpu().numpy()
-
-
 def load_pymde() -> ModuleType:
-    """Import pymde, which is not in requirements.txt: it needs a torchvision of the same build as torch.
-
-    Raises
-    ------
-    ImportError
-        If pymde or its torchvision cannot be imported.
-    """
+    """Import pymde, which is not in requirements.txt: it needs a torchvision of the same build as torch."""
     try:
         import pymde
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another build than torch
@@ -107,10 +114,18 @@ def load_pymde() -> ModuleType:
     return pymde
 
 
+def mde(pcs: np.ndarray, n_neighbors: int, seed: int) -> np.ndarray:
+    """Minimum-distortion embedding that preserves neighbours (pymde; Agrawal, Ali and Boyd 2021), cells x 2."""
+    pymde = load_pymde()
+    pymde.seed(seed)
+    n_neighbors = min(n_neighbors, len(pcs) - 1)
+    problem = pymde.preserve_neighbors(torch.from_numpy(pcs), embedding_dim=2, n_neighbors=n_neighbors)
+    return problem.embed().cpu().numpy()
+
+
 def leiden(graph: ad.AnnData, resolution: float, seed: int, n_iterations: int = 2) -> np.ndarray:
     """Leiden cluster of each cell of a neighbour graph (igraph), as text."""
-    settings: dict[str, Any] = {"flavor": "igraph", "n_iterations": n_iterations, "directed": False}
-    sc.tl.leiden(graph, resolution=resolution, random_state=seed, **settings)
+    sc.tl.leiden(graph, resolution, random_state=seed, flavor="igraph", n_iterations=n_iterations, directed=False)
     return graph.obs["leiden"].astype(str).to_numpy()
 
 
@@ -127,36 +142,20 @@ def labels_of_neighbours(pcs: np.ndarray, known: np.ndarray, labels: np.ndarray,
 def in_large_clusters(
     cells: ad.AnnData, min_cells: int, n_top_genes: int, n_pcs: int, n_neighbors: int, resolution: float, seed: int
 ) -> np.ndarray:
-    """Small-cluster filter of Bulk2Single: mask of the cells whose Leiden cluster has at least `min_cells` cells.
+    """Small-cluster filter of Bulk2Single: mask of the generated cells whose Leiden cluster has at least `min_cells` cells.
 
-    Parameters
-    ----------
-    cells
-        Generated cells, raw counts.
-    min_cells
-        Size of the smallest cluster that is kept.
-    n_top_genes, n_pcs, n_neighbors, resolution
-        Of the clusters: highly variable genes, principal components, neighbours of a cell, Leiden's resolution.
-
-    Raises
-    ------
-    ValueError
-        If there are too few cells, or no cluster is large enough.
+    cells: raw counts; the other settings are those of the clusters. A ValueError says if no cluster is large enough.
     """
-    if cells.n_obs < MIN_CELLS:
-        raise ValueError(f"{cells.n_obs} cells are too few for the small-cluster filter; expected at least {MIN_CELLS}")
     graph = neighbour_graph(principal_components(cells, n_top_genes, n_pcs), n_neighbors, seed)
     clusters = leiden(graph, resolution, seed)
     sizes = pd.Series(clusters).value_counts()
     kept = sizes[clusters].to_numpy() >= min_cells
     if not kept.any():
         raise ValueError(
-            f"all {len(sizes)} clusters of the generated cells have fewer than {min_cells} cells (the largest: {sizes.max()}); "
-            "lower MIN_CLUSTER_CELLS"
+            f"all {len(sizes)} clusters have fewer than {min_cells} cells (the largest: {sizes.max()}); lower MIN_CLUSTER_CELLS"
         )
     n_small = np.sum(sizes < min_cells)
     print(
-        f"small-cluster filter: {np.sum(~kept):,} of {len(kept):,} cells dropped, in {n_small} of {len(sizes)} clusters "
-        f"of fewer than {min_cells} cells"
+        f"small-cluster filter: {np.sum(~kept):,} of {len(kept):,} cells dropped, in {n_small} of {len(sizes)} clusters"
     )
     return kept

@@ -1,121 +1,31 @@
-"""Read the cell types: from a column of `obs`, or from a file of labels, matched to the cells by barcode."""
+"""Cell types of cells: from a column of `obs`, from a file of labels by barcode, or from the marker genes of clusters (scType).
+
+    score(cell, type) = sum over positive markers of s_g z_g / sqrt(their number) - the same over negative markers
+
+z_g is the z-score of a gene over all cells; s_g its sensitivity, 1 if it is a positive marker of one type, 0 if of all types. A cluster
+gets the type with the largest mean score of its cells (Ianevski, Giri and Aittokallio, Nature Communications 13, 1246, 2022).
+"""
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
+import anndata as ad
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 
+from lib.data.counts import log_normalize, selected_blocks
 from lib.data.tables import read_table
 
 BARCODE_COLUMNS = ("cell.barcode", "barcode", "barcodes", "cell", "cell_id", "cellid", "index", "")
 NO_LABEL = ("", "nan", "na", "none", "unknown", "unassigned", "unlabelled", "unlabeled", "1_unicorns and artifacts")
-
-
-def take_labels(obs: pd.DataFrame, key: str | None) -> pd.DataFrame:
-    """Obs with the column cell_type, taken from the column `key`; None takes a column named like it, if there is one.
-
-    Raises
-    ------
-    ValueError
-        If there is no column `key`, or it labels no cell.
-    """
-    given = key is not None
-    if key is None:
-        alike = [c for c in obs if re.fullmatch(r"cell[ _.]?types?", str(c).lower())]
-        key = alike[0] if alike else None
-    if key is None:
-        return obs
-    if key not in obs:
-        raise ValueError(
-            f"obs has no column {key!r}; it has {', '.join(obs.columns) or 'none'}: "
-            "set CELL_TYPE_KEY to one of them, or LABELS_FILE"
-        )
-    labels = clean_labels(obs[key])
-    if labels.notna().any():
-        return obs.assign(cell_type=labels)
-    if given:
-        raise ValueError(
-            f"obs[{key!r}] labels no cell: all its values mean no type; set CELL_TYPE_KEY to another column"
-        )
-    print(f"WARNING: obs[{key!r}] labels no cell, so it is left out: stage 1 will cluster the cells")
-    return obs.drop(columns=key)
-
-
-def read_labels(path: Path, barcodes: pd.Index, key: str | None = None) -> pd.DataFrame:
-    """Read a table of cell types, one row for each cell, in the order of `barcodes`.
-
-    The barcode column is the one that holds most barcodes of the counts. A file without barcodes, but with one row for each
-    cell, is taken in the order of the counts, with a warning.
-
-    Parameters
-    ----------
-    path
-        csv or tsv with a header, such as the original's cluster CSV.
-    barcodes
-        Barcodes of the counts.
-    key
-        Column with the cell types; None takes the only column that is named like cell type, cluster, label, ...
-
-    Returns
-    -------
-    Table with the column `cell_type` (missing where there is no label) and the file's other columns.
-
-    Raises
-    ------
-    ValueError
-        If the labels belong to other cells, or a cell has two different rows.
-    """
-    return align_labels(read_label_table(path), path, barcodes, key)
-
-
-def read_label_table(path: Path) -> pd.DataFrame:
-    """Read a file of labels as text, as it is; a column without a name is called ""."""
-    table = read_table(path)
-    if table.empty:
-        raise ValueError(f"{path} is empty: it has no rows; expected one for each cell")
-    return table
-
-
-def align_labels(
-    table: pd.DataFrame, path: Path, barcodes: pd.Index, key: str | None, by_order: bool = False
-) -> pd.DataFrame:
-    """As `read_labels`; `by_order` if the counts have no barcodes."""
-    matches = {column: table[column].isin(barcodes).mean() for column in table}
-    barcode_column = max(matches, key=lambda column: matches[column])
-    if by_order or matches[barcode_column] == 0:
-        if len(table) != len(barcodes):
-            raise ValueError(
-                f"{path} labels other cells: none of its {len(table):,} rows has one of the {len(barcodes):,} barcodes "
-                f"(such as {barcodes[0]}; its first row is {', '.join(table.iloc[0].astype(str))}); "
-                "expected a column of barcodes, or one row for each cell in the order of the counts"
-            )
-        print(
-            f"WARNING: {path.name} has no barcode of the counts: its {len(table):,} rows are taken in the order of the cells"
-        )
-        table = table[[c for c in table if c.lower() not in BARCODE_COLUMNS]].set_axis(barcodes)
-    else:
-        table = table.drop_duplicates()
-        listed = table[barcode_column]
-        repeated = listed[listed.duplicated() & listed.isin(barcodes)]
-        if len(repeated):
-            raise ValueError(
-                f"{path} has two different rows for {len(repeated):,} cells (such as {repeated.iloc[0]}); expected one for each cell"
-            )
-        table = table.drop_duplicates(barcode_column).set_index(barcode_column)
-    key = key or _label_column(table, path)
-    if key not in table:
-        raise ValueError(
-            f"{path} has no column {key!r}; it has {', '.join(table.columns)}: set CELL_TYPE_KEY to one of them"
-        )
-    labels = clean_labels(table[key].reindex(barcodes))
-    if labels.isna().all():
-        raise ValueError(
-            f"{path} labels no cell: all values of {key!r} mean no type; set CELL_TYPE_KEY to another column"
-        )
-    print(f"{labels.notna().sum():,} of {len(barcodes):,} cells have a label in {path.name}")
-    rest = table.reindex(barcodes).drop(columns=[c for c in table if c in (key, "cell_type", "")])
-    return rest.assign(cell_type=labels).rename_axis(None)
+MARKER_COLUMNS = (
+    ("cellName", "geneSymbolmore1", "geneSymbolmore2"),
+    ("cell_type", "positive", "negative"),
+)  # scType's, ours
+TISSUE_COLUMN = "tissueType"  # of scType's database
+MIN_SCORE = 0.25  # mean score of a cluster's cells; below it the cluster has no type (scType)
 
 
 def clean_labels(labels: pd.Series) -> pd.Series:
@@ -124,15 +34,156 @@ def clean_labels(labels: pd.Series) -> pd.Series:
     return text.where(~text.str.lower().isin(NO_LABEL), np.nan)
 
 
-def _label_column(table: pd.DataFrame, path: Path) -> str:
-    """Find the column of cell types by its name."""
-    for pattern in (r"cell.?type", r"cluster|louvain|leiden|label|annotation|ident|partition"):
-        found = [column for column in table if re.search(pattern, column.lower())]
-        if len(found) == 1:
-            return found[0]
-    if table.shape[1] == 1:
-        return table.columns[0]
-    raise ValueError(
-        f"{path}: cannot tell which column holds the cell types; it has {', '.join(table.columns)}: "
-        "set CELL_TYPE_KEY to one of them"
+def take_labels(obs: pd.DataFrame, key: str | None) -> pd.DataFrame:
+    """Obs with the column cell_type, taken from the column `key`; None takes a column named like it, if there is one."""
+    alike = [column for column in obs if re.fullmatch(r"cell[ _.]?types?", str(column).lower())]
+    if key is None and not alike:
+        return obs
+    column = alike[0] if key is None else key
+    if column not in obs:
+        raise ValueError(
+            f"obs has no column {key!r}; it has {', '.join(obs) or 'none'}: set CELL_TYPE_KEY or LABELS_FILE"
+        )
+    labels = clean_labels(obs[column])
+    if labels.notna().any():
+        return obs.assign(cell_type=labels)
+    if key is not None:
+        raise ValueError(f"obs[{key!r}] labels no cell: all values mean no type; set CELL_TYPE_KEY to another column")
+    print(f"WARNING: obs[{column!r}] labels no cell, so it is left out: stage 1 will cluster the cells")
+    return obs.drop(columns=column)
+
+
+def read_labels(path: Path, barcodes: pd.Index, key: str | None = None) -> pd.DataFrame:
+    """Read a table of cell types (csv, tsv): the column `cell_type`, missing where there is no label, and its other columns.
+
+    Its rows are matched by the column that holds most of the `barcodes`; without barcodes, one row for each cell is taken in the order
+    of the counts, with a warning. `key` is the column of types; None takes the only one that is named like cell type, cluster, ...
+    """
+    table = read_table(path)
+    if table.empty:
+        raise ValueError(f"{path} is empty: it has no rows; expected one for each cell")
+    barcode_column = max(table, key=lambda column: table[column].isin(barcodes).mean())
+    if table[barcode_column].isin(barcodes).any():
+        table = table.drop_duplicates().set_index(barcode_column)
+        repeated = table.index[table.index.duplicated() & table.index.isin(barcodes)]
+        if len(repeated):
+            raise ValueError(f"{path} has two different rows for {len(repeated):,} cells (such as {repeated[0]})")
+        table = table[~table.index.duplicated()]
+    else:
+        table = _in_order(table, path, barcodes)
+    key = key or _label_column(table, path)
+    if key not in table:
+        raise ValueError(f"{path} has no column {key!r}; it has {', '.join(table)}: set CELL_TYPE_KEY to one of them")
+    labels = clean_labels(table[key].reindex(barcodes))
+    if labels.isna().all():
+        raise ValueError(
+            f"{path} labels no cell: no value of {key!r} means a type; set CELL_TYPE_KEY to another column"
+        )
+    print(f"{labels.notna().sum():,} of {len(barcodes):,} cells have a label in {path.name}")
+    rest = table.reindex(barcodes).drop(columns=[key, "cell_type", ""], errors="ignore")
+    return rest.assign(cell_type=labels).rename_axis(None)
+
+
+def _in_order(table: pd.DataFrame, path: Path, barcodes: pd.Index) -> pd.DataFrame:
+    """A table of labels without barcodes, as one row for each cell."""
+    if len(table) != len(barcodes):
+        raise ValueError(
+            f"{path} labels other cells: none of its {len(table):,} rows has one of the {len(barcodes):,} barcodes "
+            f"(such as {barcodes[0]}; its first row is {', '.join(table.iloc[0])}); "
+            "expected a column of barcodes, or one row for each cell in the order of the counts"
+        )
+    print(
+        f"WARNING: {path.name} has no barcode of the counts: its {len(table):,} rows are taken in the order of the cells"
     )
+    return table[[column for column in table if column.lower() not in BARCODE_COLUMNS]].set_axis(barcodes)
+
+
+def _label_column(table: pd.DataFrame, path: Path) -> str:
+    """The column of cell types, by its name."""
+    for pattern in (r"cell.?type", r"cluster|louvain|leiden|label|annotation|ident|partition", r""):
+        columns = [column for column in table if re.search(pattern, column.lower())]
+        if len(columns) == 1:
+            return columns[0]
+    raise ValueError(
+        f"{path}: cannot tell which column holds the cell types; it has {', '.join(table)}: set CELL_TYPE_KEY to one of them"
+    )
+
+
+class Markers(NamedTuple):
+    positive: list[str]
+    negative: list[str]
+
+
+def read_markers(path: Path, tissue: str | None = None) -> dict[str, Markers]:
+    """Read the marker genes of each type from a csv, tsv or xlsx with one row for each type.
+
+    The columns are cell_type, positive and (optional) negative, or those of scType's database (ScTypeDB_full.xlsx), whose rows of one
+    `tissue` are used. The genes of one field are separated by commas, semicolons, slashes or blanks.
+    """
+    table = read_table(path)
+    columns = [names for names in MARKER_COLUMNS if {*names[:2]} <= {*table}]
+    if not columns:
+        expected = " or ".join(", ".join(names) for names in MARKER_COLUMNS)
+        raise ValueError(f"{path} has the columns {', '.join(table)}; expected {expected}")
+    table = table[(table != "").any(axis=1)]
+    listed = table[TISSUE_COLUMN].str.strip() if TISSUE_COLUMN in table else pd.Series("", table.index)
+    if tissue not in set(listed) and not (tissue is None and listed.nunique() < 2):
+        tissues = ", ".join(sorted(set(listed)))
+        raise ValueError(
+            f"{path} has markers of {tissues or 'no tissue'}; set MARKERS_TISSUE, now {tissue!r}, to one tissue"
+        )
+    if tissue is not None:
+        table = table[listed == tissue]
+    name, *signs = columns[0]
+    markers: dict[str, Markers] = {}
+    for row in table.to_dict("records"):
+        fields = [re.split(r"[\s,;/]+", row.get(column, "")) for column in signs]
+        genes = Markers(*([gene for gene in field if gene not in ("", "NA")] for field in fields))
+        if row[name].strip() in markers or not genes.positive:
+            raise ValueError(
+                f"{path}: {row[name]!r} has two rows or no positive marker; expected one row for each type, with some"
+            )
+        markers[row[name].strip()] = genes
+    return markers
+
+
+def cluster_types(adata: ad.AnnData, rows: np.ndarray, clusters: np.ndarray, markers: dict[str, Markers]) -> np.ndarray:
+    """Type of each cell by its cluster's score, (n_cells,), None if no type fits; the scores are printed.
+
+    rows, clusters: cells of the data (ascending), and the cluster of each. Types without a positive marker in the data are left out.
+    """
+    names = pd.Index(adata.var_names.str.upper())
+    absent = [name for name, marker in markers.items() if not names.isin([g.upper() for g in marker.positive]).any()]
+    if absent:
+        print(f"WARNING: types without a positive marker among the genes of the data, left out: {', '.join(absent)}")
+    markers = {name: marker for name, marker in markers.items() if name not in absent}
+    if not markers:
+        raise ValueError(
+            f"the data have no positive marker of any type; expected gene names such as {', '.join(names[:3])}"
+        )
+    used = {gene.upper() for marker in markers.values() for gene in (*marker.positive, *marker.negative)}
+    genes = np.flatnonzero(names.isin(used) & ~names.duplicated())
+    values = sp.vstack([log_normalize(block, 1e4)[:, genes] for block, _ in selected_blocks(adata.X, rows)]).toarray()
+    scores = pd.DataFrame(cell_scores(values, list(names[genes]), markers), columns=list(markers))
+    mean = scores.groupby(clusters).mean()
+    best = mean.idxmax(axis=1).where(mean.max(axis=1) >= MIN_SCORE, None).astype(object)
+    table = mean.assign(type=best.fillna("none")).rename_axis("cluster").to_string(float_format="{:.2f}".format)
+    print(f"clusters by marker genes (mean score of a cell):\n{table}")
+    if best.isna().all():
+        raise ValueError(f"no cluster has a score of {MIN_SCORE}; expected markers of these cells' types")
+    return best.reindex(clusters).to_numpy(dtype=object)
+
+
+def cell_scores(values: np.ndarray, genes: list[str], markers: dict[str, Markers]) -> np.ndarray:
+    """Scores, cells x types, from log-normalised counts (cells x genes); `genes`: their names in capitals."""
+    z = (values - values.mean(axis=0)) / np.maximum(values.std(axis=0, ddof=1), 1e-12)
+    n_types = pd.Series([gene.upper() for marker in markers.values() for gene in set(marker.positive)]).value_counts()
+    if len(markers) > 1:
+        z *= (len(markers) - n_types.reindex(genes, fill_value=1).to_numpy()) / (len(markers) - 1)
+    scores = np.zeros((len(values), len(markers)))
+    for k, marker in enumerate(markers.values()):
+        for sign, listed in ((1, marker.positive), (-1, marker.negative)):
+            columns = np.flatnonzero(np.isin(genes, [gene.upper() for gene in listed]))
+            if len(columns):
+                scores[:, k] += sign * z[:, columns].sum(axis=1) / np.sqrt(len(columns))
+    return scores

@@ -22,10 +22,10 @@ from shared import CPU, load, mean_and_half_range, parser, with_counts, workplac
 from lib.baselines import registry
 from lib.bulk import bulk_encoder
 from lib.bulk.pseudobulk import tpm
-from lib.checkpoints import load_checkpoint
 from lib.data.embedding import variable_genes
 from lib.evaluation import cell_statistics, metrics
 from lib.models.sampling import generate
+from lib.training import load_checkpoint
 
 STIMULATED = (
     "ISG15 ISG20 IFI6 IFI16 IFI27 IFI35 IFI44 IFI44L IFIT1 IFIT2 IFIT3 IFIT5 IFITM1 IFITM2 IFITM3 MX1 MX2 OAS1 OAS2 OAS3 OASL LY6E "

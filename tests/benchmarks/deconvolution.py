@@ -41,9 +41,9 @@ from lib.bulk import pseudobulk, sctape
 from lib.bulk.deconvolution import deconvolve
 from lib.bulk.regression import Reference, nnls_on_markers, reference_profiles
 from lib.bulk.rna_content import rna_per_cell, to_cells, to_rna
-from lib.checkpoints import load_checkpoint
 from lib.data.counts import digest, log_normalize
 from lib.evaluation import metrics
+from lib.training import load_checkpoint
 
 N_MIXTURES, CELLS_PER_MIXTURE = 200, 1200
 CELLS = "data/counts.h5ad"  # of cases (a) and (b); set by --data

@@ -29,6 +29,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+from lib.evaluation.report import fidelity_and_memorisation
 from shared import CPU, evaluation_cells, load, mean_and_half_range, parser, split, train_gmvae, with_counts
 
 from lib.baselines import registry
@@ -37,7 +38,6 @@ from lib.data.counts import select_per_type
 from lib.data.embedding import embed, principal_components
 from lib.evaluation import metrics, plots_cells
 from lib.evaluation.metrics import EvaluationCells
-from lib.evaluation.report import fidelity_and_memorisation
 from lib.models.profiles import gene_marginals
 
 N_NEIGHBORS = 15  # of the UMAP of --plot, as in stage 5

@@ -25,20 +25,20 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
+from lib.evaluation.report import fidelity_and_memorisation
 from scale import run, simulate
 from shared import CPU, ROOT, STAGES, Workplace, add_data_option, evaluation_cells, load, with_counts, workplace
 
 from lib.baselines import registry
-from lib.evaluation.plots_bulk import proportions
 from lib.bulk.pseudobulk import read_test_mixtures
-from lib.checkpoints import load_checkpoint
 from lib.data.batches import CellDataset
 from lib.evaluation import metrics
 from lib.evaluation.metrics import EvaluationCells
-from lib.evaluation.report import fidelity_and_memorisation
+from lib.evaluation.plots_bulk import proportions
 from lib.models import outliers
 from lib.models.gmvae import GMVAE
 from lib.models.likelihoods import gaussian_log_prob
+from lib.training import load_checkpoint
 
 N_LUNG_CELLS = 10_360  # of GSE130148
 N_IMPORTANCE_SAMPLES = 20

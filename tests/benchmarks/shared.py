@@ -19,14 +19,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from helpers import CPU, STAGES, Workplace, plain_paper_loss  # noqa: E402, F401  (benchmarks import them from here)
 
 from lib.baselines import registry  # noqa: E402
-from lib.checkpoints import load_checkpoint  # noqa: E402
 from lib.data import datasets  # noqa: E402
-from lib.data.counts import digest, select_per_type, write_counts  # noqa: E402
+from lib.data.counts import digest, select_per_type, write_h5ad  # noqa: E402
 from lib.data.embedding import variable_genes  # noqa: E402
 from lib.evaluation import metrics  # noqa: E402
 from lib.evaluation.metrics import EvaluationCells
-from lib.files import user_path  # noqa: E402
 from lib.models.gmvae import GMVAE  # noqa: E402
+from lib.run import user_path
+from lib.training import load_checkpoint
 
 SPLIT_SEED, TEST_FRACTION = 123, 0.25
 MIN_CELLS = 3  # train cells that must hold a gene, as in stage 1
@@ -126,7 +126,7 @@ def workplace(train: ad.AnnData, test: ad.AnnData | None = None) -> Iterator[Wor
         place.data.mkdir()
         for name, cells in (("train", train), ("test", test)):
             if cells is not None:
-                write_counts(cells, place.data / f"{name}.h5ad")
+                write_h5ad(cells, place.data / f"{name}.h5ad")
         yield place
 
 

@@ -18,7 +18,7 @@ from lib.bulk.pseudobulk import (
     tpm,
     train_mixtures,
 )
-from lib.data.counts import write_counts
+from lib.data.counts import write_h5ad
 
 
 def test_largest_remainder_keeps_totals_exactly():
@@ -96,7 +96,7 @@ def place(tmp_path):
     for name in ("train", "test"):
         adata = simulated_dataset()
         adata.uns |= {"dataset": "simulated", "split_id": "s"}
-        write_counts(adata, place.data / f"{name}.h5ad")
+        write_h5ad(adata, place.data / f"{name}.h5ad")
     return place
 
 

@@ -1,6 +1,5 @@
 """Batches hold the rows of the matrix, in memory and on disk."""
 
-import functools
 import math
 
 import anndata as ad
@@ -11,7 +10,7 @@ import torch
 from helpers import simulated_cells
 
 from lib.data.batches import CellDataset, log_factorials, transposed
-from lib.data.counts import read_counts, row_blocks, write_counts
+from lib.data.counts import read_counts, write_h5ad
 
 
 def test_a_batch_is_the_rows_of_the_matrix():
@@ -36,7 +35,7 @@ def test_corrected_cells_have_the_other_counts_however_they_are_read(tmp_path, i
     counts, types = simulated_cells()
     adata = ad.AnnData(counts, uns={"dataset": "x"})
     adata.obs["cell_type"] = "a"
-    write_counts(adata, tmp_path / "x.h5ad")
+    write_h5ad(adata, tmp_path / "x.h5ad")
     rows = np.arange(0, len(types), 2)
     dataset = CellDataset(read_counts(tmp_path / "x.h5ad", "").X, types, torch.device("cpu"), rows, in_memory)
     corrected = dataset.corrected(lambda x, y: sp.csr_matrix(x.multiply((y + 2)[:, None]), dtype=np.float32))
@@ -80,10 +79,10 @@ def on_disk(tmp_path, monkeypatch):
     """A data set on disk in many blocks and windows, the same in memory, and the rows that belong to it."""
     monkeypatch.setattr("lib.data.batches.SHUFFLED_CELLS", 16)
     monkeypatch.setattr("lib.data.batches.WINDOW_CELLS", 64)
-    monkeypatch.setattr("lib.data.counts.row_blocks", functools.partial(row_blocks, size=50))
+    monkeypatch.setattr("lib.data.counts.BLOCK_CELLS", 50)
     counts, _ = simulated_cells(n_cells=403)
     adata = ad.AnnData(counts, uns={"dataset": "simulated"})
-    write_counts(adata, tmp_path / "cells.h5ad")
+    write_h5ad(adata, tmp_path / "cells.h5ad")
     mine = np.flatnonzero(np.arange(403) % 4 > 0)
     ids = np.arange(403)  # used as types, so that a batch shows which cells it holds
     cpu = torch.device("cpu")
@@ -131,10 +130,33 @@ def test_processes_share_every_batch(on_disk, where):
     shares = [list(on_disk[where].shuffled(12, torch.Generator().manual_seed(3), rank, 3)) for rank in range(3)]
     for batch, *parts in zip(whole, *shares, strict=True):
         assert sorted(torch.cat([p.cell_type_idx for p in parts]).tolist()) == sorted(batch.cell_type_idx.tolist())
-        assert (
-            all(p.n_global == batch.n_cells for p in parts)
-            and max(p.n_cells for p in parts) - min(p.n_cells for p in parts) <= 1
-        )
+        assert all(p.n_global == batch.n_cells for p in parts)
+        assert max(p.n_cells for p in parts) - min(p.n_cells for p in parts) <= 1
+
+
+@pytest.mark.parametrize("where", [0, 1])
+@pytest.mark.parametrize(("n_cells", "batch_size"), [(300, 3), (9, 1), (3, 12)])
+@pytest.mark.parametrize("balanced", [False, True])
+def test_each_of_many_processes_gets_a_cell_of_each_batch(on_disk, where, n_cells, batch_size, balanced):
+    part = on_disk[where].subset(np.linspace(0, len(on_disk[where]) - 1, n_cells).astype(int))
+    generators = [torch.Generator().manual_seed(3) for _ in range(5)]
+    shares = [list(part.shuffled(batch_size, g, rank, 5, balanced)) for rank, g in enumerate(generators)]
+    for batches in zip(*shares, strict=True):  # as many steps of each
+        assert min(b.n_cells for b in batches) > 0 and sum(b.n_cells for b in batches) == batches[0].n_global
+    ids = torch.cat([b.cell_type_idx for batches in shares for b in batches]).tolist()
+    if not balanced:
+        assert set(ids) == set(part.cell_type_idx) and len(ids) == max(n_cells, 5)
+
+
+def test_balanced_batches_hold_each_type_equally_often_and_skip_windows_without_labels(on_disk):
+    disk = on_disk[0]
+    disk.cell_type_idx = np.where(
+        disk.cells < 16, disk.cells % 8 // 7, -1
+    )  # labels in one block of 16 cells: 9 and 2 cells
+    types = torch.cat([b.cell_type_idx for b in disk.shuffled(12, torch.Generator().manual_seed(0), balanced=True)])
+    assert 0 < len(types) < 100 and (types >= 0).all() and 0.3 < types.double().mean() < 0.7
+    disk.cell_type_idx[:] = -1
+    assert not list(disk.shuffled(12, torch.Generator().manual_seed(0), balanced=True))
 
 
 def test_the_transpose_in_csr_form():

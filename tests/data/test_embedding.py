@@ -1,7 +1,6 @@
 """Embeddings of few and of many cells (above 8,192, scanpy finds neighbours with another library), and the small-cluster filter."""
 
 import sys
-from types import SimpleNamespace
 
 import anndata as ad
 import numpy as np
@@ -9,14 +8,13 @@ import pytest
 import scipy.sparse as sp
 from helpers import simulated_dataset
 
-from lib.data.counts import read_counts, write_counts
+from lib.data.counts import read_counts, write_h5ad
 from lib.data.embedding import (
     embed,
     in_large_clusters,
     labels_of_neighbours,
     lazy,
     load_pymde,
-    mde,
     neighbour_graph,
     principal_components,
 )
@@ -26,11 +24,8 @@ from lib.data.embedding import (
 def test_cells_of_one_type_lie_together(n_cells):
     adata = simulated_dataset(n_cells=n_cells, n_genes=80)
     pcs = principal_components(adata, n_top_genes=60, n_pcs=10)
-    if n_cells < 100:
-        graph = embed(pcs, n_neighbors=10, seed=0)
-        assert graph.obsm["X_umap"].shape == (n_cells, 2) and np.isfinite(graph.obsm["X_umap"]).all()
-    else:
-        graph = neighbour_graph(pcs, n_neighbors=10, seed=0)
+    graph = (embed if n_cells < 100 else neighbour_graph)(pcs, n_neighbors=10, seed=0)
+    assert n_cells > 100 or np.isfinite(graph.obsm["X_umap"]).all()
     rows, columns = graph.obsp["connectivities"].nonzero()
     types = adata.obs["cell_type"].to_numpy()
     assert (types[rows] == types[columns]).mean() > 0.8
@@ -45,7 +40,7 @@ def test_too_few_cells_are_refused():
 def test_components_of_cells_on_disk_are_those_in_memory(tmp_path):
     adata = simulated_dataset(n_cells=5000, n_genes=80)  # three blocks on disk
     adata.uns["dataset"] = "simulated"
-    write_counts(adata, tmp_path / "cells.h5ad")
+    write_h5ad(adata, tmp_path / "cells.h5ad")
     rows = np.flatnonzero(np.arange(5000) % 3 > 0)
     from_disk = principal_components(lazy(read_counts(tmp_path / "cells.h5ad", "-"), rows), 60, 5)
     in_memory = principal_components(adata[rows].copy(), 60, 5)
@@ -57,33 +52,6 @@ def test_labels_spread_to_the_nearest_cells():
     pcs = np.array([[0.0], [0.1], [0.2], [5.0], [5.1], [5.2], [0.05], [5.05]])
     labels = labels_of_neighbours(pcs, np.arange(6), np.array(list("aaabbb")), 3)
     assert "".join(labels) == "aaabbbab"
-
-
-def test_mde_gives_the_components_to_pymde(monkeypatch):
-    """With a substitute that has pymde's interface: pymde itself needs a torchvision of torch's build."""
-    asked = {}
-
-    def preserve_neighbors(data, embedding_dim, n_neighbors):
-        asked.update(shape=tuple(data.shape), n_neighbors=n_neighbors)
-        return SimpleNamespace(embed=lambda: data[:, :embedding_dim])
-
-    monkeypatch.setitem(
-        sys.modules,
-        "pymde",
-        SimpleNamespace(seed=lambda seed: asked.update(seed=seed), preserve_neighbors=preserve_neighbors),
-    )
-    pcs = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
-    np.testing.assert_array_equal(mde(pcs, 15, 7), pcs[:, :2])
-    assert asked == {"shape": (12, 5), "n_neighbors": 11, "seed": 7}
-
-
-def test_mde_of_pymde_keeps_groups_together():
-    pytest.importorskip("torchvision", reason="pymde imports it", exc_type=(ImportError, RuntimeError))
-    pytest.importorskip("pymde")
-    groups = np.repeat([0.0, 20.0], 60)
-    places = mde((np.random.default_rng(0).normal(size=(120, 5)) + groups[:, None]).astype(np.float32), 10, 0)
-    gap = np.linalg.norm(places[:60].mean(axis=0) - places[60:].mean(axis=0))
-    assert places.shape == (120, 2) and gap > 2 * places[:60].std()
 
 
 def test_without_pymde_the_error_says_what_to_install(monkeypatch):
@@ -119,5 +87,3 @@ def test_the_small_cluster_filter_drops_the_odd_cells_and_no_other(odd_cells, ca
 def test_a_small_cluster_filter_that_leaves_nothing_is_refused(odd_cells):
     with pytest.raises(ValueError, match=r"fewer than 500 cells \(the largest: \d+\); lower MIN_CLUSTER_CELLS"):
         in_large_clusters(odd_cells[0], 500, 2000, 20, 6, 0.3, seed=0)
-    with pytest.raises(ValueError, match="5 cells are too few for the small-cluster filter"):
-        in_large_clusters(odd_cells[0][:5].copy(), 2, 2000, 20, 6, 0.3, seed=0)

@@ -9,7 +9,7 @@ import torch
 from helpers import CPU, STAGES, Workplace, simulated_dataset, trained_gmvae
 
 from lib.data.batches import CellDataset
-from lib.data.counts import write_counts
+from lib.data.counts import write_h5ad
 from lib.models import conditions, sampling
 
 N_GENES, N_TYPES = 60, 3
@@ -157,7 +157,7 @@ def place(tmp_path_factory):
     place = Workplace(tmp_path_factory.mktemp("donors"))
     place.data.mkdir()
     for name, rows in (("train", slice(0, None, 2)), ("test", slice(1, None, 2))):
-        write_counts(adata[rows].copy(), place.data / f"{name}.h5ad")
+        write_h5ad(adata[rows].copy(), place.data / f"{name}.h5ad")
     place.main(STAGES[3], CONDITION="donor", EPOCHS=2)
     return place
 

@@ -10,7 +10,7 @@ from helpers import CPU, STAGES, Workplace, plain_paper_loss, simulated_cells, s
 
 from lib.baselines import registry
 from lib.data.batches import CellDataset
-from lib.data.counts import write_counts
+from lib.data.counts import write_h5ad
 from lib.models.paper_gmvae import NEGLIGIBLE, PaperGMVAE
 from lib.training import load_checkpoint
 
@@ -132,7 +132,7 @@ def workplace(path) -> Workplace:
     adata = simulated_dataset(n_cells=120)
     adata.uns |= {"dataset": "simulated", "split_id": "x"}
     place.data.mkdir(parents=True)
-    write_counts(adata, place.data / "train.h5ad")
+    write_h5ad(adata, place.data / "train.h5ad")
     return place
 
 
@@ -170,7 +170,7 @@ def test_cells_without_a_type_get_a_classifier_and_other_generators_their_settin
     adata = simulated_dataset(n_cells=120)
     adata.obs.loc[adata.obs_names[::4], "cell_type"] = np.nan
     adata.uns |= {"dataset": "simulated", "split_id": "x"}
-    write_counts(adata, place.data / "train.h5ad")
+    write_h5ad(adata, place.data / "train.h5ad")
     place.main(STAGES[3], EPOCHS=2, DEVICE="cpu")
     ours = load_checkpoint(place.models / "gmvae.pt", STAGES[3])
     assert ours["arguments"]["with_classifier"] and registry.load(ours, CPU).q_y_x is not None

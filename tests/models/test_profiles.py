@@ -11,7 +11,7 @@ from helpers import CPU
 from lib.data.batches import CellDataset
 from lib.models.profiles import (
     LOG_THETA_LIMITS,
-    LOG_THETA_TYPE_SD,
+    LOG_THETA_RATIO_SD,
     N_GROUPS,
     N_SIZES,
     Outliers,
@@ -106,7 +106,7 @@ def test_nb_baseline_is_the_most_likely_negative_binomial_of_each_gene_and_type(
         for k in range(3):
             mine = types == k
             expected = most_likely_log_theta(
-                x[mine, gene], mu[mine, gene], lambda t, m=centre: -0.5 * ((t - m) / LOG_THETA_TYPE_SD) ** 2
+                x[mine, gene], mu[mine, gene], lambda t, m=centre: -0.5 * ((t - m) / LOG_THETA_RATIO_SD) ** 2
             )
             assert baseline.log_theta[k, gene] == pytest.approx(expected, abs=0.03)
 
