@@ -6,7 +6,7 @@ run     python _1_split_train_test.py
 note    Doublets and the clusters use all cells, before the split, as in the original: with LABELS = "leiden" the types are
         clusters of train and test cells. Genes are selected after the split, by the train cells alone (COUNT_TEST_CELLS).
 time    10,000 cells: 2 minutes; 700 cells: 20 seconds
-memory  1.3 GB for any number of cells, but for Scrublet: 4.5 GB for captures of 20,000 cells (MAX_CELLS_SCRUBLET), 2.2 GB for 5,000
+memory  1.3 GB for any number of cells, but for Scrublet: 2.8 GB for parts of 10,000 cells (MAX_CELLS_SCRUBLET), 2.2 GB for 5,000
 """
 
 from itertools import chain
@@ -50,7 +50,7 @@ COUNT_TEST_CELLS = False  # MIN_CELLS counts test cells as well (paper: True): t
 # Doublets
 REMOVE_DOUBLETS = True  # by Scrublet (original)
 BATCH_KEY: str | None = None  # column of obs: capture, lane or sample, scored one by one; without it random parts are
-MAX_CELLS_SCRUBLET: Count = 20_000  # scored together, all in memory; more are divided into random parts (ours)
+MAX_CELLS_SCRUBLET: Count = 10_000  # scored together, all in memory; more are divided into random parts (ours)
 
 # Cell types
 LABELS: Literal["auto", "author", "leiden", "markers"] = "auto"  # auto: author's labels if any, else Leiden clusters
