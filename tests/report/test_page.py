@@ -10,7 +10,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import STAGES
+from helpers import ROOT, STAGES
 
 from lib import options
 from lib.bulk.deconvolution import Deconvolution, Estimate
@@ -126,7 +126,7 @@ def test_the_epoch_is_the_one_whose_weights_are_used(tmp_path):
 
 def test_constants_are_compared_with_those_of_the_script():
     for stage in STAGES:
-        constants = {name: value for name, (value, _) in options.defaults((options.ROOT / stage).read_text()).items()}
+        constants = {name: value for name, (value, _) in options.defaults((ROOT / stage).read_text()).items()}
         as_json = {name: list(value) if isinstance(value, tuple) else value for name, value in constants.items()}
         made_by = {"stage": stage, "constants": as_json | {"FIG_DIR": "elsewhere"}}
         assert page.changed_constants(made_by) == (f"python {stage}", [])
