@@ -1,8 +1,7 @@
 """Stage 5: predict the proportions of cell types in bulk samples, generate single cells in these proportions, evaluate both.
 
-By default the proportions come from a regression on the mean profiles of the train cells; the network scTAPE predicts them with
-DECONVOLUTION = "sctape". A bulk shows shares of RNA; RNA_PER_CELL turns them into shares of cells. The GMVAE (or another
-GENERATOR) generates the cells. EVALUATE = False: cells only, no figures.
+By default the proportions come from a regression on the mean profiles of the train cells. A bulk shows shares of RNA; RNA_PER_CELL
+turns them into shares of cells. The GMVAE (or another GENERATOR) generates the cells. EVALUATE = False: cells only, no figures.
 
 reads   models/gmvae.pt (or that of another GENERATOR), models/sctape.pt (or bulk_encoder.pt), BULK_FILE; data/train.h5ad and
         test.h5ad, if they are there; with EVALUATE also data/pseudobulk_test_*.csv
@@ -30,7 +29,7 @@ from lib import options, parallel
 from lib.baselines import registry
 from lib.bulk import bulk_encoder, deconvolution
 from lib.bulk.deconvolution import Deconvolution
-from lib.bulk.pseudobulk import largest_remainder, require_test_mixtures
+from lib.bulk.pseudobulk import largest_remainder, require_test_mixtures, tpm
 from lib.bulk.rna_content import SETTINGS, print_rna_per_cell, rna_per_cell, table_path
 from lib.bulk.tables import holds_cells, read_bulk, read_cell_numbers, read_gene_ids, read_proportions, to_tpm
 from lib.data.counts import read_h5ad, read_split, row_blocks, write_blocks, write_h5ad, write_mtx
@@ -51,9 +50,7 @@ BULK_FILE: str | None = None  # bulk table: csv, tsv, xlsx or h5ad (cells are su
 N_CELLS: Count = 1000  # for each sample of BULK_FILE or PROPORTIONS_FILE; for the sum of test cells: as many as these
 DECONVOLUTION: deconvolution.Method = "regression"  # or another method: lib/bulk/README.md
 RNA_PER_CELL = "auto"  # RNA to cells: auto (published where known), reference, published or a table: lib/bulk/README.md
-BULK_UNITS: Literal["auto", "tpm", "fpkm", "counts", "log2", "ln"] = (
-    "auto"  # of BULK_FILE; auto: recognised and printed
-)
+BULK_UNITS: Literal["auto", "tpm", "fpkm", "counts", "log2", "ln"] = "auto"  # of BULK_FILE; auto: recognised
 BULK_GROUP: str | None = None  # column of obs of an .h5ad BULK_FILE, by which its rows are summed to samples
 GENE_IDS: str | None = None  # table of Ensembl IDs and gene names, for a bulk with IDs
 REPLICATES: str | None = None  # table of samples and groups: the samples of a group are pooled
@@ -91,9 +88,7 @@ MDE = False  # the plots of the UMAP also by minimum-distortion embedding (Bulk2
 FOUR_STAGES = False  # four_stages.png: input, latent, reconstructed, generated cells (bulk2sc, scGMVAE); a minute more
 XGBOOST = False  # classifiers of types trained on real and on generated cells (Generative genomics): xgboost.csv
 XGBOOST_CELLS: tuple[Count, Count, Count] = (1000, 2000, 100)  # synthetic per type: to test on, train on, stop early
-CLASS_FILE: str | None = (
-    None  # for XGBOOST: table of types and coarse classes, such as lib/evaluation/classes_e_annd_5.csv
-)
+CLASS_FILE: str | None = None  # for XGBOOST: types and coarse classes, as lib/evaluation/classes_e_annd_5.csv
 
 
 def main() -> None:
@@ -119,9 +114,7 @@ def main() -> None:
     then = f"open the cells: scanpy.read_h5ad({str(output)!r})"
     if EVALUATE:
         written += evaluate(checkpoint, model, of_bulk, cells, output, written, device)
-        then = (
-            f"open {fig / 'report.html'} in a browser, or {then}" if REPORT else f"look at {FIG_DIR}/*.png, or {then}"
-        )
+        then = f"open {fig / 'report.html'} in a browser, or {then}" if REPORT else f"look at {fig}/*.png, or {then}"
     print_written("stage 5", written, then)
 
 
@@ -132,25 +125,17 @@ def paper_preset() -> dict[str, tuple[Any, Any]]:
     }  # fmt: skip
 
 
-# --- options and models
-
-
 def check_options() -> None:
     """Refuse options that do not fit together, and files that do not exist, before any work."""
     given = [name for name in ("BULK_FILE", "CELL_COUNTS", "PROPORTIONS_FILE") if globals()[name] is not None]
     if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} are both set; expected one source of the cell numbers")
+    if (REPLICATES or BULK_GROUP) and not BULK_FILE:
         raise ValueError(
-            f"{' and '.join(given)} are both set; expected one source of the cell numbers: set the other to none"
+            "REPLICATES or BULK_GROUP is set, but BULK_FILE is none; expected a bulk whose samples can be grouped"
         )
-    for name in ("REPLICATES", "BULK_GROUP"):
-        if globals()[name] and not BULK_FILE:
-            raise ValueError(f"{name} is set, but BULK_FILE is none; expected a bulk whose samples can be grouped")
     if RNA_PER_CELL not in SETTINGS:
         table_path(RNA_PER_CELL)
-    if DECONVOLUTION == "bulk_encoder" and GENERATOR != "gmvae":
-        raise ValueError(f"DECONVOLUTION is bulk_encoder, but GENERATOR is {GENERATOR}; set GENERATOR to gmvae")
-    if FOUR_STAGES and GENERATOR != "gmvae":
-        raise ValueError(f"FOUR_STAGES needs the GMVAE, but GENERATOR is {GENERATOR}; set GENERATOR to gmvae")
     if MDE:
         load_pymde()
     for file in (BULK_FILE, GENE_IDS, REPLICATES, PROPORTIONS_FILE, CLASS_FILE):
@@ -197,9 +182,6 @@ def load_generator(
     return checkpoint, registry.load(checkpoint, device)
 
 
-# --- from bulk to proportions
-
-
 def deconvolve(generator: dict[str, Any], test: ad.AnnData | None, models: Path) -> Deconvolution | None:
     """Proportions of the types in BULK_FILE, or in the sum of the test cells; None if the user gives them. generator: checkpoint."""
     if CELL_COUNTS or PROPORTIONS_FILE:
@@ -224,26 +206,21 @@ def deconvolve(generator: dict[str, Any], test: ad.AnnData | None, models: Path)
 
 def read_bulk_samples(gene_names: list[str], test: ad.AnnData | None, gene_length_bp: pd.Series | None) -> pd.DataFrame:
     """Samples x genes, TPM."""
-    if BULK_FILE is None:
-        assert test is not None
-        summed = sum(np.asarray(counts.sum(axis=0), dtype=np.float64) for _, counts in row_blocks(test.X))
-        total = pd.DataFrame(np.reshape(summed, (1, -1)), index=["test_cells"], columns=gene_names)
-        return to_tpm(total, "counts", gene_length_bp)
-    gene_ids = read_gene_ids(user_path(GENE_IDS)) if GENE_IDS else None
-    bulk = read_bulk(user_path(BULK_FILE), gene_names, gene_ids, BULK_GROUP)
-    return to_tpm(bulk, BULK_UNITS, gene_length_bp, user_path(REPLICATES) if REPLICATES else None)
-
-
-# --- from proportions to cells
+    if BULK_FILE is not None:
+        gene_ids = read_gene_ids(user_path(GENE_IDS)) if GENE_IDS else None
+        bulk = read_bulk(user_path(BULK_FILE), gene_names, gene_ids, BULK_GROUP)
+        return to_tpm(bulk, BULK_UNITS, gene_length_bp, user_path(REPLICATES) if REPLICATES else None)
+    assert test is not None
+    counts = sum(np.asarray(block.sum(axis=0), dtype=np.float64).reshape(1, -1) for _, block in row_blocks(test.X))
+    total = pd.DataFrame(counts, ["test_cells"], gene_names)
+    if gene_length_bp is not None:
+        total = total[gene_length_bp.index]
+    return pd.DataFrame(tpm(total.to_numpy(), gene_length_bp), total.index, total.columns)
 
 
 def generate(
-    checkpoint: dict[str, Any],
-    model: torch.nn.Module,
-    of_bulk: Deconvolution | None,
-    test: ad.AnnData | None,
-    output: Path,
-) -> list[Path]:
+    checkpoint: dict[str, Any], model: torch.nn.Module, of_bulk: Deconvolution | None, test: ad.AnnData | None, output: Path
+) -> list[Path]:  # fmt: skip
     """Generate the cells of all samples, sample by sample and type by type, and write them block by block."""
     n_cells = cells_per_type(of_bulk, checkpoint["cell_types"], test)
     n_types, samples = n_cells.shape[1], n_cells.index.astype(str)
@@ -260,13 +237,12 @@ def generate(
         arguments["condition_idx"] = obs[column].cat.codes.to_numpy()
     elif GENERATE_CONDITION is not None:
         raise ValueError(
-            f"GENERATE_CONDITION is {GENERATE_CONDITION!r}, but the model was trained without CONDITION: set it to none"
+            f"GENERATE_CONDITION is {GENERATE_CONDITION}, but the model was trained without: set it to none"
         )
     if of_bulk is not None and of_bulk.method == "bulk_encoder":
         shares = of_bulk.estimate.proportions.to_numpy()
-        shift = bulk_encoder.shift_of_cells(
-            of_bulk.checkpoint, model, checkpoint["gene_names"], shares, of_bulk.bulk, SEED
-        )
+        own, genes = of_bulk.checkpoint, checkpoint["gene_names"]
+        shift = bulk_encoder.shift_of_cells(own, model, genes, shares, of_bulk.bulk, SEED)
         arguments |= {"shift": shift, "groups": groups}
     uns = {"dataset": checkpoint["dataset"], "split_id": checkpoint["split_id"], "seed": SEED}
     uns |= {"latent_spread": LATENT_SPREAD, "generator": GENERATOR}
@@ -289,42 +265,23 @@ def generate(
     seconds = time.perf_counter() - started
     print(f"generated and written in {seconds:.1f} s: {len(types) / seconds:,.0f} cells/s")
     if MIN_CLUSTER_CELLS is not None:
-        drop_small_clusters(output, MIN_CLUSTER_CELLS)
+        written = ad.read_h5ad(output)
+        settings = N_TOP_GENES, N_PCS, N_NEIGHBORS, LEIDEN_RESOLUTION, SEED
+        write_h5ad(written[in_large_clusters(written, MIN_CLUSTER_CELLS, *settings)].copy(), output)
     return [output, *([write_mtx(ad.read_h5ad(output), output.with_suffix(""))] if WRITE_MTX else [])]
 
 
 def cells_per_type(of_bulk: Deconvolution | None, types: list[str], test: ad.AnnData | None) -> pd.DataFrame:
     """Samples x cell types: numbers of cells, from the bulk, PROPORTIONS_FILE or CELL_COUNTS."""
-    if CELL_COUNTS == "test":
-        assert test is not None
-        n_cells = test.obs["cell_type"].value_counts()[types].to_numpy()
-        return pd.DataFrame([n_cells], index=["test_cells"], columns=types)
+    if CELL_COUNTS == "test" and test is not None:
+        return test.obs["cell_type"].value_counts()[types].to_frame("test_cells").T
     if CELL_COUNTS is not None and CELL_COUNTS.isdigit():
-        return pd.DataFrame(int(CELL_COUNTS), index=["cells"], columns=types)
+        return pd.DataFrame(int(CELL_COUNTS), ["cells"], types)
     if CELL_COUNTS is not None:
         return read_cell_numbers(user_path(CELL_COUNTS), types)
-    total = N_CELLS
-    if of_bulk is None:
-        shares = read_proportions(user_path(str(PROPORTIONS_FILE)), types)
-    else:
-        shares = of_bulk.estimate.proportions
-        if BULK_FILE is None:
-            assert test is not None
-            total = test.n_obs
-    return pd.DataFrame(largest_remainder(shares.to_numpy(), total), shares.index, types)
-
-
-def drop_small_clusters(output: Path, min_cells: int) -> None:
-    """Small-cluster filter: remove the generated cells in clusters of fewer cells than `min_cells` from the file."""
-    cells = ad.read_h5ad(output)
-    kept = in_large_clusters(cells, min_cells, N_TOP_GENES, N_PCS, N_NEIGHBORS, LEIDEN_RESOLUTION, SEED)
-    types = cells.obs["cell_type"].cat.categories
-    cells = cells[kept].copy()
-    cells.obs["cell_type"] = cells.obs["cell_type"].cat.set_categories(types)  # anndata drops types without cells
-    write_h5ad(cells, output)
-
-
-# --- how good both are
+    n_cells = N_CELLS if test is None or of_bulk is None or BULK_FILE is not None else test.n_obs
+    shares = of_bulk.estimate.proportions if of_bulk else read_proportions(user_path(str(PROPORTIONS_FILE)), types)
+    return pd.DataFrame(largest_remainder(shares.to_numpy(), n_cells), shares.index, types)
 
 
 def evaluate(
@@ -341,17 +298,14 @@ def evaluate(
         others = other_generators(models, cells[1], device)
         files = evaluation.evaluate(model, of_bulk, *cells, output, others, settings, fig, data)
     if REPORT:
-        networks = [GENERATOR] + (
-            [] if of_bulk is None else ["bulk_encoder" if DECONVOLUTION == "bulk_encoder" else "sctape"]
-        )
+        checkpoints = [checkpoint] if of_bulk is None else [checkpoint, of_bulk.checkpoint]
+        names: list[str] = [GENERATOR, "bulk_encoder" if DECONVOLUTION == "bulk_encoder" else "sctape"]
         earlier = [data / f"{name}.h5ad" for name in ("counts", "test", "pseudobulk_train")]
-        made_by = [
-            json.loads(read_h5ad(path, backed="r").uns.get("made_by", "{}")) for path in earlier if path.exists()
-        ]
-        made_by += [one["made_by"] for one in (checkpoint, *([] if of_bulk is None else [of_bulk.checkpoint]))]
+        stages = [read_h5ad(path, backed="r").uns.get("made_by", "{}") for path in earlier if path.exists()]
+        made_by = [*map(json.loads, stages), *(one["made_by"] for one in checkpoints)]
         generated = ad.read_h5ad(output, backed="r").obs
         numbers = pd.crosstab(generated["sample"], generated["cell_type"], dropna=False)
-        histories = [models / f"{name}_history.csv" for name in networks]
+        histories = [models / f"{name}_history.csv" for name in names[: len(checkpoints)]]
         results = page.Results(checkpoint, GENERATOR, of_bulk, cells, numbers, made_by, histories, written + files)
         files.append(page.write(results, fig / "report.html"))
     return files
