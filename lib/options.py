@@ -44,8 +44,8 @@ class Constant(NamedTuple):
 def run(module: dict[str, Any]) -> None:
     """Run a stage: set its constants from the command line, then call its `main()`. module: `globals()` of the script.
 
-    Errors of the user's data, files and computer are printed in one line, and the process exits with 1; after a signal with 128
-    plus its number. Errors of the program keep their traceback.
+    Errors of data, files and computer end it with one line and status 1, a signal with 128 + its number, errors of the program with a
+    traceback.
     """
     GIVEN.update(from_command_line(module))
     log_folder = runs.ROOT / Path(module.get("DATA_DIR", "data")).expanduser()
@@ -71,7 +71,6 @@ def run(module: dict[str, Any]) -> None:
 
 
 def end(message: str, status: int) -> NoReturn:
-    """Print why a stage ends, and exit."""
     print(f"\n{message}", file=sys.stderr)
     sys.exit(status)
 

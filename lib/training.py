@@ -104,12 +104,10 @@ class Trainer:
         self.patience, self.scheduler.patience = patience, max(1, (patience or 0) // 3)
         shared, saved_at = parallel.shared(self.model), time.monotonic()
         events = self.folder / "tensorboard" / self.name / f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
-        progress = tqdm(
-            total=epochs, initial=len(self.history), desc=self.name, unit="epoch", disable=not parallel.IS_FIRST
-        )
         writer = SummaryWriter(events) if parallel.IS_FIRST else None
+        done, is_silent = len(self.history), not parallel.IS_FIRST
         try:
-            with progress:
+            with tqdm(total=epochs, initial=done, desc=self.name, unit="epoch", disable=is_silent) as progress:
                 while len(self.history) < epochs and not self.out_of_patience:
                     started = time.monotonic()
                     train = self._train_epoch(shared, batches(len(self.history)), max_gradient_norm)
@@ -135,13 +133,13 @@ class Trainer:
                 writer.close()
         self.model.eval()
         self.save()
-        why = "no improvement" if self.out_of_patience else "all epochs done"
-        used = "the last one is used"
         if patience is not None:
-            used = f"best on held-out data: {self.best_criterion:.5g} after epoch {self.best_epoch}"
             self.model.load_state_dict(self.best_weights)
+        why = "no improvement" if self.out_of_patience else "all epochs done"
+        used = "best on held-out data" if patience is not None else "last one"
+        seconds = self.history_table()["seconds"].sum()
         print(
-            f"{self.name}: {len(self.history)} epochs ({why}), {sum(row['seconds'] for row in self.history):.0f} s; {used}"
+            f"{self.name}: {len(self.history)} epochs ({why}), {seconds:.0f} s; epoch {self.best_epoch} is used ({used})"
         )
 
     def _train_epoch(
@@ -223,34 +221,25 @@ class Trainer:
             return
         best = {"epoch": self.best_epoch, "best_epoch": self.best_epoch, "best_criterion": self.best_criterion}
         general = {"format": CHECKPOINT_FORMAT, "made_by": run.description()}
-        buffer = (
-            io.BytesIO()
-        )  # on a full disk torch would raise errors of its own, and its bytes depend on the file's name
+        buffer = io.BytesIO()  # torch raises errors of its own on a full disk, and its bytes depend on a file's name
         torch.save(self.about | general | best | state, buffer)
         with replacing(path) as temporary:
             temporary.write_bytes(buffer.getbuffer())
 
     def resume(self) -> None:
         """Continue from `<name>_last.pt`; ValueError if data, kind of device, or constants that affect the training are others."""
-        last = load_checkpoint(self.last_path, f"{self.about['stage']} without RESUME")
-        about, path = self.about, self.last_path
-        check_checkpoint(
-            last, path, about["stage"], about["gene_names"], about["cell_types"], about["split_id"], "the data"
-        )
-        changed = _changed(last, about | {"device": self.device_type})
-        if changed:
-            raise ValueError(
-                f"{path} cannot be resumed: {'; '.join(changed)}; set it back, or start a new training without RESUME"
-            )
+        about, path, stage = self.about, self.last_path, self.about["stage"]
+        last = load_checkpoint(path, f"{stage} without RESUME")
+        names = about["gene_names"], about["cell_types"]
+        check_checkpoint(last, path, stage, *names, about["split_id"], "the data")
+        if changed := _changed(last, about | {"device": self.device_type}):
+            raise ValueError(f"{path} cannot be resumed: {'; '.join(changed)}; set it back, or train without RESUME")
         with reading(path, "a checkpoint of this model, with its optimizer"):
             self.model.load_state_dict(last["weights"])
             self.optimizer.load_state_dict(last["optimizer"])
             self.scheduler.load_state_dict(last["scheduler"])
-            self.history, self.best_epoch, self.best_criterion = (
-                last["history"],
-                last["best_epoch"],
-                last["best_criterion"],
-            )
+            for name in ("history", "best_epoch", "best_criterion"):
+                setattr(self, name, last[name])
             self.generator.set_state(last["rng"]["generator"])
             if parallel.IS_FIRST:
                 torch.set_rng_state(last["rng"]["torch"])
@@ -258,7 +247,7 @@ class Trainer:
                     torch.cuda.set_rng_state(last["rng"]["cuda"])
             else:  # dropout of its own
                 torch.manual_seed(torch.initial_seed() + len(self.history))
-        self.best_weights = load_checkpoint(self.best_path, about["stage"])["weights"]
+        self.best_weights = load_checkpoint(self.best_path, stage)["weights"]
         print(f"resumed {self.name} after epoch {len(self.history)}")
 
 
@@ -284,14 +273,13 @@ def load_checkpoint(path: Path, stage: str) -> dict[str, Any]:
             if (damaged := archive.testzip()) is not None:
                 raise ValueError(f"wrong checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    version = checkpoint.get("format", "unknown") if isinstance(checkpoint, dict) else "unknown"
-    if version != CHECKPOINT_FORMAT or "weights" not in checkpoint:
+    kept = checkpoint if isinstance(checkpoint, dict) else {}
+    got, expected = (kept.get("format"), kept.get("stage")), (CHECKPOINT_FORMAT, stage.partition(" ")[0])
+    if got != expected or "weights" not in kept:
         raise ValueError(
-            f"{path} is no checkpoint of this version of the project (format {version}, expected {CHECKPOINT_FORMAT}): "
+            f"{path} is no checkpoint of {expected[1]} in this version (format and stage are {got}, expected {expected}): "
             f"train again with {stage}"
         )
-    if checkpoint.get("stage") != stage.partition(" ")[0]:
-        raise ValueError(f"{path} was written by {checkpoint.get('stage')}, expected {stage}: train again with {stage}")
     return checkpoint
 
 

@@ -84,7 +84,7 @@ def test_a_checkpoint_of_an_older_version_is_refused_with_its_remedy(uninterrupt
     checkpoint = torch.load(uninterrupted.models / "gmvae.pt", weights_only=True) | {"format": 1}
     torch.save(checkpoint, tmp_path / "gmvae.pt")
     with pytest.raises(
-        ValueError, match=r"gmvae.pt is no checkpoint of this version .*format 1, expected \d.*: train again with _3_"
+        ValueError, match=r"gmvae.pt is no checkpoint of _3_train_gmvae.py in this version .*train again with _3_"
     ):
         load_checkpoint(tmp_path / "gmvae.pt", STAGE)
 
