@@ -4,34 +4,32 @@ run     python tests/benchmarks/cfgen.py --data data/counts.h5ad            (3 s
         python tests/benchmarks/cfgen.py --data pbmc68k_reduced --only real ours nb
 needs   tests/benchmarks/requirements.txt: scikit-misc selects the genes of data with more than 2,000 genes; scVI
 
-The protocol (theislab/CFGen, `cfgen/eval`; Palma et al., ICLR 2025): genes that 30 cells hold, a fifth of each type as test cells,
-2,000 variable genes selected on the test cells' counts (seurat_v3), counts scaled to 10,000 per cell, log(1 + x), 30 principal
-components of the test cells, in which the other cells are placed. In each type, as many new cells as test cells: their
-2-Wasserstein distance, and their squared maximum mean discrepancy (MMD) with a sum of five Gaussian kernels. Printed: the means
-over the types with at least two test cells; mean and, after +-, half the range over the seeds. 0 is best for both.
+The protocol (theislab/CFGen, `cfgen/eval`; Palma et al., ICLR 2025): genes that 30 cells hold, a fifth of each type as test cells, 2,000
+variable genes selected on the test cells' counts (seurat_v3), counts scaled to 10,000 per cell, log(1 + x), 30 principal components of
+the test cells, in which the other cells are placed. In each type, as many new cells as test cells: their 2-Wasserstein distance, and
+their squared maximum mean discrepancy (MMD) with a sum of five Gaussian kernels; means over the types with at least two test cells.
 
-Neither is 0 for real cells. Two cells are several units apart in 30 components, so the three narrow kernels of the biased MMD see
-little but the pairs of a cell with itself, which sum to 6 / n for a type of n cells: nearly a lower limit, printed as well. W2 is
-mostly sampling noise too, and grows as types get smaller. So figures can be compared only within one split, with the train cells
-as the reference. `type means`, where all cells of a type are its mean profile, shows how far W2 rewards cells that do not vary.
+Neither is 0 for real cells. The three narrow kernels of the biased MMD see little but the pairs of a cell with itself, which sum to 6 / n
+for a type of n cells: nearly a lower limit, printed as well. W2 is mostly sampling noise, and grows as types get smaller. So figures can
+be compared only within one split, with the train cells as the reference. `type means`, where all cells of a type are its mean profile,
+shows how far W2 rewards cells that do not vary.
 """
 
-import functools
-import importlib.util
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import scanpy as sc
 import scipy.sparse as sp
-from fidelity import GENERATORS, Generator
-from generators import NAMES, generate
+from fidelity import BASELINES, CONTENDERS, Sampler
 from scipy.optimize import linear_sum_assignment
-from shared import SPLIT_SEED, evaluation_cells, mean_and_half_range, parser, read, split, with_counts
+from shared import codes, load, mean_and_half_range, parser, real_cells, with_counts
+from sklearn.decomposition import PCA
 from sklearn.metrics.pairwise import euclidean_distances
 
-from lib.data.counts import log_normalize, select_per_type
+from lib.data.counts import log_normalize
 from lib.models.profiles import type_means
 
 GENE_CELLS = 30  # cells of the data set that must hold a gene
@@ -42,38 +40,22 @@ KERNEL_WIDTHS = (0.01, 0.1, 1.0, 10.0, 100.0)  # of the Gaussian kernels of the 
 PUBLISHED = "published for PBMC3K (another split, eight types), MMD / W2: c-CFGen .45 / 11.17, scVI .58 / 13.39, best .39 / 9.80"
 
 
-class Space(NamedTuple):
-    """The principal components of the test cells."""
-
-    genes: np.ndarray  # (n_top_genes,) places of the variable genes
-    mean: np.ndarray  # (n_top_genes,) of their log-normalised counts
-    components: np.ndarray  # (n_top_genes, N_PCS)
-
-    def place(self, cells: ad.AnnData) -> np.ndarray:
-        """Cells x components."""
-        return (log_normalize(cells.X, TARGET)[:, self.genes].toarray() - self.mean) @ self.components
-
-
-def space_of(test: ad.AnnData) -> Space:
+def space_of(test: ad.AnnData) -> Callable[[ad.AnnData], np.ndarray]:
+    """A function that places cells in the principal components of the test cells: cells x components."""
     genes = np.arange(test.n_vars)
     if test.n_vars > N_TOP_GENES:
-        chosen = sc.pp.highly_variable_genes(test, flavor="seurat_v3", n_top_genes=N_TOP_GENES, inplace=False)
-        genes = np.flatnonzero(chosen["highly_variable"])
-    logs = log_normalize(test.X, TARGET)[:, genes].toarray()
-    _, components, _ = sc.pp.pca(logs, n_comps=N_PCS, svd_solver="covariance_eigh", return_info=True)[:3]
-    return Space(genes, logs.mean(axis=0), components.T)
+        table = sc.pp.highly_variable_genes(test, flavor="seurat_v3", n_top_genes=N_TOP_GENES, inplace=False)
+        genes = np.flatnonzero(table["highly_variable"])
+    logs = partial(log_normalize, target=TARGET)
+    pca = PCA(N_PCS, svd_solver="covariance_eigh").fit(logs(test.X)[:, genes].toarray())
+    return lambda cells: pca.transform(logs(cells.X)[:, genes].toarray())
 
 
 def wasserstein(x: np.ndarray, y: np.ndarray) -> float:
     """2-Wasserstein distance of as many points: the root of the smallest mean squared distance of pairs of x and y.
 
     CFGen uses `emd2` of POT. Between equal numbers of points of equal weight, one of the optimal plans pairs the points
-    (Birkhoff), so the linear assignment of scipy is exact as well.
-
-    Raises
-    ------
-    ValueError
-        If there are not as many points in x as in y.
+    (Birkhoff), so the linear assignment of scipy is exact as well. ValueError for unequal numbers.
     """
     if len(x) != len(y):
         raise ValueError(f"got {len(x)} and {len(y)} cells; expected as many generated cells of a type as test cells")
@@ -89,64 +71,38 @@ def mmd(x: np.ndarray, y: np.ndarray) -> float:
     return float(kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean())
 
 
-def distances(space: Space, test: ad.AnnData, cells: ad.AnnData) -> pd.Series:
+def distances(place: Callable[[ad.AnnData], np.ndarray], test: ad.AnnData, cells: ad.AnnData) -> pd.Series:
     """Mean MMD and W2 over the types with at least two test cells. cells: of the same types as `test`, in any order."""
-    placed = [(space.place(part), part.obs["cell_type"].to_numpy()) for part in (test, cells)]
+    placed = [(place(part), part.obs["cell_type"].to_numpy()) for part in (test, cells)]
     n_test = test.obs["cell_type"].value_counts()
     pairs = [[points[types == name] for points, types in placed] for name in n_test.index[n_test > 1]]
-    found = {"MMD": [mmd(*pair) for pair in pairs], "W2": [wasserstein(*pair) for pair in pairs]}
-    return pd.Series({name: np.mean(values) for name, values in found.items()})
+    return pd.DataFrame({"MMD": [mmd(*pair) for pair in pairs], "W2": [wasserstein(*pair) for pair in pairs]}).mean()
 
 
-def constant(train: ad.AnnData, types: np.ndarray, seed: int) -> sp.csr_matrix:
+def constant(train: ad.AnnData, _: int) -> Sampler:
     """All cells of a type are the mean log-normalised profile of its train cells: no variation at all."""
-    idx = train.obs["cell_type"].cat.codes.to_numpy()
-    logs = log_normalize(train.X, TARGET).toarray()
-    return sp.csr_matrix(np.expm1(type_means(logs, idx, idx.max() + 1))[types], dtype=np.float32)
-
-
-def baseline(name: str, train: ad.AnnData, types: np.ndarray, seed: int) -> sp.csr_matrix:
-    """Another generator of stage 3, with its published settings."""
-    return generate(name, train, types, seed, None)[0]
-
-
-CONTENDERS: dict[str, tuple[str, Generator | None]] = GENERATORS | {"means": ("type means", constant)}
-BASELINES = {name: (name, functools.partial(baseline, name)) for name in NAMES if name != "gmvae"}
-
-
-def load(data: str) -> tuple[ad.AnnData, ad.AnnData]:
-    """Train and test cells, over the genes that `GENE_CELLS` cells hold."""
-    cells = read(data)
-    cells = cells[:, cells.X.getnnz(axis=0) >= GENE_CELLS].copy()
-    codes = cells.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64)
-    train, test = split(cells, select_per_type(codes, TEST_FRACTION, np.random.default_rng(SPLIT_SEED)))
-    print(f"{data}: {train.n_obs:,} train cells, {test.n_obs:,} test cells, {train.n_vars:,} genes")
-    return train, test
+    means = type_means(log_normalize(train.X, TARGET).toarray(), codes(train), codes(train).max() + 1)
+    return lambda types, _: sp.csr_matrix(np.expm1(means)[types], dtype=np.float32)
 
 
 def main() -> None:
     options = parser(__doc__, seeds=3)
-    everything = CONTENDERS | BASELINES
-    options.add_argument(
-        "--only", nargs="+", choices=everything, default=list(CONTENDERS), help=f"default: {' '.join(CONTENDERS)}"
-    )
+    contenders = CONTENDERS | {"means": ("type means", constant)}
+    text = f"default: {' '.join(contenders)}"
+    options.add_argument("--only", nargs="+", choices=contenders | BASELINES, default=list(contenders), help=text)
     arguments = options.parse_args()
-    chosen = dict.fromkeys(arguments.only)
-    if "scvi" in chosen and importlib.util.find_spec("scvi") is None:
-        print("scVI is left out: it is not installed (tests/benchmarks/requirements.txt)")
-        del chosen["scvi"]
-    train, test = load(arguments.data)
-    types = test.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64)
-    space, rows = space_of(test), []
+    train, test = load(arguments.data, GENE_CELLS, TEST_FRACTION)
+    place, rows = space_of(test), []
     for seed in range(arguments.seeds):
-        reference = evaluation_cells(train, test, seed).real_reference
-        for name, make in (everything[key] for key in chosen):
-            cells = with_counts(test, make(train, types, seed)) if make else reference
-            rows.append(distances(space, test, cells).rename(name))
+        for name, make in ((contenders | BASELINES)[key] for key in arguments.only):
+            cells = real_cells(train, test, seed)
+            if make is not None:
+                cells = with_counts(test, make(train, seed)(codes(test), seed))
+            rows.append(distances(place, test, cells).rename(name))
             print(f"{name}, seed {seed}: MMD {rows[-1]['MMD']:.3f}, W2 {rows[-1]['W2']:.2f}", flush=True)
-    found = mean_and_half_range(pd.DataFrame(rows).groupby(level=0, sort=False))
-    n_test = np.bincount(types)
-    print(f"\n{arguments.data}, {arguments.seeds} seeds\n{found.to_string()}")
+    table = mean_and_half_range(pd.DataFrame(rows).groupby(level=0, sort=False))
+    n_test = np.bincount(codes(test))
+    print(f"\n{arguments.data}, {arguments.seeds} seeds\n{table.to_string()}")
     print(f"narrow kernels, cells with themselves: MMD {(6 / n_test[n_test > 1]).mean():.3f}\n{PUBLISHED}")
 
 

@@ -1,15 +1,15 @@
 """How do time and peak memory of the stages grow with the number of cells? 10,000, 50,000 and 200,000 simulated cells x 16,000 genes.
 
 run     python tests/benchmarks/scale.py --folder /tmp/scale --cells 10000      (5 minutes; without --cells an hour and 10 GB of disk)
+        python tests/benchmarks/scale.py --folder /tmp/scale --cells 10360 --stages 0       (only simulated cells, for other benchmarks)
 
 Cells are sampled block by block from negative binomials of 12 types with 40 states each, about 950 genes detected in a cell, and
 written as one h5ad; stages 0 to 5 then run as a user runs them, in processes of their own, stages 3 and 4 for `--epochs` epochs.
 Peak memory is that of the stage's process and of those that it has started, looked at five times a second.
 """
 
-import argparse
+import contextlib
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -20,15 +20,16 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pandas as pd
+import psutil
 import scipy.sparse as sp
-from shared import ROOT, STAGES
+from shared import ROOT, STAGES, Workplace, parser
 
 from lib.data.counts import write_blocks
 
 N_GENES, N_TYPES, N_STATES = 16_000, 12, 40
 THETA = 3.0
 COUNTS_PER_CELL = 2_000
-BLOCK_CELLS = 8_192
+BLOCK_CELLS = 1_024
 
 
 def simulate(n_cells: int, n_genes: int, path: Path) -> None:
@@ -39,10 +40,16 @@ def simulate(n_cells: int, n_genes: int, path: Path) -> None:
     states *= np.repeat(profiles, N_STATES, axis=0)
     mu = COUNTS_PER_CELL * states / states.sum(axis=1, keepdims=True)
     types = rng.choice(N_TYPES, n_cells, p=rng.dirichlet(np.full(N_TYPES, 3)))
+    state = types * N_STATES + rng.integers(0, N_STATES, n_cells)
     obs = pd.DataFrame({"cell_type": pd.Categorical([f"type {k + 1}" for k in types])})
     obs.index = [f"cell_{i}" for i in range(n_cells)]
-    cells = ad.AnnData(obs=obs, var=pd.DataFrame(index=[f"GENE{i}" for i in range(n_genes)]))
-    write_blocks(cells, negative_binomials(mu, types * N_STATES + rng.integers(0, N_STATES, n_cells), rng), path)
+
+    def blocks() -> Iterator[sp.csr_matrix]:
+        for some in np.array_split(state, -(-n_cells // BLOCK_CELLS)):
+            library = rng.lognormal(0, 0.4, (len(some), 1))
+            yield sp.csr_matrix(rng.poisson(rng.gamma(THETA, library * mu[some] / THETA)), dtype=np.float32)
+
+    write_blocks(ad.AnnData(obs=obs, var=pd.DataFrame(index=[f"GENE{i}" for i in range(n_genes)])), blocks(), path)
 
 
 def sparse_effects(rng: np.random.Generator, n: int, n_genes: int, scale: float) -> np.ndarray:
@@ -50,91 +57,51 @@ def sparse_effects(rng: np.random.Generator, n: int, n_genes: int, scale: float)
     return rng.normal(0, scale, (n, n_genes)) * (rng.random((n, n_genes)) < 0.1)
 
 
-def negative_binomials(mu: np.ndarray, state: np.ndarray, rng: np.random.Generator) -> Iterator[sp.csr_matrix]:
-    """Counts of cells with these means per state, times a random size of the cell.
-
-    NB(mu, theta) is a sum of Poisson(theta log(1 + mu / theta)) clusters, their sizes logarithmic with p = mu / (mu + theta)
-    (Quenouille 1949), so the time grows with the counts and not with the genes.
-    """
-    edges = np.cumsum(THETA * np.log1p(mu / THETA), axis=1)
-    for start in range(0, len(state), BLOCK_CELLS):
-        of_cell = state[start : start + BLOCK_CELLS]
-        n_clusters = rng.poisson(edges[of_cell, -1] * rng.lognormal(0, 0.4, len(of_cell)))
-        order = np.argsort(of_cell, kind="stable")  # the clusters of all cells of a state are placed together
-        cells = np.repeat(order, n_clusters[order])
-        genes = np.empty(len(cells), dtype=np.int64)
-        for k, places in pd.Series(np.arange(len(cells))).groupby(of_cell[cells]).indices.items():
-            found = np.searchsorted(edges[k], np.sort(rng.random(len(places))) * edges[k, -1], side="right")
-            genes[places] = rng.permutation(found)
-        sizes = rng.logseries(mu[of_cell[cells], genes] / (mu[of_cell[cells], genes] + THETA)).astype(np.float32)
-        yield sp.coo_matrix((sizes, (cells, genes)), shape=(len(of_cell), mu.shape[1])).tocsr()
-
-
-def run(command: list[str]) -> tuple[float, float, str]:
-    """Seconds, peak memory in GB, and output of a process."""
-    started = time.perf_counter()
+def run(stage: str, *options: str) -> tuple[float, float, str]:
+    """Seconds, peak memory in GB, and output of a stage in a process of its own."""
+    started, peak = time.perf_counter(), 0
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
-            [sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        peak = 0.0
+        command = [sys.executable, str(ROOT / stage), *options]
+        process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         while process.poll() is None:
-            peak = max(peak, memory_of_session(process.pid))
+            with contextlib.suppress(psutil.Error):  # one of them has ended
+                parts = [process, *process.children(recursive=True)]
+                peak = max(peak, sum(part.memory_full_info().pss for part in parts))  # shared pages count once
             time.sleep(0.2)
-        seconds = time.perf_counter() - started
         output.seek(0)
         text = output.read()
     if process.returncode:
         sys.exit(f"{command} failed:\n{text[-3000:]}")
-    return seconds, peak / 1e6, text
-
-
-def memory_of_session(session: int) -> int:
-    """Memory of all processes of a session, kB; pages that they share count once."""
-    total = 0
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if os.getsid(int(folder.name)) == session:
-                found = re.search(r"^Pss: +(\d+)", (folder / "smaps_rollup").read_text(), re.MULTILINE)
-                total += int(found[1]) if found else 0
-        except OSError:  # it has ended
-            continue
-    return total
-
-
-def options_of(stage: str, place: Path, epochs: int) -> list[str]:
-    options = ["--data-dir", str(place / "data")]
-    options += ["--dataset", str(place / "source.h5ad")] if stage[1] == "0" else []
-    options += ["--models-dir", str(place / "models")] if stage[1] in "345" else []
-    options += ["--fig-dir", str(place / "fig")] if stage[1] in "1345" else []
-    options += ["--epochs", str(epochs)] if stage[1] in "34" and epochs else []
-    options += ["--max-genes", "none", "--max-counts", "none"] if stage[1] == "1" else []
-    return options
+    return time.perf_counter() - started, peak / 1e9, text
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where the simulated data and all results go")
-    parser.add_argument("--cells", type=int, nargs="+", default=[10_000, 50_000, 200_000])
-    parser.add_argument("--genes", type=int, default=N_GENES)
-    parser.add_argument("--stages", default="012345", help="digits of the stages to run")
-    parser.add_argument("--epochs", type=int, default=2, help="of stages 3 and 4; 0: their defaults")
-    arguments = parser.parse_args()
+    options = parser(__doc__, data=False)
+    options.add_argument("--folder", type=Path, required=True, help="where the simulated data and all results go")
+    options.add_argument("--cells", type=int, nargs="+", default=[10_000, 50_000, 200_000])
+    options.add_argument("--genes", type=int, default=N_GENES)
+    options.add_argument("--stages", default="012345", help="digits of the stages to run")
+    options.add_argument("--epochs", type=int, default=2, help="of stages 3 and 4; 0: their defaults")
+    arguments = options.parse_args()
+    epochs = ["--epochs", str(arguments.epochs)] if arguments.epochs else []
     rows = []
     for n_cells in arguments.cells:
-        place = arguments.folder.resolve() / str(n_cells)
-        place.mkdir(parents=True, exist_ok=True)
-        if not (place / "source.h5ad").exists():
-            simulate(n_cells, arguments.genes, place / "source.h5ad")
+        place = Workplace(arguments.folder.resolve() / str(n_cells))
+        source = place.path / "source.h5ad"
+        place.path.mkdir(parents=True, exist_ok=True)
+        if not source.exists():
+            simulate(n_cells, arguments.genes, source)
+        words = {"0": ["--dataset", str(source)], "1": ["--max-genes", "none", "--max-counts", "none"]}
+        words |= {"3": epochs, "4": epochs}
         for stage in (stage for stage in STAGES if stage[1] in arguments.stages):
-            seconds, memory, output = run([str(ROOT / stage), *options_of(stage, place, arguments.epochs)])
+            seconds, peak, output = run(stage, *place.folders(stage), *words.get(stage[1], []))
             row = {"cells": n_cells, "stage": stage[1], "seconds": seconds}
-            rows.append(row | {"ms per cell": 1e3 * seconds / n_cells, "peak memory, GB": memory})
+            rows.append(row | {"ms per cell": 1e3 * seconds / n_cells, "peak memory, GB": peak})
             line = pd.DataFrame(rows[-1:]).to_string(index=False, header=len(rows) == 1, float_format="{:10.2f}".format)
             print(line, flush=True)
             if stage[1] == "3":
-                epochs = pd.read_csv(place / "models" / "gmvae_history.csv")
-                print(f"   stage 3: {0.9 * 0.75 * n_cells / epochs['seconds'].iloc[-1]:,.0f} cells/s in its last epoch")
+                last = pd.read_csv(place.models / "gmvae_history.csv")["seconds"].iloc[-1]
+                print(f"   stage 3: {0.9 * 0.75 * n_cells / last:,.0f} cells/s in its last epoch")
             if stage[1] == "5":
                 print("   " + next(line for line in output.splitlines() if "generat" in line))
     table = pd.DataFrame(rows).pivot(index="cells", columns="stage", values="peak memory, GB")
