@@ -7,7 +7,7 @@ writes  data/pseudobulk_test_counts.csv, _tpm.csv (samples x genes), _proportion
 run     python _2_make_pseudobulk.py
 time    seconds; with WRITE_TRAIN_COUNTS, 15,000 mixtures of 1,200 cells x 16,000 genes: a minute, 0.4 GB on disk
 
-Stage 4 makes the mixtures of train cells and trains scTAPE on them. The default deconvolution, a regression on the train cells'
+Stage 4 makes the mixtures of train cells and trains scTAPE on them; the default deconvolution, a regression on the train cells'
 mean profiles, does not use them. Stage 5 evaluates the deconvolution on the mixtures of test cells.
 """
 
@@ -47,7 +47,7 @@ RARE_SHARE: Share = 0.25  # a random half of the types is rare
 NEAR_SHARE: Share = 0.25  # close to the train cells' own proportions (mixtures of train cells only)
 
 # mRNA and TPM
-RNA_PER_CELL = "reference"  # of cells: their own counts; or auto, published, a table (lib/bulk/README.md)
+RNA_PER_CELL = "reference"  # of cells: their own counts; or auto, or a table (lib/bulk/README.md)
 USE_GENE_LENGTHS = False  # divide by gene length (original); right for full-length counts, not for UMI counts
 
 # Other
@@ -104,7 +104,7 @@ def gene_lengths(adata: ad.AnnData) -> pd.Series:
     """Length in base pairs of every gene whose length is known."""
     if "gene_length_bp" not in adata.var:
         raise ValueError(
-            "USE_GENE_LENGTHS is on, but the data have no gene lengths: give stage 0 GENE_LENGTHS, run 0 and 1"
+            "USE_GENE_LENGTHS is on, but the data have no gene lengths: give stage 0 GENE_LENGTHS, run 0, 1"
         )
     lengths = adata.var["gene_length_bp"].dropna()
     print(f"TPM over the {len(lengths):,} of {adata.n_vars:,} genes whose length is known")
@@ -125,18 +125,13 @@ def write_test_mixtures(
     tpm = pseudobulk.tpm(measured.to_numpy(), None if gene_length_bp is None else gene_length_bp.to_numpy())
     cells_per_type = mixing @ pd.get_dummies(cell_type).to_numpy(dtype=np.float64)
     proportions = cells_per_type / cells_per_type.sum(axis=1, keepdims=True)
-    tables = {
-        "counts": counts,
-        "tpm": pd.DataFrame(tpm, index, measured.columns),
-        "proportions": pd.DataFrame(proportions, index, cell_type.cat.categories),
-    }
+    tables = {"counts": counts, "tpm": pd.DataFrame(tpm, index, measured.columns)}
+    tables["proportions"] = pd.DataFrame(proportions, index, cell_type.cat.categories)
     for name, table in tables.items():
         with replacing(data / f"pseudobulk_test_{name}.csv") as temporary:
             table.to_csv(temporary, float_format="%.6g" if name == "tpm" else None)
-    print(
-        f"mixtures of test cells: {N_TEST_OWN} at the test set's proportions, {N_TEST_DIRICHLET} at random ones; "
-        f"{(proportions == 0).mean():.0%} of all proportions are 0"
-    )
+    n_cells = f"{N_TEST_OWN} at the test set's proportions, {N_TEST_DIRICHLET} at random ones"
+    print(f"mixtures of test cells: {n_cells}; {(proportions == 0).mean():.0%} of all proportions are 0")
     return [data / f"pseudobulk_test_{name}.csv" for name in tables]
 
 
@@ -182,10 +177,7 @@ def describe_train_mixtures(
 
 
 def split_cells(codes: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Type of each cell for the mixtures to train on, and for the held-out ones; -1 for a cell of the other part.
-
-    A type's only cell is in both parts, so that the type can be learned. Without VALIDATION_FRACTION all cells are in the first.
-    """
+    """Type of each cell for the mixtures to train on, and for the held-out ones; -1: of the other part. A type's only cell is in both."""
     if VALIDATION_FRACTION == 0:
         return codes, np.full_like(codes, -1)
     is_held_out = hold_out(codes, VALIDATION_FRACTION, rng)

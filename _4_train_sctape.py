@@ -1,14 +1,12 @@
 """Stage 4: prepare the deconvolution: reference profiles of the train cells, and a network trained on mixtures of them.
 
-models/sctape.pt holds both. The default deconvolution of stage 5 is a regression on the profiles (lib/bulk/regression.py) and
-uses no network; the scTAPE network is used with DECONVOLUTION = "sctape" alone. With NETWORK = "bulk_encoder", this stage writes
-models/bulk_encoder.pt instead, for DECONVOLUTION = "bulk_encoder": it predicts the proportions and the state of the cells.
+models/sctape.pt holds both. The default deconvolution of stage 5 is a regression on the profiles and uses no network; scTAPE needs
+DECONVOLUTION = "sctape". NETWORK = "bulk_encoder" trains the network of DECONVOLUTION = "bulk_encoder" instead.
 
 reads   data/pseudobulk_train.h5ad, data/train.h5ad; the gene names of BULK_FILE, if given; for the bulk encoder, models/gmvae.pt
 writes  models/sctape.pt (the epoch with the lowest error on mixtures of held-out cells), sctape_last.pt (to resume),
         sctape_history.csv, tensorboard/sctape; fig/sctape_loss.png. The bulk encoder's files are named bulk_encoder
-run     python _4_train_sctape.py
-        python _4_train_sctape.py --network bulk_encoder
+run     python _4_train_sctape.py                             or with --network bulk_encoder
         torchrun --nproc-per-node 4 _4_train_sctape.py        on four GPUs or processors
 time    15,000 mixtures, 1,000 genes: half a minute to 3.5 minutes on two cores
 """
@@ -45,9 +43,7 @@ SCALING: Literal["standard", "minmax"] = "standard"  # of the input: by gene (ou
 BULK_FILE: str | None = None  # a bulk table to be deconvolved later: select among its genes only
 GENE_IDS: str | None = None  # table of Ensembl IDs and gene names, for a BULK_FILE with IDs
 MIN_GENE_COVERAGE: Share = 0.5  # least share of the selected (or signature) genes that a bulk must have (ours)
-PLATFORM_SD: NotNegative = (
-    1.0  # scTAPE: simulated log factors of the genes, at most, by mixture (ours); 0: none (paper)
-)
+PLATFORM_SD: NotNegative = 1.0  # scTAPE: simulated log factors of genes, at most, by mixture (ours); 0: none (paper)
 
 # Training
 EPOCHS: Count = 128  # at most; early stopping may end it sooner (original code: 640)
@@ -83,12 +79,11 @@ def main() -> None:
     trainer = (train_sctape if NETWORK == "sctape" else train_bulk_encoder)(mixtures, train, models, device)
     if not parallel.IS_FIRST:
         return
-    figure = fig / f"{NETWORK}_loss.png"
-    unit = "mean absolute error" if NETWORK == "sctape" else "error"
+    figure, unit = fig / f"{NETWORK}_loss.png", "mean absolute error" if NETWORK == "sctape" else "error"
     plots_cells.loss_curves(trainer.history_table(), trainer.best_epoch, unit, figure)
-    following = f"python _5_generate.py{options.preset_option(PRESET)}"
-    following += " --deconvolution bulk_encoder" * (NETWORK == "bulk_encoder")
-    print_written("stage 4", [trainer.best_path, trainer.last_path, trainer.history_path, figure], following)
+    then = f"python _5_generate.py{options.preset_option(PRESET)}"
+    then += " --deconvolution bulk_encoder" * (NETWORK == "bulk_encoder")
+    print_written("stage 4", [trainer.best_path, trainer.last_path, trainer.history_path, figure], then)
 
 
 def paper_preset() -> dict[str, tuple[Any, Any]]:
@@ -117,14 +112,13 @@ def train_sctape(mixtures: ad.AnnData, train: ad.AnnData, models: Path, device: 
     torch.manual_seed(SEED)
     model = ScTAPE(len(genes), len(cell_types), DROPOUT, PLATFORM_SD, SCALING == "minmax").to(device)
     model.initialise(fit[0])
-    about = {"gene_names": list(mixtures.var_names[genes]), "mean_profile": torch.from_numpy(mean_profile)}
+    about = {"mean_profile": torch.from_numpy(mean_profile), "reference": reference.to_checkpoint()}
     measured: tuple[torch.Tensor, ...] = held_out
     if PLATFORM_SD:  # held-out mixtures are measured by simulated platforms, too, the same in every epoch
         generator = torch.Generator(device).manual_seed(0)
         measured = (*held_out, augment(held_out[0], model.mean_share, PLATFORM_SD, generator))
     torch.manual_seed(SEED + parallel.RANK)  # each process has its own dropout
-    about |= {"reference": reference.to_checkpoint()}
-    trainer = train_network(model, mixtures, about, fit, measured, models)
+    trainer = train_network(model, mixtures, genes, about, fit, measured, models)
     cells, (x, true) = ("held-out", held_out) if len(held_out[0]) else ("train", fit)
     with torch.no_grad():
         error, constant = ((p - true).abs().mean() for p in (model.proportions(x), fit[1].mean(dim=0)))
@@ -142,20 +136,18 @@ def train_bulk_encoder(mixtures: ad.AnnData, train: ad.AnnData, models: Path, de
     check_checkpoint(checkpoint, path, stage, list(train.var_names), cell_types, train.uns["split_id"], source)
     gmvae = registry.load(checkpoint, device)
     cells = select_cells(train, np.flatnonzero(train.obs["cell_type"].notna()))
-    data = make_mixtures(
-        gmvae, cells, usable_genes(mixtures), gene_lengths(mixtures), N_STATE_GENES, N_STATE_SAMPLES, CELLS_PER_STATE_SAMPLE,
-        VALIDATION_FRACTION, SEED,
-    )  # fmt: skip
+    sizes = N_STATE_GENES, N_STATE_SAMPLES, CELLS_PER_STATE_SAMPLE
+    usable, lengths = usable_genes(mixtures), gene_lengths(mixtures)
+    data = make_mixtures(gmvae, cells, usable, lengths, *sizes, VALIDATION_FRACTION, SEED)
     fit, held_out = (tuple(x.to(device) for x in part) for part in (data.fit, data.held_out))
 
     torch.manual_seed(SEED)
     model = BulkEncoder(len(data.genes), len(cell_types), data.axes["axes"].shape[1], dropout=DROPOUT).to(device)
     model.initialise(fit[0], cells.obs["cell_type"].value_counts()[cell_types].to_numpy())
-    about = {"gene_names": list(mixtures.var_names[data.genes]), "mean_profile": torch.from_numpy(data.mean_profile)}
-    about |= {"axes": data.axes, "gmvae_id": weights_id(gmvae)}
+    about = {"mean_profile": torch.from_numpy(data.mean_profile), "axes": data.axes, "gmvae_id": weights_id(gmvae)}
     with torch.no_grad():
         untrained = model.eval()(*held_out)  # predicts the mean states of the train cells
-    trainer = train_network(model, mixtures, about, fit, held_out, models)
+    trainer = train_network(model, mixtures, data.genes, about, fit, held_out, models)
     best = trainer.history[trainer.best_epoch - 1]
     means, scales = (1 - best[f"held_out_{name}"] / untrained[name] for name in ("mean_loss", "scale_loss"))
     print(
@@ -166,22 +158,22 @@ def train_bulk_encoder(mixtures: ad.AnnData, train: ad.AnnData, models: Path, de
 
 
 def train_network(
-    model: ScTAPE | BulkEncoder, mixtures: ad.AnnData, about: dict[str, Any], fit: tuple[torch.Tensor, ...],
+    model: ScTAPE | BulkEncoder, mixtures: ad.AnnData, genes: np.ndarray, about: dict[str, Any], fit: tuple[torch.Tensor, ...],
     held_out: tuple[torch.Tensor, ...], models: Path,
 ) -> Trainer:  # fmt: skip
     """Train a network on mixtures with the settings above; about: what its checkpoint holds besides the same of both networks."""
-    n_fit, n_held_out, n_genes = len(fit[0]), len(held_out[0]), len(about["gene_names"])
-    print(f"{n_fit:,} mixtures to train on, {n_held_out:,} of held-out cells; {n_genes:,} genes; on {fit[0].device}")
+    n_fit, n_held_out = len(fit[0]), len(held_out[0])
+    print(f"{n_fit:,} mixtures to train on, {n_held_out:,} of held-out cells; {len(genes):,} genes; on {fit[0].device}")
     if PATIENCE is not None and not n_held_out:
         raise ValueError(
-            f"PATIENCE is {PATIENCE}, but data/pseudobulk_train.h5ad has no mixtures of held-out cells; set PATIENCE to none, "
-            "or raise VALIDATION_FRACTION of stage 2 and run it again"
+            f"PATIENCE is {PATIENCE}, but data/pseudobulk_train.h5ad has no mixtures of held-out cells; "
+            "set PATIENCE to none, or raise VALIDATION_FRACTION of stage 2 and run it again"
         )
     lengths, content = mixtures.var.get("gene_length_bp"), mixtures.uns.get("rna_per_cell")
     about |= {
         "stage": "_4_train_sctape.py", "arguments": model.arguments, "constants": options.constants(globals()),
         "cell_types": list(mixtures.uns["cell_types"]), "split_id": mixtures.uns["split_id"],
-        "gene_length_bp": None if lengths is None else lengths.dropna().to_dict(),
+        "gene_names": list(mixtures.var_names[genes]), "gene_length_bp": None if lengths is None else lengths.dropna().to_dict(),
         "rna_per_cell": None if content is None else list(map(float, content)),
     }  # fmt: skip
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)

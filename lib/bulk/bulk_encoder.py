@@ -2,16 +2,14 @@
 
     profile -> 600 -> 300 -> proportions; for each type, mean and log-scale of its cells' z on the state axes
 
-For a new bulk, z is sampled from the prior of each type, then shifted and scaled as the encoder predicts: the bulk changes the
-cells themselves, not only their numbers. What a bulk does not tell is predicted as the mean of the train cells. A state axis is a
-principal axis of z within the types, the same for all types: one decoder reads z for all types, so a programme that several types
-share, such as the interferon response, is one direction in all of them. The encoder is trained on mixtures of train cells that
-favour some states, as the cells of one donor do. Only DECONVOLUTION = "bulk_encoder" uses it.
+For a new bulk, z is sampled from the prior of each type, then shifted and scaled as predicted: the bulk changes the cells themselves.
+A state axis is a principal axis of z within the types, the same for all types: one decoder reads z for all types, so a programme
+that several types share, such as the interferon response, is one direction in all of them. The encoder is trained on mixtures of
+train cells that favour some states, as the cells of one donor do; it cannot show a state that the GMVAE was not trained on.
 
-Source: bulk2sc (scGMVAE, bulk encoder), an older system of the same authors (Kang et al.), whose bulk encoder learns mean,
-variance and proportion of each component of a Gaussian mixture. Layer sizes and Adam at 1e-3 are those of its current code. Ours:
-batch size, dropout and early stopping (constants of stage 4; theirs: 200 + 1,000 epochs), the training mixtures, axes in place of
-single dimensions of z, and `with_genes`; z cannot express a state that the GMVAE was not trained on.
+Source: bulk2sc (scGMVAE, bulk encoder; Kang et al.), an older system of the same authors, whose bulk encoder learns mean, variance
+and proportion of each component of a Gaussian mixture: layer sizes and Adam at 1e-3. Ours: batch size, dropout, early stopping,
+the training mixtures, axes in place of single dimensions of z, and `with_genes`.
 """
 
 from pathlib import Path
@@ -64,10 +62,8 @@ class BulkEncoder(nn.Module):
         self, n_genes: int, n_cell_types: int, n_axes: int, hidden: int = 600, n_latent: int = 300, dropout: float = 0.1
     ):
         super().__init__()
-        self.arguments = dict(
-            n_genes=n_genes, n_cell_types=n_cell_types, n_axes=n_axes, hidden=hidden, n_latent=n_latent, dropout=dropout
-        )
-        self.shape = (n_cell_types, n_axes)
+        sizes = dict(n_genes=n_genes, n_cell_types=n_cell_types, n_axes=n_axes, hidden=hidden, n_latent=n_latent)
+        self.arguments, self.shape = {**sizes, "dropout": dropout}, (n_cell_types, n_axes)
         self.body = mlp((n_genes, hidden, n_latent), dropout)
         self.to_proportions = nn.Linear(n_latent, n_cell_types)
         self.to_mean, self.to_log_scale = (nn.Linear(n_latent, n_cell_types * n_axes) for _ in range(2))
@@ -87,34 +83,26 @@ class BulkEncoder(nn.Module):
     def encode(self, profiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Predict proportions, (n_samples, n_cell_types), and states from profiles, (n_samples, n_genes), output of `sctape.scale`.
 
-        States, each (n_samples, n_cell_types, n_axes): mean of the type's cells on the axes, in standard deviations of the train
-        cells, and logarithm of their standard deviation over that of the train cells.
+        States, each (n_samples, n_cell_types, n_axes), in units of the train cells' standard deviation: mean of the type's cells on
+        the axes, and logarithm of their standard deviation.
         """
-        standardised = (profiles - self.gene_mean) / self.gene_scale
-        if self.training:
-            standardised = standardised + INPUT_NOISE * torch.randn_like(standardised)
-        h = self.body(standardised)
-        mean, log_scale = (
-            head(h).unflatten(1, self.shape) * self.is_shifted[:, None] for head in (self.to_mean, self.to_log_scale)
-        )
+        x = (profiles - self.gene_mean) / self.gene_scale
+        h = self.body(x + INPUT_NOISE * torch.randn_like(x) if self.training else x)
+        states = (head(h).unflatten(1, self.shape) for head in (self.to_mean, self.to_log_scale))
+        mean, log_scale = (state * self.is_shifted[:, None] for state in states)
         return self.to_proportions(h).softmax(dim=1), mean, log_scale
 
     def forward(
         self, profiles: torch.Tensor, proportions: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """Errors of proportions, means and log-scales, and their sum, the loss. Shapes as in `encode`.
-
-        Proportions: absolute error, times the number of types. States: squared error, over the types present in a mixture.
-        """
+        """Absolute error of proportions, squared errors of the states of present types, and the loss. Shapes as in `encode`."""
         p, m, s = self.encode(profiles)
         present = ((proportions > 0) * self.is_shifted)[:, :, None]
         present = present / (self.shape[1] * present.sum()).clamp(min=1)
-        losses = {
-            "proportion_loss": (p - proportions).abs().mean(),
-            "mean_loss": ((m - mean).square() * present).sum(),
-            "scale_loss": ((s - log_scale).square() * present).sum(),
-        }
-        return {"loss": self.shape[0] * losses["proportion_loss"] + losses["mean_loss"] + losses["scale_loss"]} | losses
+        proportion_loss = (p - proportions).abs().mean()
+        mean_loss, scale_loss = (((a - b).square() * present).sum() for a, b in ((m, mean), (s, log_scale)))
+        loss = self.shape[0] * proportion_loss + mean_loss + scale_loss
+        return {"loss": loss, "proportion_loss": proportion_loss, "mean_loss": mean_loss, "scale_loss": scale_loss}
 
 
 # --- what a bulk tells
@@ -138,14 +126,13 @@ def predict(checkpoint: dict[str, Any], bulk: pd.DataFrame) -> pd.DataFrame:
 def write_states(checkpoint: dict[str, Any], bulk: pd.DataFrame, path: Path) -> Path:
     """Write the states of the cells as csv to `path`, which is returned: one row for each sample, cell type and state axis.
 
-    Columns: sample, cell_type, axis (1, 2, ...; the first varies most between train cells), mean and spread of the type's cells on
-    this axis. The unit is the standard deviation of the type's train cells, whose mean is 0 and whose spread is 1.
+    axis: 1, 2, ...; the first varies most between train cells; mean, spread: of the type's cells, 0 and 1 for its train cells.
     """
     _, mean, log_scale = read(checkpoint, bulk)
     levels = bulk.index, checkpoint["cell_types"], range(1, mean.shape[2] + 1)
     rows = pd.MultiIndex.from_product(levels, names=["sample", "cell_type", "axis"])
+    table = pd.DataFrame({"mean": mean.ravel(), "spread": log_scale.exp().ravel()}, rows)
     with replacing(path) as temporary:
-        table = pd.DataFrame({"mean": mean.ravel(), "spread": log_scale.exp().ravel()}, index=rows)
         table.to_csv(temporary, float_format="%.6f")
     return path
 
@@ -153,21 +140,16 @@ def write_states(checkpoint: dict[str, Any], bulk: pd.DataFrame, path: Path) -> 
 def shift_of_cells(
     checkpoint: dict[str, Any], model: nn.Module, gene_names: list[str], proportions: np.ndarray, bulk: pd.DataFrame, seed: int
 ) -> Shift:  # fmt: skip
-    """How the cells of each sample and type are shifted: z (`shift`), then genes (`with_genes`).
-
-    ValueError if the encoder was trained for another GMVAE.
-    """
+    """How the cells of each sample and type are shifted: z (`shift`), then genes (`with_genes`); ValueError for another GMVAE."""
     if not isinstance(model, GMVAE) or weights_id(model) != checkpoint["gmvae_id"]:
-        raise ValueError(
-            "models/bulk_encoder.pt was trained for another model than models/gmvae.pt; "
-            "run _4_train_sctape.py --network bulk_encoder again, or set DECONVOLUTION to regression"
-        )
+        remedy = "run _4_train_sctape.py --network bulk_encoder again, or set DECONVOLUTION to regression"
+        raise ValueError(f"models/bulk_encoder.pt was trained for another model than models/gmvae.pt; {remedy}")
     lengths = checkpoint["gene_length_bp"]
     return with_genes(shift(checkpoint, bulk), model, gene_names, lengths, proportions, bulk, seed)
 
 
 def shift(checkpoint: dict[str, Any], bulk: pd.DataFrame) -> Shift:
-    """The affine map of z for every sample of the bulk and, within the sample, every type.
+    """The affine map of z for every sample and, within it, every type.
 
     On the axes, a cell's coordinate relative to its type's mean is multiplied by the predicted scale, then the mean is added.
     """
@@ -185,8 +167,8 @@ def with_genes(
 ) -> Shift:  # fmt: skip
     """Add to a shift the log ratio of each gene, bulk over the sum of the shifted cells, as far as it stands out (`excess`).
 
-    gene_names: the GMVAE's genes, those that the bulk lacks do not change; gene_length_bp: lengths by which the bulk's counts were
-    divided, genes without a length do not change, None if they were not; proportions: samples x cell types; bulk: samples x genes, TPM.
+    gene_names: of the GMVAE; gene_length_bp: by which the bulk (samples x genes, TPM) is divided, or None; genes without a length or
+    a value in the bulk do not change. proportions: samples x cell types.
     """
     n_samples, n_types = proportions.shape
     n_cells = largest_remainder(proportions, CELLS_SUMMED)
@@ -199,16 +181,14 @@ def with_genes(
     observed = tpm(bulk[genes].to_numpy()) + PSEUDO_TPM
     generated = tpm(summed[:, shared].toarray(), lengths) + PSEUDO_TPM
     log_ratio = np.zeros((n_samples, len(gene_names)), np.float32)
-    for i in range(n_samples):
-        log_ratio[i, shared] = excess(np.log(observed[i] / generated[i]), observed[i] * generated[i])
+    log_ratio[:, shared] = [excess(np.log(a / b), a * b) for a, b in zip(observed, generated)]
     return moved._replace(log_ratio=torch.from_numpy(log_ratio))
 
 
 def excess(log_ratio: np.ndarray, expression: np.ndarray) -> np.ndarray:
-    """The part of each gene's log ratio beyond `THRESHOLD` standard deviations of genes of similar expression, 0 for most.
+    """The part of each gene's log ratio beyond `THRESHOLD` robust standard deviations of genes of similar expression, 0 for most.
 
-    The standard deviation (median absolute deviation x 1.4826) is set by platform differences, which affect all genes, so
-    platform differences change no gene.
+    Platform differences affect all genes, so they set the standard deviation, and change no gene.
     """
     result = np.zeros(len(log_ratio))
     for alike in np.array_split(np.argsort(expression, kind="stable"), max(1, len(result) // GENES_ALIKE)):
@@ -219,7 +199,7 @@ def excess(log_ratio: np.ndarray, expression: np.ndarray) -> np.ndarray:
 
 
 def weights_id(model: nn.Module) -> str:
-    """Twelve hexadecimal digits that change with any weight; they name the one GMVAE whose z a bulk encoder was trained on."""
+    """Digest of all weights: it names the one GMVAE whose z a bulk encoder was trained on."""
     return digest([], *(value.cpu().numpy() for value in model.state_dict().values()))
 
 
@@ -240,12 +220,11 @@ def make_mixtures(
 ) -> StateMixtures:  # fmt: skip
     """Make mixtures of labelled train cells, and the mean and scale of their cells' states as the encoder's targets.
 
-    The profiles to train on are sums of the counts that the GMVAE expects of each cell, not of the observed counts: a network that
-    sees the same few hundred cells in thousands of mixtures memorises the sampling error of their counts (on held-out cells of
-    pbmc3k's train part it then explains 30 % of the variance of the means instead of 42 %).
+    The profiles to train on are sums of the counts that the GMVAE expects of each cell: of observed counts, which are in thousands
+    of mixtures, the encoder memorises the sampling error (on held-out cells it explains 30 instead of 42 % of the means' variance).
 
     usable: mask of the genes, of which the encoder uses the most variable ones; gene_length_bp: by which bulk profiles are divided,
-    known for usable genes, or None; validation_fraction: of the mixtures, and of the cells of each type, which are in these alone.
+    or None; validation_fraction: of the mixtures, and of the cells of each type, which are in these alone.
     """
     n_types = len(cells.obs["cell_type"].cat.categories)
     codes = cells.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64)
@@ -256,8 +235,9 @@ def make_mixtures(
     dataset = CellDataset(cells.X, codes, gmvae.device)
     q_mean, q_log_var, _ = gmvae.get_latent_representation(dataset)
     axes = state_axes(q_mean[~is_held_out].numpy(), q_log_var[~is_held_out].numpy(), codes[~is_held_out], n_types)
-    coordinates = state_coordinates(axes, q_mean.numpy(), codes)
-    posterior_variance = (axes["posterior_variance"] / axes["spread"] ** 2).numpy()
+    type_mean, vectors, spread = (axes[name].numpy() for name in ("type_mean", "axes", "spread"))
+    coordinates = (q_mean.numpy() - type_mean[codes]) @ vectors / spread  # in the types' standard deviations
+    posterior_variance = axes["posterior_variance"].numpy() / spread**2
 
     def sample(is_chosen: np.ndarray, share: float) -> tuple[np.ndarray, sp.csr_matrix, list[np.ndarray]]:
         """Rows of the cells, how often each one is in each mixture, and the mixtures' proportions and states."""
@@ -271,7 +251,7 @@ def make_mixtures(
 
     def to_data(counts: np.ndarray, targets: list[np.ndarray]) -> Data:
         profiles = scale(counts if gene_length_bp is None else counts / gene_length_bp[genes])
-        return tuple(torch.from_numpy(array) for array in (profiles, *targets))
+        return tuple(map(torch.from_numpy, (profiles, *targets)))
 
     rows, mixing, targets = sample(~is_held_out, 1 - validation_fraction)
     library_size = torch.from_numpy(dataset.library_size.astype(np.float32))
@@ -288,8 +268,8 @@ def state_axes(
 ) -> dict[str, torch.Tensor]:
     """Principal axes of the cells' posterior means within the types. mean, log_var: of q(z|x,y), each (n_cells, n_latent).
 
-    type_mean: (n_cell_types, n_latent) mean of z; axes: (n_latent, n_axes) orthonormal, in order of decreasing variance; spread:
-    (n_axes,) standard deviation of the means within the types; posterior_variance: (n_axes,) mean variance of q(z|x,y) along an axis.
+    type_mean: (n_cell_types, n_latent); axes: (n_latent, n_axes), orthonormal, by decreasing variance; each (n_axes,): spread, standard
+    deviation of the means within the types, and posterior_variance, mean variance of q(z|x,y).
     """
     type_mean = type_means(mean, cell_type_idx, n_cell_types)
     within = mean - type_mean[cell_type_idx]
@@ -301,18 +281,9 @@ def state_axes(
     return {name: torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)) for name, array in arrays.items()}
 
 
-def state_coordinates(axes: dict[str, torch.Tensor], mean: np.ndarray, cell_type_idx: np.ndarray) -> np.ndarray:
-    """Coordinates of the cells on the state axes, relative to their type's mean, in standard deviations: (n_cells, n_axes)."""
-    type_mean, vectors, spread = (axes[name].numpy() for name in ("type_mean", "axes", "spread"))
-    return (mean - type_mean[cell_type_idx]) @ vectors / spread
-
-
 @torch.no_grad()
 def expected_counts(model: GMVAE, genes: np.ndarray, seed: int, *of_cells: torch.Tensor) -> np.ndarray:
-    """E[x|z,y,l] of some genes (their positions), with one sample of z from q(z|x,y) per cell: (n_cells, n_genes).
-
-    of_cells: mean and log-variance of q(z|x,y), library size, and type of each cell.
-    """
+    """E[x|z,y,l] of some genes (positions), one z from q(z|x,y) per cell; of_cells: its mean and log-variance, library size, type."""
     device, expected = model.device, []
     generator = torch.Generator(device).manual_seed(seed)
     n_batches = -(-len(of_cells[0]) // 256)
@@ -332,9 +303,9 @@ def mix_states(
 ) -> tuple[sp.csr_matrix, np.ndarray, np.ndarray]:  # fmt: skip
     """Sample mixtures of `cells_per_type` (mixtures x cell types) whose cells have weights exp(strength x coordinate on an axis).
 
-    posterior_variance: (n_axes,) mean variance of q(z|x,y) along each axis, in the unit of the coordinates (`state_coordinates`).
-    Returns how often each cell is in each mixture (mixtures x cells), and, each mixtures x cell types x axes, the mean coordinate of
-    a type's cells, and half the logarithm of their variance over that of all its cells, both including `posterior_variance`.
+    posterior_variance: (n_axes,) mean variance of q(z|x,y), in the unit of the coordinates (cells x axes). Returns how often
+    each cell is in each mixture, and, each mixtures x cell types x axes, mean and log-scale of the coordinates of a type's cells:
+    half the log of their variance over that of all its cells, both including `posterior_variance`.
     """
     n, n_types, n_axes = len(cells_per_type), cells_per_type.shape[1], coordinates.shape[1]
     n_active = rng.integers(1, 4, (n, 1))

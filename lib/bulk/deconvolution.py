@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import anndata as ad
 import numpy as np
@@ -16,9 +16,12 @@ from lib.bulk.rna_content import to_cells, to_rna
 from lib.data.counts import write_h5ad
 from lib.run import detail, replacing
 
-Mode = Literal["regression", "regression-per-sample", "regression-unadapted"]
-Method = Literal[Mode, "sctape", "sctape-adapted", "sctape-per-sample", "bulk_encoder"]
-MODES: tuple[str, ...] = get_args(Mode)
+Method = Literal[
+    "regression", "regression-per-sample", "regression-unadapted",
+    "sctape", "sctape-adapted", "sctape-per-sample", "bulk_encoder",
+]  # fmt: skip
+# modes of the regression: per_sample and adaptive of `fit_regression`
+MODES = {"regression": (False, True), "regression-per-sample": (True, True), "regression-unadapted": (False, False)}
 ADAPTATION: dict[str, sctape.Adaptation] = {
     "sctape": "none", "sctape-adapted": "overall", "sctape-per-sample": "per-sample",
 }  # fmt: skip
@@ -88,10 +91,10 @@ def estimate(
     fitted = deconvolve(reference, bulk, "regression-unadapted", 0, seed, coverage, content)
     predicted = sctape.predict(checkpoint, bulk, ADAPTATION[method])
     rna = to_rna(predicted.proportions.to_numpy(), rna_per_cell(reference, content_of_mixtures(checkpoint)))
-    cells = to_cells(rna, rna_per_cell(reference, content))
+    table = partial(pd.DataFrame, index=bulk.index, columns=reference.cell_types)
     return fitted._replace(
-        proportions=pd.DataFrame(cells, bulk.index, reference.cell_types),
-        rna_proportions=pd.DataFrame(rna, bulk.index, reference.cell_types),
+        proportions=table(to_cells(rna, rna_per_cell(reference, content))),
+        rna_proportions=table(rna),
         signature=pd.DataFrame(predicted.signatures.mean(axis=0), checkpoint["cell_types"], checkpoint["gene_names"]),
         expression=predicted.signatures if method == "sctape-per-sample" else None,
     )
@@ -130,24 +133,18 @@ def deconvolve(
 ) -> Estimate:  # fmt: skip
     """Proportions of cell types in bulk samples (samples x genes, in any unit proportional to transcripts) by the regression.
 
-    Parameters
-    ----------
-    mode
-        "regression": all samples share one set of platform factors; "regression-per-sample": each sample has its own, and the
-        expression of each type in it is estimated as well; "regression-unadapted": all platform factors are 1.
-    content
-        `rna_content.rna_per_cell`: mRNA per cell of each type, which turns shares of RNA into shares of cells, and how uncertain
-        it is. None: the counts per cell of the reference, which is right for a sum of such cells.
+    mode: "regression": all samples share one set of platform factors; "regression-per-sample": each sample has its own, and the
+    expression of each type in it is estimated as well; "regression-unadapted": all platform factors are 1. content: mRNA per cell of
+    each type (`rna_content.rna_per_cell`), to turn shares of RNA into shares of cells; None: the counts per cell of the reference,
+    right for a sum of such cells. n_members: of the ensemble that gives the spread. ValueError as in `signature_coverage`.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
+    per_sample, adaptive = MODES[mode]
     coverage = signature_coverage(reference, bulk, min_coverage)
-    shared = reference.of_genes(np.flatnonzero(pd.Index(reference.gene_names).isin(bulk.columns)))
+    shared = reference.of_genes(np.flatnonzero(np.isin(reference.gene_names, bulk.columns)))
     values = bulk[shared.gene_names].to_numpy(dtype=np.float64)
     genes = signature_genes(shared)
     used, of_used = values[:, genes], shared.of_genes(genes)
     detail(f"deconvolution on {len(genes):,} signature genes; the bulk has {coverage:.1%} of those of the reference")
-    per_sample, adaptive = mode == "regression-per-sample", mode != "regression-unadapted"
     fit = fit_regression(used, of_used, per_sample, adaptive)
     signature = shared.mean[None]  # 1 or samples x types x genes
     if adaptive:
@@ -178,14 +175,13 @@ def deconvolve(
 
 
 def signature_coverage(reference: Reference, bulk: pd.DataFrame, min_coverage: float) -> float:
-    """Share of the signature genes that the bulk has; refused below `min_coverage`."""
+    """Share of the signature genes that the bulk has; ValueError below `min_coverage`."""
     wanted = reference.of_genes(signature_genes(reference)).gene_names
     coverage = np.isin(wanted, bulk.columns).mean()
     if coverage < min_coverage:
         raise ValueError(
-            f"the bulk has {coverage:.0%} of the {len(wanted):,} signature genes, expected at least {min_coverage:.0%} (its genes: "
-            f"{', '.join(map(str, bulk.columns[:3]))}; the signature's: {', '.join(wanted[:3])}); are species and gene names the same? "
-            "(GENE_IDS) For a panel or an array of few genes, lower MIN_GENE_COVERAGE of stage 4 and expect a larger spread"
+            f"the bulk has {coverage:.0%} of the {len(wanted):,} signature genes, such as {', '.join(wanted[:3])}; expected at least "
+            f"{min_coverage:.0%}: are species and gene names the same (GENE_IDS)? For a panel of genes, lower MIN_GENE_COVERAGE of stage 4"
         )
     return coverage
 
@@ -198,16 +194,15 @@ def ensemble(
 ) -> np.ndarray:
     """Proportions by the counts of the reference from each member of an ensemble: members x samples x types.
 
-    Every member uses a bootstrap sample of the genes, and mean profiles with random errors as large as their sampling errors, so
-    members differ by genes that behave differently on another platform, and by types with few cells in the reference.
+    Every member uses a bootstrap sample of the genes, and mean profiles with random errors as large as their sampling errors.
     """
     members = np.empty((n_members, len(bulk), len(reference.cell_types)))
     error = np.sqrt(reference.mean_variance)
     for member in range(n_members):
         rng = np.random.default_rng([seed, member])
-        genes = rng.integers(0, bulk.shape[1], size=bulk.shape[1])
+        genes = rng.integers(0, bulk.shape[1], size=(bulk.shape[1],))
         mean = np.maximum(reference.mean + error * rng.standard_normal(error.shape), 0)
-        resampled = reference._replace(mean=mean).of_genes(np.asarray(genes))
+        resampled = reference._replace(mean=mean).of_genes(genes)
         members[member] = fit_regression(bulk[:, genes], resampled, per_sample, adaptive, MEMBER_ROUNDS).proportions
     return members
 
@@ -215,11 +210,11 @@ def ensemble(
 def spread(
     proportions: np.ndarray, members: np.ndarray, scale_sd: np.ndarray, in_group: np.ndarray | None = None
 ) -> np.ndarray:
-    """Standard deviation of each proportion: over the ensemble, and from errors that all samples and members share.
+    """Standard deviation of each proportion (samples x types): over the ensemble, and from errors that all samples and members share.
 
     A type whose amount is too large by a factor exp(e_j), in all samples, changes the proportion p_k by p_j (1[j = k] - p_k) e_j;
-    scale_sd, (n_types,): standard deviation of e_j. proportions: samples x types; members: members x samples x types, fewer than
-    two give NaN; in_group: groups x types, 1 where the type is in the group, for the spread of sums of types.
+    scale_sd, (n_types,): standard deviation of e_j. members: members x samples x types, fewer than two give NaN; in_group: groups x
+    types, 1 where the type is in the group, for sums of types.
     """
     if len(members) < 2:
         return np.full(proportions.shape, np.nan)
@@ -235,37 +230,32 @@ def interval(shares: Any, spread: Any, n_members: int) -> tuple[Any, Any]:
     return (shares - half).clip(0, 1), (shares + half).clip(0, 1)
 
 
-def inseparable_types(members: np.ndarray) -> list[list[int]]:
-    """Groups of types of whose proportions one gains what the other loses: over the ensemble, their sum varies much less than each."""
-    if len(members) < 2:
-        return []
-    deviation = members - members.mean(axis=0)
-    covariance = np.einsum("msi,msj->ij", deviation, deviation) / deviation[..., 0].size
-    variance = np.diag(covariance)
-    independent = variance[:, None] + variance
-    together = independent + 2 * covariance < INSEPARABLE**2 * independent
-    np.fill_diagonal(together, False)
-    _, label = connected_components(together)
-    return [list(np.flatnonzero(label == group)) for group in np.unique(label) if (label == group).sum() > 1]
-
-
 def merged_proportions(cells: pd.DataFrame, members: np.ndarray, scale_sd: np.ndarray) -> pd.DataFrame:
-    """Sums of types that the bulk hardly distinguishes, one row per sample and group of types (a tuple); low, high: 95 % interval."""
+    """Sums of types that the bulk hardly distinguishes, one row per sample and group of types (a tuple); low, high: 95 % interval.
+
+    One of these types gains what the other loses: over the ensemble, the variance of their sum is far below the sum of their variances.
+    """
     rows: list[tuple] = []
-    values = cells.to_numpy()
-    for group in inseparable_types(members):
-        in_group = np.isin(np.arange(cells.shape[1]), group)[None].astype(float)
-        total, sd = (values @ in_group.T)[:, 0], spread(values, members, scale_sd, in_group)[:, 0]
-        names = [tuple(cells.columns[group])] * len(cells)
-        rows += zip(cells.index, names, total, sd, *interval(total, sd, len(members)))
+    if len(members) > 1:
+        deviation = members - members.mean(axis=0)
+        covariance = np.einsum("msi,msj->ij", deviation, deviation)
+        independent = np.add.outer(np.diag(covariance), np.diag(covariance))
+        together = independent + 2 * covariance < INSEPARABLE**2 * independent
+        np.fill_diagonal(together, False)
+        label = connected_components(together)[1]
+        for in_group in (label == group for group in np.unique(label) if (label == group).sum() > 1):
+            total = cells.loc[:, in_group].sum(axis=1).to_numpy()
+            sd = spread(cells.to_numpy(), members, scale_sd, in_group[None].astype(float))[:, 0]
+            names = [tuple(cells.columns[in_group])] * len(cells)
+            rows += zip(cells.index, names, total, sd, *interval(total, sd, len(members)))
     return pd.DataFrame(rows, columns=["sample", "cell_types", "proportion", "spread", "low", "high"])
 
 
 def sample_quality(values: np.ndarray, shared: Reference, amounts: np.ndarray, genes: np.ndarray) -> pd.DataFrame:
     """How well the fitted mixture of the reference explains each sample, by its values (samples x genes of `shared`).
 
-    Columns: n_genes (signature genes that were used); reference_r (Pearson's r on log(1 + transcripts per 10,000) of these genes);
-    is_unlike_reference (r below `MIN_R`); unexplained_genes (tuple of at most five names, the most unexplained one first).
+    Columns: n_genes (used signature genes); reference_r (Pearson's r on log(1 + transcripts per 10,000) of these); is_unlike_reference
+    (r below `MIN_R`); unexplained_genes (tuple of at most five names, the most unexplained one first).
     """
     fitted = amounts @ shared.mean
     a, b = (np.log1p(x[:, genes] / x[:, genes].sum(axis=1, keepdims=True) * 1e4) for x in (values, fitted))
@@ -281,10 +271,10 @@ def sample_quality(values: np.ndarray, shared: Reference, amounts: np.ndarray, g
 def cell_type_expression(bulk: np.ndarray, amounts: np.ndarray, signature: np.ndarray) -> np.ndarray:
     """Expression of each type in each sample: samples x types x genes, counts per cell on the scale of the reference.
 
-    The residual of a sample (bulk: samples x genes) is distributed among the types as the posterior mean of normal deviations, with
-    a standard deviation of each type proportional to its expression S_k (signature: 1 or samples x types x genes):
-    z_k = S_k + x_k S_k^2 (y - sum_j x_j S_j) / (sum_j x_j^2 S_j^2 + s^2), at least 0.
-    Source: Rahmani et al., Nature Communications 10, 3417 (2019), eq. 5.
+    The residual of a sample (bulk: samples x genes) is distributed among the types as the posterior mean of normal deviations, whose
+    standard deviation is proportional to the expression S_k of the type (signature: 1 or samples x types x genes):
+    z_k = S_k + x_k S_k^2 (y - sum_j x_j S_j) / (sum_j x_j^2 S_j^2 + s^2), at least 0. Rahmani et al., Nature Communications 10, 3417
+    (2019), eq. 5.
     """
     contribution = amounts[:, :, None] * signature
     fitted = contribution.sum(axis=1)
@@ -312,26 +302,25 @@ def write(result: Estimate, data: Path) -> list[Path]:
             "signature_matrix": result.signature,
         }
         _print_estimate(result, merged, samples)
-    paths = []
     for name, table in tables.items():
-        paths.append(data / f"{name}.csv")
-        with replacing(paths[-1]) as temporary:
+        with replacing(data / f"{name}.csv") as temporary:
             table.to_csv(temporary, float_format="%.6f" if name.startswith("predicted") else "%.6g")
+    paths = [data / f"{name}.csv" for name in tables]
     if result.expression is not None and result.signature is not None:
-        paths.append(data / "cell_type_expression.h5ad")
         by_sample = result.proportions.rename(index=str).stack().rename_axis(["sample", "cell_type"])
         obs = by_sample.rename("proportion").reset_index()  # one row per sample and type
         obs.index = obs["sample"] + ": " + obs["cell_type"]
         expression = result.expression.astype(np.float32).reshape(len(obs), -1)
+        paths.append(data / "cell_type_expression.h5ad")
         write_h5ad(ad.AnnData(expression, obs=obs, var=pd.DataFrame(index=result.signature.columns)), paths[-1])
     return paths
 
 
 def _print_estimate(result: Estimate, merged: pd.DataFrame, samples: pd.DataFrame) -> None:
-    shown = result.proportions.map("{:.3f}".format)
+    shown, deviation = result.proportions.map("{:.3f}".format), ""
     if result.n_members > 1:
-        shown += " +- " + result.spread.map("{:.3f}".format)
-    print(f"proportions of cells (+- standard deviation):\n{shown.to_string(max_rows=10)}")
+        shown, deviation = shown + " +- " + result.spread.map("{:.3f}".format), " (+- standard deviation)"
+    print(f"proportions of cells{deviation}:\n{shown.to_string(max_rows=10)}")
     for names, total in merged.groupby("cell_types")[["proportion", "low", "high"]].mean().iterrows():
         print(
             f"the bulk hardly distinguishes {names}: more certain is their sum, on average {total['proportion']:.3f} "

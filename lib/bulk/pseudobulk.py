@@ -1,7 +1,6 @@
 """Pseudo-bulk samples: mixtures of single cells, so that their cell-type proportions are known.
 
-A mixing matrix (sparse, mixtures x cells) says how often each cell is in each mixture. The counts of the mixtures are this
-matrix times the counts of the cells, without a loop over cells.
+A mixing matrix (sparse, mixtures x cells) says how often each cell is in each mixture; times counts, it gives those of the mixtures.
 """
 
 import itertools
@@ -32,7 +31,7 @@ def largest_remainder(proportions: np.ndarray, totals: np.ndarray | int) -> np.n
     """Whole numbers (samples x cell types) in these proportions, with exactly these row sums: Hamilton's method."""
     quotas = proportions * np.reshape(totals, (-1, 1))
     counts = np.floor(quotas + 1e-9).astype(np.int64)
-    missing = np.broadcast_to(totals, len(counts)) - counts.sum(axis=1)
+    missing = totals - counts.sum(axis=1)
     rank = np.argsort(np.argsort(-(quotas - counts), axis=1, kind="stable"), axis=1)
     return counts + (rank < missing[:, None])
 
@@ -42,9 +41,8 @@ def sample_proportions(
 ) -> np.ndarray:
     """Sample proportions, samples x cell types, in four ways, so that a network does not learn a single pattern.
 
-    composition: (n_cell_types,) proportions of the reference cells. shares: of the samples that are "sparse" (a random half of the types
-    is absent), "rare" (a random half of the types makes up a few percent), or "near" (close to `composition`); the others are uniform
-    on the simplex.
+    composition: (n_cell_types,) proportions of the reference cells. shares: of the samples that are "sparse" (half of the types are
+    absent), "rare" (half of the types make up a few percent), or "near" (close to `composition`); the others are uniform.
     """
     n_types = len(composition)
     proportions = rng.dirichlet(np.ones(n_types), n_samples)
@@ -74,10 +72,10 @@ def sample_cells(
 ) -> sp.csr_matrix:
     """Sample the cells of each mixture, with replacement: the mixing matrix, samples x cells, float32.
 
-    cells_per_type: samples x cell types. cell_type_idx: type of each cell; -1 for a cell that no mixture may hold. min_distinct: None:
-    sample from all cells of a type; a number: from a random subset of them, a new one for each mixture and type, of a log-uniform size
-    from `min_distinct` to about all. The mean profile of a type then varies between mixtures as it does between donors, and a network
-    cannot memorise single cells. ValueError for a type that has no cells.
+    cells_per_type: samples x cell types. cell_type_idx: type of each cell; -1 for a cell that no mixture may hold. min_distinct: sample
+    from a random subset of a type's cells, a new one for each mixture, of a log-uniform size from `min_distinct` to about all (None:
+    from all), so that a type's mean profile varies as it does between donors, and a network cannot memorise single cells. ValueError
+    for a type that has no cells.
     """
     n_samples = len(cells_per_type)
     rows, columns = [], []
@@ -85,7 +83,7 @@ def sample_cells(
         pool = np.flatnonzero(cell_type_idx == k)
         if len(pool) == 0:
             raise ValueError(f"cell type number {k} has no cells to mix, expected at least one")
-        row = np.repeat(np.arange(n_samples), cells_per_type[:, k])
+        row = np.arange(n_samples).repeat(cells_per_type[:, k])
         if min_distinct is None or len(pool) <= min_distinct:
             sampled = rng.integers(0, len(pool), len(row))
         else:
@@ -95,9 +93,8 @@ def sample_cells(
             sampled = subset[row, (rng.random(len(row)) * size[row]).astype(np.int64)]
         rows.append(row)
         columns.append(pool[sampled])
-    row_idx, cell_idx = np.concatenate(rows), np.concatenate(columns)
-    ones = np.ones(len(row_idx), np.float32)
-    return sp.csr_matrix((ones, (row_idx, cell_idx)), shape=(n_samples, len(cell_type_idx)))
+    entries = np.concatenate(rows), np.concatenate(columns)
+    return sp.csr_matrix((np.ones(len(entries[0]), np.float32), entries), shape=(n_samples, len(cell_type_idx)))
 
 
 def weighted(mixing: sp.csr_matrix, cell_type_idx: np.ndarray, weight: np.ndarray) -> sp.csr_matrix:
@@ -124,10 +121,7 @@ def mix(mixing: sp.csr_matrix, counts: sp.csr_matrix | CSRDataset, genes: np.nda
 def mixing_blocks(
     cells_per_type: np.ndarray, cell_type_idx: np.ndarray, seed: int, min_distinct: int | None, weight: np.ndarray
 ) -> Iterator[sp.csr_matrix]:
-    """Yield the mixing matrices of `BLOCK` mixtures at a time, each from a random stream of its own, whatever the memory.
-
-    Parameters as in `sample_cells` and `weighted`.
-    """
+    """Yield the matrices of `sample_cells`, `weighted`, `BLOCK` mixtures at a time, each from a random stream of its own."""
     starts = range(0, len(cells_per_type), BLOCK)
     for start, stream in zip(starts, np.random.SeedSequence(seed).spawn(len(starts))):
         cells = cells_per_type[start : start + BLOCK]
@@ -140,9 +134,7 @@ def tpm(counts: np.ndarray, gene_length_bp: np.ndarray | None = None) -> np.ndar
 
     Without lengths: counts per million, right for UMI counts, which count molecules of any length once.
     """
-    rate = np.asarray(counts, dtype=np.float64)
-    if gene_length_bp is not None:
-        rate = rate / gene_length_bp
+    rate = np.asarray(counts, dtype=np.float64) / (1 if gene_length_bp is None else gene_length_bp)
     return rate * (1e6 / sample_totals(rate))
 
 
@@ -150,9 +142,8 @@ def sample_totals(values: np.ndarray) -> np.ndarray:
     """Sum of each sample over the given genes, samples x 1; ValueError for a sample without expression in these genes."""
     total = values.sum(axis=1, keepdims=True)
     if (total <= 0).any():
-        raise ValueError(
-            f"{np.sum(total <= 0)} of {len(values)} bulk samples have no expression in the {values.shape[1]:,} genes used; expected some"
-        )
+        n_empty, n_genes = np.sum(total <= 0), values.shape[1]
+        raise ValueError(f"{n_empty} of {len(values)} bulk samples have no expression in the {n_genes:,} genes used")
     return total
 
 
@@ -189,8 +180,8 @@ def train_mixtures(
 
 def _read(mixtures: ad.AnnData, genes: np.ndarray | None) -> Iterator[np.ndarray]:
     for start in range(0, mixtures.n_obs, ROWS_AT_ONCE):
-        block = sp.csr_matrix(mixtures.X[start : start + ROWS_AT_ONCE]).toarray()
-        yield block if genes is None else block[:, genes]
+        block = sp.csr_matrix(mixtures.X[start : start + ROWS_AT_ONCE])
+        yield (block if genes is None else block[:, genes]).toarray()
 
 
 def _make(mixtures: ad.AnnData, train: ad.AnnData, genes: np.ndarray | None, memory_gb: float) -> Iterator[np.ndarray]:
@@ -232,31 +223,25 @@ def gene_lengths(mixtures: ad.AnnData, genes: np.ndarray | slice = slice(None)) 
     return None if lengths is None else lengths.to_numpy()[genes]
 
 
-def require_test_mixtures(data_folder: Path) -> None:
-    """Refuse missing mixtures of test cells, before any work."""
-    for name in ("tpm", "proportions"):
-        require(data_folder / f"pseudobulk_test_{name}.csv", STAGE)
+def require_test_mixtures(data_folder: Path) -> list[Path]:
+    """Tables of TPM and proportions of the mixtures of test cells; FileNotFoundError if one is missing."""
+    return [require(data_folder / f"pseudobulk_test_{name}.csv", STAGE) for name in ("tpm", "proportions")]
 
 
 def read_test_mixtures(
     data_folder: Path, split_id: str, by_length: bool, by_content: bool
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """TPM and true proportions of the mixtures of test cells; ValueError if they have another split or scale (`sample_header`)."""
+    """TPM and true proportions of the mixtures of test cells; ValueError if they have another split or scale."""
     expected, tables = sample_header(split_id, by_length, by_content), []
-    for name in ("tpm", "proportions"):
-        path = require(data_folder / f"pseudobulk_test_{name}.csv", STAGE)
+    for path in require_test_mixtures(data_folder):
         with reading(path, "a table of numbers"):
             tables.append(pd.read_csv(path, index_col=0).astype(np.float64))
         if tables[-1].index.name != expected:
-            raise ValueError(
-                f"{path} does not belong to data/test.h5ad and models/sctape.pt: its header is {tables[-1].index.name!r}, "
-                f"expected {expected!r}; run {STAGE} and _4_train_sctape.py again"
-            )
+            header = f"its header is {tables[-1].index.name!r}, expected {expected!r}"
+            raise ValueError(f"{path} does not belong to models/sctape.pt: {header}; run {STAGE} and stage 4 again")
     return tables[0], tables[1]
 
 
 def sample_header(split_id: str, by_length: bool, by_content: bool) -> str:
-    """Header of the sample column in the tables of test mixtures: their split, and whether TPM are divided by gene length (`by_length`),
-    of cells with the mRNA contents of RNA_PER_CELL (`by_content`); both as in the mixtures that models/sctape.pt was trained on.
-    """
+    """Header of the sample column in the tables of test mixtures, which says what they must share with models/sctape.pt."""
     return f"sample of split {split_id}" + " by gene length" * by_length + " with mRNA contents" * by_content

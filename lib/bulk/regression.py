@@ -2,12 +2,10 @@
 
 A bulk sample is modelled as y_g = f_g sum_k x_k S_kg + residual: x_k is the amount of cells of type k, S_kg the mean counts of gene
 g in a cell of type k of the reference, and f_g the platform factor: how much better or worse the bulk's platform measures gene g
-than the platform of the single cells (length, 3' bias, mapping); log f_g has a Student's t prior. Amounts (given f) and platform
-factors (given x) are fitted in turn to the unlabelled bulk until the amounts do not change: block-wise maximisation of the
-posterior. No network is used. It takes the place of scTAPE's adaptive stage.
+than that of the single cells (length, 3' bias, mapping); log f_g has a Student's t prior. Amounts (given f) and platform factors
+(given x) are fitted in turn to the unlabelled bulk until the amounts do not change: block-wise maximisation of the posterior.
 
-Platform factors as random effects: Cable, D. M. et al., "Robust decomposition of cell type mixtures in spatial transcriptomics",
-Nature Biotechnology 40, 517-526 (2022).
+Platform factors as random effects: Cable et al., Nature Biotechnology 40, 517-526 (2022).
 """
 
 import re
@@ -25,8 +23,7 @@ from lib.data.counts import row_blocks
 from lib.models.profiles import log_fold_changes, top_genes
 
 # All selected on mixtures of held-out train cells, with and without simulated platform factors; never on a real bulk.
-# Signature genes: difference between one type and the others, in standard errors, and as a ratio, since smaller ratios are not
-# reproduced by another platform or donor
+# Signature genes: difference between one type and the others, in standard errors, and as a ratio: smaller ones are not reproduced
 MIN_Z, MIN_FOLD = 5.0, 3.0
 FOLD_OFFSET = 1e-5  # added to both sides of the ratio, as a share of the mean cell's counts
 MIN_PER_TYPE = 20  # genes of largest ratio that each type has in any case, if their z is large enough
@@ -67,13 +64,13 @@ class Reference(NamedTuple):
 
     def per_length(self, gene_length_bp: pd.Series) -> "Reference":
         """Counts per base pair instead of counts, for TPM by gene length. Genes without a length are removed."""
-        known = self.of_genes(np.flatnonzero(pd.Index(self.gene_names).isin(gene_length_bp.index)))
+        known = self.of_genes(np.flatnonzero(np.isin(self.gene_names, gene_length_bp.index)))
         per_bp = 1 / gene_length_bp[known.gene_names].to_numpy(dtype=np.float64)
         return known.times(per_bp * (known.mean.sum() / (known.mean * per_bp).sum()))  # on the scale of counts
 
     def to_checkpoint(self) -> dict[str, Any]:
         """As tensors and builtins, for a checkpoint."""
-        arrays = {name: torch.from_numpy(np.asarray(getattr(self, name), np.float32)) for name in ("mean", "variance")}
+        arrays = {name: torch.from_numpy(getattr(self, name)).float() for name in ("mean", "variance")}
         return self._asdict() | arrays | {"n_cells": torch.from_numpy(self.n_cells)}
 
     @staticmethod
@@ -85,10 +82,7 @@ class Reference(NamedTuple):
 def reference_profiles(
     counts: sp.csr_matrix | CSRDataset, cell_type_idx: np.ndarray, gene_names: list[str], cell_types: list[str]
 ) -> Reference:
-    """Mean and variance of the counts of each type, read in blocks. Cells of unknown type (-1) are ignored.
-
-    counts: cells x genes, raw, in memory or on disk.
-    """
+    """Mean and variance of the counts (cells x genes, raw) of each type, read in blocks. Cells of unknown type (-1) are ignored."""
     n_types = len(cell_types)
     total, squares = np.zeros((2, n_types, counts.shape[1]))
     for rows, block in row_blocks(counts):
@@ -114,10 +108,9 @@ def equal_totals(reference: Reference) -> Reference:
 def signature_genes(reference: Reference) -> np.ndarray:
     """Indices of the genes that distinguish the types beyond the sampling error of the reference, without technical genes.
 
-    All types are scaled to the same total counts first. z of a gene and type: mean counts in the type minus the mean over the
-    other types, in standard errors; fold: their ratio, in either direction. A gene is used if a type has |z| >= `MIN_Z` and
-    fold >= `MIN_FOLD`, or if it is among the `MIN_PER_TYPE` largest folds of a type with |z| >= `MIN_Z`. Sampling errors of genes
-    below `MIN_Z` would bias all estimates towards each other (errors in variables).
+    z of a gene and type: mean counts in the type (scaled to equal totals) minus the mean over the other types, in standard errors;
+    fold: their ratio, in either direction. A gene is used if a type has |z| >= `MIN_Z`, and fold >= `MIN_FOLD` or one of its
+    `MIN_PER_TYPE` largest folds. Sampling errors of genes below `MIN_Z` would bias all estimates towards each other.
     """
     reference = equal_totals(reference)
     mean, variance, n_types = reference.mean, reference.mean_variance, len(reference.cell_types)
@@ -137,13 +130,10 @@ def signature_genes(reference: Reference) -> np.ndarray:
 
 
 def nnls_on_markers(bulk: pd.DataFrame, reference: Reference) -> pd.DataFrame:
-    """Baseline: non-negative least squares on marker genes of the reference; samples x types, rows sum to 1.
-
-    Markers: the `N_MARKERS` genes of each type with the largest fold change over the mean of the other types.
-    """
+    """Baseline: non-negative least squares on the `N_MARKERS` genes of largest fold change of each type; samples x types, rows sum to 1."""
     share = reference.mean / reference.mean.sum(axis=1, keepdims=True) * 1e4
     genes = np.unique(top_genes(log_fold_changes(share), N_MARKERS))
-    markers = reference.of_genes(genes[pd.Index(reference.gene_names)[genes].isin(bulk.columns)])
+    markers = reference.of_genes(genes[np.isin(reference.gene_names, bulk.columns)[genes]])
     y = bulk[markers.gene_names].to_numpy(dtype=np.float64)
     y = y / np.maximum(y.sum(axis=1, keepdims=True), 1e-12)
     x = np.array([scipy.optimize.nnls(markers.mean.T, sample)[0] for sample in y])
@@ -154,8 +144,6 @@ def nnls_on_markers(bulk: pd.DataFrame, reference: Reference) -> pd.DataFrame:
 
 
 class Fit(NamedTuple):
-    """Result of the alternating fits."""
-
     proportions: np.ndarray  # samples x types, of cells, rows sum to 1
     amounts: np.ndarray  # samples x types: x, for counts of the mean reference cell
     factors: np.ndarray  # 1 x genes, or samples x genes: f
@@ -164,23 +152,14 @@ class Fit(NamedTuple):
 def fit_regression(
     bulk: np.ndarray, reference: Reference, per_sample: bool = False, adaptive: bool = True, rounds: int = ROUNDS
 ) -> Fit:
-    """Fit amounts and platform factors in turn to bulk samples.
+    """Fit amounts and platform factors in turn to bulk samples (samples x genes of the reference, in any unit).
 
-    Parameters
-    ----------
-    bulk
-        Samples x genes of the reference, in any unit proportional to the number of transcripts.
-    per_sample
-        True: each sample has its own platform factors; False: all samples share them.
-    adaptive
-        False: all factors are 1, one weighted non-negative regression.
+    per_sample: each sample has its own platform factors, otherwise all samples share them; not adaptive: all factors are 1.
     """
     counts_per_cell = reference.mean.sum(axis=1)
     reference = equal_totals(reference)  # types have equal weight, whatever their counts per cell
     mean, gene_mean = reference.mean, reference.mean.mean(axis=0)
-    y = (
-        bulk / sample_totals(bulk) * gene_mean.sum()
-    )  # as many counts as in the mean cell, so that the amounts sum to about 1
+    y = bulk / sample_totals(bulk) * gene_mean.sum()  # counts as in the mean cell, so that amounts sum to about 1
     sampling_variance = reference.variance.mean(axis=0) / CELLS_PER_BULK
     n_groups, per_group = (len(y), 1) if per_sample else (1, len(y))
     factors = np.ones((n_groups, y.shape[1]))
@@ -193,7 +172,7 @@ def fit_regression(
         # level of a gene: mean of fitted and reference; for a single sample, the fit itself would favour genes that are fitted too low
         level = gene_mean if per_sample else (factors * fitted.mean(axis=0) + gene_mean) / 2
         prior_variance = (RESIDUAL_SHARE * level) ** 2 + sampling_variance
-        residual = group_sum((y - fitted * factors) ** 2, n_groups) / max(per_group - 2, 1)
+        residual = _group_sum((y - fitted * factors) ** 2, n_groups) / max(per_group - 2, 1)
         residual_variance = (per_group * residual + RESIDUAL_SAMPLES * prior_variance) / (per_group + RESIDUAL_SAMPLES)
         x = fit_amounts(y, mean, factors, residual_variance)
         if np.abs(x - before).max() < 1e-5:
@@ -213,10 +192,7 @@ def fit_amounts(y: np.ndarray, mean: np.ndarray, factors: np.ndarray, residual_v
 
 
 def non_negative_least_squares(gram: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Minimise x'Gx / 2 - t'x over x >= 0, for many t: samples x types.
-
-    gram: 1 x types x types, or one matrix per sample, positive definite; target: samples x types.
-    """
+    """Minimise x'Gx / 2 - t'x over x >= 0, for many t, samples x types. gram: G, positive definite; one, or one per sample."""
     x = np.linalg.solve(gram, target[..., None])[..., 0]
     roots = np.linalg.cholesky(gram)
     right = np.linalg.solve(roots, target[..., None])[..., 0]
@@ -228,13 +204,13 @@ def non_negative_least_squares(gram: np.ndarray, target: np.ndarray) -> np.ndarr
 def fit_platform_factors(
     y: np.ndarray, fitted: np.ndarray, factors: np.ndarray, residual_variance: np.ndarray, n_steps: int = 3
 ) -> np.ndarray:
-    """Platform factors given the amounts: Newton steps on log f.
+    """Platform factors given the amounts: Newton steps on log f minimise squared residuals over their variance, minus the log prior.
 
-    They minimise squared residuals over their variance, with Student's t as the prior of log f. At each step the prior is a
-    normal distribution whose variance depends on log f: s^2 (v + (log f / s)^2) / (v + 1), with v degrees of freedom and scale s.
+    At each step the prior, Student's t with v degrees of freedom and scale s, is a normal distribution of the variance
+    s^2 (v + (log f / s)^2) / (v + 1).
     """
-    cross = group_sum(y * fitted, len(factors)) / residual_variance
-    square = group_sum(fitted**2, len(factors)) / residual_variance
+    cross = _group_sum(y * fitted, len(factors)) / residual_variance
+    square = _group_sum(fitted**2, len(factors)) / residual_variance
     log_f = np.log(factors)
     for _ in range(n_steps):
         f = np.exp(log_f)
@@ -245,7 +221,7 @@ def fit_platform_factors(
     return np.exp(log_f)
 
 
-def group_sum(values: np.ndarray, n_groups: int) -> np.ndarray:
+def _group_sum(values: np.ndarray, n_groups: int) -> np.ndarray:
     """Sum over the samples if they share one set of factors (n_groups = 1)."""
     return values.sum(axis=0, keepdims=True) if n_groups == 1 else values
 

@@ -2,9 +2,8 @@
 
 The counts of a droplet reference do not show it: a monocyte holds about 3.6 times the mRNA of a T cell, but has 1.2 times its UMI
 counts. rna_per_cell.csv holds measured values of three sources in their own units. EPIC's are used as they are; a type that
-EPIC lacks takes the geometric mean of the other sources, each brought to EPIC's scale by the types that both have.
-
-A type of the reference matches a type of the table if its name matches and it expresses the marker genes of that type.
+EPIC lacks takes the geometric mean of the other sources, each brought to EPIC's scale by the types that both have. A type of the
+reference matches a type of the table if its name matches and it expresses the marker genes of that type.
 """
 
 import re
@@ -20,7 +19,7 @@ from lib.run import user_path
 
 TABLE = Path(__file__).with_name("rna_per_cell.csv")
 FIRST_SOURCE = "EPIC"  # whose scale the others are brought to
-SETTINGS = ("auto", "reference", "published")
+SETTINGS = ("auto", "reference")
 PUBLISHED_LOG_SD = 0.3  # of log published values: the sources of the table differ by so much, on one scale
 UNKNOWN_LOG_SD = 0.55  # of the log of the reference's counts: half of log 3, the ratio of a monocyte's to a T cell's
 MIN_MARKERS = 2  # of a kind, among the genes of the reference: with fewer, a match cannot be confirmed
@@ -84,8 +83,7 @@ def kind_of(name: str) -> str | None:
 
 def is_confirmed(kind: str, cell_type_idx: int, reference: Reference) -> bool:
     """Whether the type expresses the markers of this kind, absolutely and in comparison with the other types."""
-    places = {name.upper(): g for g, name in enumerate(reference.gene_names)}
-    genes = [places[marker] for marker in KINDS[kind].markers if marker in places]
+    genes = np.flatnonzero(np.isin([name.upper() for name in reference.gene_names], KINDS[kind].markers))
     if len(genes) < MIN_MARKERS:
         return False
     cpm = 1e6 * reference.mean[:, genes] / reference.mean.sum(axis=1, keepdims=True)
@@ -97,29 +95,22 @@ def rna_per_cell(setting: str, reference: Reference) -> pd.DataFrame:
     """mRNA per cell of every type of the reference, in one relative unit: types x (rna_per_cell, log_sd of its error, source).
 
     setting: "auto": the table for types that match it, the reference's counts brought to its scale for the others; "reference": mean
-    counts per cell; "published": the table, ValueError for a type that it lacks; or the path of the user's table.
+    counts per cell; or the path of the user's table.
     """
-    types, counts = reference.cell_types, reference.mean.sum(axis=1)
     if setting not in SETTINGS:
-        return own_values(setting, types)
-    kinds = [None if setting == "reference" else kind_of(name) for name in types]
-    if setting == "auto":
-        kinds = [kind if kind and is_confirmed(kind, k, reference) else None for k, kind in enumerate(kinds)]
+        return own_values(setting, reference.cell_types)
+    counts, source = reference.mean.sum(axis=1), "counts per cell of the reference"
+    content = pd.DataFrame({"rna_per_cell": counts, "log_sd": 0.0, "source": source}, reference.cell_types)
+    kinds = [kind_of(name) for name in reference.cell_types]
+    kinds = [kind if kind and is_confirmed(kind, k, reference) else None for k, kind in enumerate(kinds)]
     is_known = np.array([kind is not None for kind in kinds])
-    if setting == "published" and not is_known.all():
-        raise ValueError(
-            f"RNA_PER_CELL is published, but no mRNA content is published for {', '.join(np.array(types)[~is_known])}; expected types like "
-            f"{', '.join(KINDS)}: set RNA_PER_CELL to auto, or to a table of cell_type and rna_per_cell"
-        )
-    content = pd.DataFrame(
-        {"rna_per_cell": counts, "log_sd": 0.0, "source": "counts per cell of the reference"}, index=types
-    )
-    if is_known.any():
-        published = published_values().reindex(kinds)
-        scale = np.exp(np.log(published["rna_per_cell"].to_numpy() / counts)[is_known].mean())
-        content["rna_per_cell"] = np.where(is_known, published["rna_per_cell"], scale * counts)
-        content["log_sd"] = np.where(is_known, PUBLISHED_LOG_SD, UNKNOWN_LOG_SD)
-        content["source"] = published["source"].fillna("counts per cell of the reference, scaled").to_numpy()
+    if setting == "reference" or not is_known.any():
+        return content
+    published = published_values().reindex(kinds)
+    scale = np.exp(np.log(published["rna_per_cell"].to_numpy() / counts)[is_known].mean())
+    content["rna_per_cell"] = np.where(is_known, published["rna_per_cell"], scale * counts)
+    content["log_sd"] = np.where(is_known, PUBLISHED_LOG_SD, UNKNOWN_LOG_SD)
+    content["source"] = published["source"].fillna(f"{source}, scaled").to_numpy()
     return content
 
 
@@ -128,9 +119,8 @@ def table_path(name: str) -> Path:
     try:
         return user_path(name)
     except FileNotFoundError as error:
-        raise ValueError(
-            f"RNA_PER_CELL is {name!r}; expected {', '.join(SETTINGS)} or the path of a table of cell_type and rna_per_cell: {error}"
-        ) from None
+        expected = f"{', '.join(SETTINGS)} or the path of a table of cell_type and rna_per_cell"
+        raise ValueError(f"RNA_PER_CELL is {name!r}; expected {expected}: {error}") from None
 
 
 def own_values(name: str, types: list[str]) -> pd.DataFrame:
@@ -141,11 +131,9 @@ def own_values(name: str, types: list[str]) -> pd.DataFrame:
         raise ValueError(f"{path} has the columns {', '.join(table.columns)}; expected cell_type and rna_per_cell")
     by_type = table.drop_duplicates("cell_type").set_index("cell_type")["rna_per_cell"]
     values = pd.to_numeric(by_type, errors="coerce").astype(np.float64).reindex(types)
-    bad = values.index[~((values > 0) & np.isfinite(values))]
-    if len(bad):
-        raise ValueError(
-            f"{path} has no positive rna_per_cell for {', '.join(bad)}; expected one row for each of {', '.join(types)}"
-        )
+    bad = ", ".join(values.index[~((values > 0) & np.isfinite(values))])
+    if bad:
+        raise ValueError(f"{path} has no positive rna_per_cell for {bad}; expected one for each of {', '.join(types)}")
     return pd.DataFrame({"rna_per_cell": values, "log_sd": 0.0, "source": path.name}, index=types)
 
 
@@ -156,6 +144,6 @@ def print_rna_per_cell(content: pd.DataFrame) -> None:
     unknown = content.index[content["log_sd"] == UNKNOWN_LOG_SD]
     if len(unknown):
         print(
-            f"WARNING: no published mRNA content was found for {', '.join(unknown)} (by name and marker genes): counts per cell of the "
-            "reference may be wrong by a factor of 3; see predicted_rna_proportions.csv, or give RNA_PER_CELL a table"
+            f"WARNING: no published mRNA content was found for {', '.join(unknown)}: counts per cell of the reference may be wrong "
+            "by a factor of 3; see predicted_rna_proportions.csv, or give RNA_PER_CELL a table"
         )

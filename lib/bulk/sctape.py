@@ -35,8 +35,7 @@ Blocks = Callable[[np.ndarray | None], Iterator[tuple[slice, np.ndarray]]]
 class ScTAPE(nn.Module):
     """The network. dropout: rate before every layer of the encoder except the last; platform_sd: of `augment`, 0 for none.
 
-    minmax: the input is scaled to 0..1 within each sample, as published, instead of standardised for each gene; without
-    augmentation only.
+    minmax: the input is scaled to 0..1 within each sample, as published, not standardised by gene; without augmentation only.
     """
 
     mixed_precision = True  # trained in bfloat16 on a GPU
@@ -48,7 +47,7 @@ class ScTAPE(nn.Module):
         super().__init__()
         if minmax and platform_sd:
             raise ValueError(
-                f"PLATFORM_SD is {platform_sd} with SCALING minmax, whose profiles do not show how many transcripts a gene has; expected 0"
+                f"PLATFORM_SD is {platform_sd}, but SCALING is minmax, which hides transcripts; expected 0"
             )
         self.arguments: dict[str, Any] = dict(
             n_genes=n_genes, n_cell_types=n_cell_types, dropout=dropout, platform_sd=platform_sd, minmax=minmax
@@ -62,7 +61,7 @@ class ScTAPE(nn.Module):
         self.decoder = nn.Sequential(*(nn.Linear(n_in, n_out, bias=False) for n_in, n_out in pairwise(sizes)))
         self.register_buffer("gene_mean", torch.zeros(n_genes))
         self.register_buffer("gene_scale", torch.ones(n_genes))
-        self.register_buffer("mean_share", torch.full((n_genes,), 1 / n_genes))
+        self.register_buffer("mean_share", torch.ones(n_genes) / n_genes)
 
     def initialise(self, profiles: torch.Tensor) -> None:
         """Store each gene's mean and standard deviation over the training mixtures, to standardise the input."""
@@ -80,16 +79,13 @@ class ScTAPE(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """Mean absolute errors: proportion_loss, reconstruction_loss, their sum, the loss, and, in evaluation, the stopping_criterion.
 
-        The encoder's output is compared with the proportions, and decoded it is compared with the profiles. The stopping criterion
-        is the error of the predicted proportions, which are not negative and sum to 1.
-
         profiles: (n_samples, n_genes), output of `scale`; proportions: (n_samples, n_cell_types). measured: what the encoder gets,
-        the profiles as other platforms measure them; None: the profiles, augmented in training.
+        the profiles as other platforms measure them; None: the profiles, augmented in training. The losses are of the encoder's raw
+        output, the stopping criterion is of the predicted proportions, which are not negative and sum to 1.
         """
         if measured is None:
-            measured = profiles
-            if self.training and self.platform_sd:
-                measured = augment(profiles, self.mean_share, self.platform_sd)
+            is_augmented = self.training and self.platform_sd
+            measured = augment(profiles, self.mean_share, self.platform_sd) if is_augmented else profiles
         raw = self.encoder(self.standardised(measured))
         proportion_loss = (raw - proportions).abs().mean()
         reconstruction_loss = (self.decoder(raw) - self.standardised(profiles)).abs().mean()
@@ -119,14 +115,12 @@ def non_negative_shares(raw: torch.Tensor) -> torch.Tensor:
 def augment(
     profiles: torch.Tensor, mean_share: torch.Tensor, platform_sd: float, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Profiles as simulated platforms would measure them, each profile by a platform of its own.
+    """Profiles, (n_samples, n_genes), output of `scale`, as simulated platforms would measure them, each by one of its own.
 
     Every gene is multiplied by a log-normal platform factor; the standard deviation of its logarithm is uniform between 0 and
-    `platform_sd`. Sampling noise is added (normal, with the variance of Poisson counts) for a depth between 20,000 and 2,000,000
-    transcripts, log-uniform. Up to `MAX_MISSING` of the genes are replaced as `bulk_profiles` replaces missing ones. The mRNA
-    content of cells needs no augmentation: the network predicts shares of cells by counts, which stand for shares of RNA.
-
-    profiles: (n_samples, n_genes), output of `scale`, like the result; mean_share: (n_genes,) share of a gene in a training mixture.
+    `platform_sd`. Sampling noise is added (normal, with the variance of Poisson counts) for a depth between `MIN_DEPTH` and `MAX_DEPTH`,
+    log-uniform. Up to `MAX_MISSING` of the genes get their mean_share, (n_genes,), as in `bulk_profiles`. The mRNA content of cells
+    needs no augmentation: the network predicts shares of cells by counts, which stand for shares of RNA.
     """
     n, device = len(profiles), profiles.device
     sd, log_depth, missing = torch.rand(3, n, 1, generator=generator, device=device)
@@ -143,19 +137,17 @@ def augment(
 def adapt(model: ScTAPE, profiles: torch.Tensor) -> ScTAPE:
     """A copy of the network, adapted to unlabelled bulk profiles, (n_samples, n_genes), by the published adaptive stage.
 
-    In each round, `ADAPT_STEPS` steps update the decoder, which minimises the errors (L1) of the reconstruction and of the
-    signature matrix against that of the trained network, and as many update the encoder, which minimises the errors of the
-    reconstruction and of the proportions against those that the trained network predicts. All samples at once: "overall"; one
-    sample: "high-resolution".
+    In each round, `ADAPT_STEPS` steps update the decoder by the error (L1) of the reconstruction plus that of the signature matrix
+    against the trained network's, and as many the encoder, with the proportions in place of the signature matrix. All samples at
+    once: "overall"; one sample: "high-resolution".
     """
     model = copy.deepcopy(model).eval()
     target = model.standardised(profiles)
     pure = torch.eye(model.arguments["n_cell_types"], device=profiles.device)
     with torch.no_grad():
         first_signature, first_proportions = model.decoder(pure), model.proportions(profiles)
-    decoder, encoder = (
-        torch.optim.Adam(part.parameters(), lr=ADAPT_LEARNING_RATE) for part in (model.decoder, model.encoder)
-    )
+    parts = (model.decoder.parameters(), model.encoder.parameters())
+    decoder, encoder = (torch.optim.Adam(parameters, lr=ADAPT_LEARNING_RATE) for parameters in parts)
 
     def step(optimizer: torch.optim.Optimizer, proportions: torch.Tensor, change: torch.Tensor) -> None:
         loss = (model.decoder(proportions) - target).abs().mean() + change.abs().mean()
@@ -174,21 +166,14 @@ def adapt(model: ScTAPE, profiles: torch.Tensor) -> ScTAPE:
 
 
 class ScTAPEOutput(NamedTuple):
-    """What the network predicts for bulk samples."""
-
     proportions: pd.DataFrame  # samples x types, of cells by the counts of the train cells; rows sum to 1
     signatures: np.ndarray  # 1 or samples x types x genes: per 10,000 transcripts of these genes (minmax: as the input)
 
 
 def predict(checkpoint: dict[str, Any], bulk: pd.DataFrame, adaptation: Adaptation = "none") -> ScTAPEOutput:
-    """Predict the cell-type proportions of bulk samples with the scTAPE network (models/sctape.pt).
+    """Predict the cell-type proportions of bulk samples (as for `bulk_profiles`) with the scTAPE network (models/sctape.pt).
 
-    Parameters
-    ----------
-    bulk
-        As for `bulk_profiles`, which refuses a bulk with too few of the network's genes.
-    adaptation
-        "none": the network as trained; "overall": adapted once, to all samples (`adapt`); "per-sample": adapted to each sample.
+    adaptation: "none": the network as trained; "overall": adapted once, to all samples (`adapt`); "per-sample": to each sample.
     """
     profiles = bulk_profiles(checkpoint, bulk, "scTAPE", "_4_train_sctape.py --bulk-file")
     trained = ScTAPE(**checkpoint["arguments"]).eval()
@@ -209,16 +194,10 @@ def predict(checkpoint: dict[str, Any], bulk: pd.DataFrame, adaptation: Adaptati
 def scale(tpm: np.ndarray, minmax: bool = False) -> np.ndarray:
     """The network's input: log(1 + transcripts per 10,000 of the network's genes), float32, samples x genes.
 
-    With transcripts per million, genes with a few counts weigh as much as genes with thousands, which costs a third of the
-    accuracy on held-out cells of pbmc3k's train part.
-
-    Parameters
-    ----------
-    tpm
-        Samples x the network's genes, non-negative, in any unit proportional to the number of transcripts. The total is taken
-        over these genes alone, so training mixtures and bulk are on one scale whatever other genes the bulk has.
-    minmax
-        As in the original, log(1 + TPM), scaled to 0..1 within each sample.
+    tpm: samples x the network's genes, in any unit proportional to the number of transcripts; the total is taken over these genes
+    alone, so training mixtures and bulk are on one scale. minmax: as in the original, log(1 + TPM), scaled to 0..1 within each
+    sample. With transcripts per million, genes with a few counts weigh as much as genes with thousands, which costs a third of
+    the accuracy on held-out cells.
     """
     logs = np.log1p(tpm / sample_totals(tpm) * (1e6 if minmax else 1e4))
     return (minmax_scale(logs, axis=1) if minmax else logs).astype(np.float32)
@@ -227,27 +206,20 @@ def scale(tpm: np.ndarray, minmax: bool = False) -> np.ndarray:
 def bulk_profiles(checkpoint: dict[str, Any], bulk: pd.DataFrame, network: str, command: str) -> torch.Tensor:
     """The input of a network for bulk samples (samples x genes, TPM); missing genes get their mean share in the training mixtures.
 
-    network, command: its name, and the command that trains it for the genes of a bulk, for messages.
-
-    Raises
-    ------
-    ValueError
-        If the bulk has a smaller share of the network's genes than MIN_GENE_COVERAGE of stage 4.
+    network, command: its name, and the command that trains it for the genes of a bulk, for messages. ValueError if the bulk has a
+    smaller share of the network's genes than MIN_GENE_COVERAGE of stage 4.
     """
     genes, least = checkpoint["gene_names"], checkpoint["constants"]["MIN_GENE_COVERAGE"]
     missing = ~np.isin(genes, bulk.columns)
-    coverage = 1 - missing.mean()
+    coverage, all_genes = 1 - missing.mean(), f"the {len(genes):,} genes that {network} was trained on"
     if coverage < least:
         raise ValueError(
-            f"the bulk has {coverage:.0%} of the {len(genes):,} genes that {network} was trained on, expected at least {least:.0%} "
-            f"(the bulk's genes: {', '.join(map(str, bulk.columns[:3]))}; the network's: {', '.join(genes[:3])}); "
+            f"the bulk has {coverage:.0%} of {all_genes}, such as {', '.join(genes[:3])}; expected at least {least:.0%}: "
             f"train on the bulk's genes: {command}"
         )
     values = bulk.reindex(columns=genes).to_numpy(dtype=np.float64)
     if missing.any():
-        detail(
-            f"the bulk has {coverage:.1%} of the {len(genes):,} genes of {network}; the others take their mean share"
-        )
+        detail(f"the bulk has {coverage:.1%} of {all_genes}; the others take their mean share")
         mean = checkpoint["mean_profile"].numpy()
         share = mean[missing] / mean[~missing].sum()
         values[:, missing] = values[:, ~missing].sum(axis=1, keepdims=True) * share
@@ -257,14 +229,9 @@ def bulk_profiles(checkpoint: dict[str, Any], bulk: pd.DataFrame, network: str, 
 def select_genes(mixtures: ad.AnnData, blocks: Blocks, usable: np.ndarray, n_genes: int) -> np.ndarray:
     """Select at most so many of the usable genes (a mask), whose expression the proportions explain best; positions, ascending.
 
-    For each gene, a linear regression on the proportions explains a part of its variance over the mixtures to train on, on the
-    scale of `scale`. Genes are ranked by explained variance x R^2. Genes that vary at random, and genes that all types express
-    alike, come last. mixtures, blocks: as `pseudobulk.read_train_mixtures` gives them, and their counts.
-
-    Raises
-    ------
-    ValueError
-        If fewer genes than cell types are left.
+    A linear regression on the proportions explains a part of each gene's variance over the mixtures to train on, on the scale of
+    `scale`; genes are ranked by explained variance x R^2. mixtures, blocks: as `pseudobulk.read_train_mixtures` gives them, and
+    their counts. ValueError if fewer genes than cell types are left.
     """
     is_fit, proportions = is_for_fit(mixtures), mixtures.obsm["proportions"]
     lengths = gene_lengths(mixtures, usable)
@@ -279,11 +246,11 @@ def select_genes(mixtures: ad.AnnData, blocks: Blocks, usable: np.ndarray, n_gen
     coefficients = np.linalg.lstsq(gram, cross, rcond=None)[0]
     explained = (coefficients * cross).sum(axis=0) / n - (total / n) ** 2
     score = np.where(variance > 1e-12, explained**2 / np.maximum(variance, 1e-12), 0)  # explained variance x R^2
-    n_genes = min(n_genes, int(np.sum(score > 0)))
-    if n_genes < proportions.shape[1]:
+    n_genes, n_types = min(n_genes, int(np.sum(score > 0))), proportions.shape[1]
+    if n_genes < n_types:
         raise ValueError(
-            f"{n_genes} genes are left to predict the proportions of {proportions.shape[1]} cell types from; expected at least "
-            "one gene per type: raise N_GENES, or give a bulk with more of these genes"
+            f"{n_genes} genes are left to predict the proportions of {n_types} cell types from; expected at least one gene per type: "
+            "raise N_GENES, or give a bulk with more of these genes"
         )
     return np.sort(np.flatnonzero(usable)[np.argsort(-score, kind="stable")[:n_genes]])
 
@@ -306,8 +273,7 @@ def read_profiles(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The network's input for all mixtures, (n_mixtures, n_genes), and each gene's mean share of a mixture to train on."""
     is_fit, lengths = is_for_fit(mixtures), gene_lengths(mixtures, genes)
-    profiles = np.empty((mixtures.n_obs, len(genes)), np.float32)
-    share = np.zeros(len(genes))
+    profiles, share = np.empty((mixtures.n_obs, len(genes)), np.float32), np.zeros(len(genes))
     for rows, counts in blocks(genes):
         values = tpm(counts, lengths)
         profiles[rows] = scale(values, minmax)

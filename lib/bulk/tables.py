@@ -27,25 +27,25 @@ def read_bulk(
 ) -> pd.DataFrame:
     """Read a bulk, samples x genes, from a table or an .h5ad. Genes are on the side that shares more names with `known_genes`.
 
-    gene_ids: names by Ensembl ID (`read_gene_ids`), for a bulk with IDs and cells with names. group: column of obs by which the rows of
-    an .h5ad are summed. ValueError if no gene is shared, a value is not a finite number, or two samples have one name.
+    gene_ids: names by Ensembl ID, for a bulk with IDs and cells with names. group: column of obs by which the rows of an .h5ad are
+    summed. ValueError if no gene is shared, a value is not a finite number, or two samples have one name.
     """
     known, gene_ids = set(known_genes), gene_ids or {}
     if path.suffix == ".h5ad":
-        table = read_h5ad_bulk(path, group)
+        table = _read_h5ad(path, group)
     elif group is not None:
         raise ValueError(f"BULK_GROUP is {group!r}, but {path} is no .h5ad file; give REPLICATES a table instead")
     else:
         table = _without_text_columns(_read_text(path), path, known, gene_ids)
-    table.index, table.columns = (gene_names(axis, known, gene_ids) for axis in (table.index, table.columns))
-    in_rows, in_columns = table.index.isin(known).sum(), table.columns.isin(known).sum()
+    table.index, table.columns = (_gene_names(axis, known, gene_ids) for axis in table.axes)
+    in_rows, in_columns = (axis.isin(known).sum() for axis in table.axes)
     if not in_rows and not in_columns:
-        shown = [", ".join(names[:3]) for names in (table.index, table.columns, known_genes)]
-        is_ensembl = table.index.str.match(ENSEMBL).any() or table.columns.str.match(ENSEMBL).any()
-        remedy = "; give GENE_IDS a table of Ensembl IDs and gene names" if is_ensembl else ""
+        rows, columns, expected = (", ".join(names[:3]) for names in (*table.axes, known_genes))
+        is_ensembl = any(axis.str.match(ENSEMBL).any() for axis in table.axes)
+        remedy = "; give GENE_IDS a table of Ensembl IDs and gene names" * is_ensembl
         raise ValueError(
-            f"{path} shares no gene with the single cells: its rows are called {shown[0]}, its columns {shown[1]}; "
-            f"expected gene names like {shown[2]}{remedy}"
+            f"{path} shares no gene with the single cells: its rows are called {rows}, its columns {columns}; "
+            f"expected gene names like {expected}{remedy}"
         )
     table = _numbers(table)
     bulk = table.T if in_rows > in_columns else table
@@ -53,8 +53,7 @@ def read_bulk(
     if len(missing):
         sample, gene = bulk.index[missing[0, 0]], bulk.columns[missing[0, 1]]
         raise ValueError(
-            f"{path} has {len(missing):,} values that are missing or not numbers (the first: {gene} in {sample}); "
-            "expected a table of numbers with one column or row of names"
+            f"{path} has {len(missing):,} values that are missing or not numbers, the first: {gene} in {sample}"
         )
     _check_unique(bulk.index, path, "samples")
     shared = f"{len(known.intersection(bulk.columns)):,} of the {len(known):,} genes of the single cells"
@@ -66,11 +65,9 @@ def _read_text(path: Path) -> pd.DataFrame:
     """A table of text with names, which may repeat, in its first column and first row."""
     header, *rows = read_rows(path) or [[]]
     if not rows or len(rows[0]) < 2:
-        raise ValueError(
-            f"{path} has {len(rows):,} rows of values; expected a header, and a name and numbers in each row"
-        )
+        raise ValueError(f"{path} has {len(rows):,} rows of values; expected a header, and a name and numbers per row")
     table = pd.DataFrame([row[1:] for row in rows], [row[0] for row in rows], header[1 - len(rows[0]) :], dtype=object)
-    table.index, table.columns = (axis.str.strip().str.strip('"') for axis in (table.index, table.columns))
+    table.index, table.columns = (axis.str.strip().str.strip('"') for axis in table.axes)
     return table
 
 
@@ -78,7 +75,7 @@ def _without_text_columns(table: pd.DataFrame, path: Path, known: set[str], gene
     """Without columns of text, if genes are in rows, which are named by the text column (or the index) with most known genes."""
     is_text = _numbers(table.iloc[:200]).isna().all().to_numpy()
     names = [table.index, *(pd.Index(table.iloc[:, i].str.strip()) for i in np.flatnonzero(is_text))]
-    n_known = [gene_names(column, known, gene_ids).isin(known).sum() for column in names]
+    n_known = [_gene_names(column, known, gene_ids).isin(known).sum() for column in names]
     if len(names) == 1 or is_text.all() or max(n_known) == 0:
         return table
     best, texts = int(np.argmax(n_known)), table.columns[is_text]
@@ -99,7 +96,7 @@ def _check_unique(names: pd.Index, path: Path, what: str) -> None:
         raise ValueError(f"{path} has two {what} called {names[names.duplicated()][0]}; expected names of their own")
 
 
-def gene_names(names: pd.Index, known: set[str], gene_ids: dict[str, str]) -> pd.Index:
+def _gene_names(names: pd.Index, known: set[str], gene_ids: dict[str, str]) -> pd.Index:
     """Ensembl IDs without version, translated to gene names where `gene_ids` has them; known and other names unchanged."""
     without_version = names.str.replace(ENSEMBL, r"\1", regex=True)
     return pd.Index([name if name in known else gene_ids.get(i, i) for name, i in zip(names, without_version)])
@@ -108,19 +105,18 @@ def gene_names(names: pd.Index, known: set[str], gene_ids: dict[str, str]) -> pd
 def read_gene_ids(path: Path) -> dict[str, str]:
     """Gene names by Ensembl ID, from a table with one column of each, such as an export of BioMart; ValueError if it lacks one."""
     table = read_table(path)
-    share_of_ids = {column: table[column].str.match(ENSEMBL).mean() for column in table}
-    ids = [column for column in table if share_of_ids[column] >= 0.5]
-    names = [column for column in table if share_of_ids[column] < 0.5]
-    names = [column for column in names if column.lower() in SYMBOL_COLUMNS] or names
+    is_id = {column: table[column].str.match(ENSEMBL).mean() >= 0.5 for column in table}
+    ids, names = ([column for column in table if is_id[column] == wanted] for wanted in (True, False))
     if not ids or not names:
         raise ValueError(
-            f"{path} has the columns {', '.join(table)}; expected one of Ensembl gene IDs and one of gene names, with a header"
+            f"{path} has columns {', '.join(table)}; expected Ensembl gene IDs and gene names, with a header"
         )
-    named = table[table[names[0]].str.strip() != ""]
-    return dict(zip(named[ids[0]].str.replace(ENSEMBL, r"\1", regex=True), named[names[0]].str.strip()))
+    symbols = next((column for column in names if column.lower() in SYMBOL_COLUMNS), names[0])
+    named = table[table[symbols].str.strip() != ""]
+    return dict(zip(named[ids[0]].str.replace(ENSEMBL, r"\1", regex=True), named[symbols].str.strip()))
 
 
-def read_h5ad_bulk(path: Path, group: str | None = None) -> pd.DataFrame:
+def _read_h5ad(path: Path, group: str | None) -> pd.DataFrame:
     """Samples x genes of an .h5ad: its rows, or their sums by a column of obs, without the rows that have no value there.
 
     Rows that look like single cells are summed even without `group`, to one sample, "all_cells"; ValueError if they are no counts.
@@ -131,9 +127,7 @@ def read_h5ad_bulk(path: Path, group: str | None = None) -> pd.DataFrame:
         columns = ", ".join(obs.columns) or "none"
         raise ValueError(f"{path} has no column {group!r} in obs; it has {columns}: set BULK_GROUP to one of these")
     if are_cells and (values.data % 1 != 0).any():
-        raise ValueError(
-            f"{path} looks like single cells, but holds fractions (largest {values.max():.3g}); expected raw counts, to be summed"
-        )
+        raise ValueError(f"{path} looks like single cells, but holds fractions; expected raw counts, to be summed")
     if group is None and not are_cells:
         return pd.DataFrame(values.toarray(), obs.index, genes)
     groups = (pd.Series("all_cells", obs.index) if group is None else obs[group]).astype("string")
@@ -168,12 +162,12 @@ def recognised_units(bulk: pd.DataFrame) -> str:
     fitting = [units for units in LOG_BASES if _linear_units(linear[units]) != "fpkm"]
     if len(fitting) == 1:
         return fitting[0]
-    if is_array_like(linear["log2"]) and linear["ln"].max() > LARGEST_INTENSITY:
+    if _is_array_like(linear["log2"]) and linear["ln"].max() > LARGEST_INTENSITY:
         return "log2"
     totals = ", ".join(f"{np.median(linear[units].sum(axis=1)):,.0f} if {units} is undone" for units in LOG_BASES)
     raise ValueError(
-        f"the largest value of the bulk is {values.max():.3g}: it looks log-transformed, but the base cannot be recognised (samples sum to "
-        f"{totals}; expected 1,000,000, or whole numbers): set BULK_UNITS to log2 or ln, or undo the logarithm"
+        "the bulk looks log-transformed, but the base cannot be recognised: samples sum to "
+        f"{totals}, expected 1,000,000, or whole numbers; set BULK_UNITS to log2 or ln"
     )
 
 
@@ -185,7 +179,7 @@ def _linear_units(values: np.ndarray) -> str:
     return "tpm" if np.allclose(values.sum(axis=1), 1e6, rtol=0.05) else "fpkm"
 
 
-def is_array_like(values: np.ndarray) -> bool:
+def _is_array_like(values: np.ndarray) -> bool:
     """Intensities of a microarray: thousands of genes, none of them 0 anywhere, fractions, no value beyond the scanner's range."""
     in_range = values.min() > 0 and values.max() < LARGEST_INTENSITY
     return bool(in_range and values.shape[1] > 2000 and _linear_units(values) != "counts")
@@ -197,12 +191,32 @@ def to_tpm(
     """Convert a bulk to TPM, samples x genes: logarithms undone, duplicate genes summed, replicates pooled. Each step is printed.
 
     units: one of `LINEAR_UNITS` or `LOG_BASES`, or "auto": recognised. gene_length_bp: by gene name, by which counts are divided, genes
-    without a length left out; None: of networks trained without lengths. replicates: table of `pooled_replicates`. ValueError for a
-    sample without expression, and for values that are impossible in the units.
+    without a length left out; None: of networks trained without lengths. replicates: table of `_pooled`. ValueError for a sample
+    without expression, and for values that are impossible in the units.
     """
     if units == "auto":
         units = recognised_units(bulk)
         print(f"units of the bulk: recognised as {LINEAR_UNITS.get(units, units)} (set BULK_UNITS if this is wrong)")
+    bulk, units = _linear(bulk, units)
+    if bulk.columns.has_duplicates:
+        print(f"{bulk.columns.duplicated().sum():,} duplicate genes were summed")
+        bulk = bulk.T.groupby(level=0, sort=False).sum().T
+    if _is_array_like(bulk.to_numpy()):
+        print("WARNING: no gene is 0 in any sample, as in microarrays: their background draws proportions together")
+    if units == "counts" and _linear_units(bulk.to_numpy()) != "counts":
+        print("WARNING: BULK_UNITS is counts, but the bulk holds fractions: are these TPM? (Counts of RSEM are fine.)")
+    if replicates is not None:
+        bulk = _pooled(bulk, replicates)
+    if units == "tpm" and (largest := bulk.sum(axis=1).max()) > 1.5e6:
+        print(f"WARNING: a sample sums to {largest:,.0f}, TPM to 1,000,000: are these counts (BULK_UNITS)?")
+    if units != "counts" or gene_length_bp is None:
+        return pd.DataFrame(tpm(bulk.to_numpy()), bulk.index, bulk.columns)
+    bulk = bulk.loc[:, bulk.columns.isin(gene_length_bp.index)]
+    return pd.DataFrame(tpm(bulk.to_numpy(), gene_length_bp[bulk.columns].to_numpy()), bulk.index, bulk.columns)
+
+
+def _linear(bulk: pd.DataFrame, units: str) -> tuple[pd.DataFrame, str]:
+    """The bulk with a logarithm undone, and its linear units; ValueError for values that are impossible in the units."""
     lowest, largest, is_log = bulk.min(axis=None), bulk.max(axis=None), units in LOG_BASES
     if lowest < (LOWEST_LOG if is_log else 0) or (is_log and largest > LARGEST_LOG):
         raise ValueError(
@@ -210,45 +224,22 @@ def to_tpm(
             f"(value + 1) up to {LARGEST_LOG}, neither standardised nor batch-corrected"
         )
     if is_log:
-        bulk = (LOG_BASES[units] ** bulk - 1).clip(lower=0)
         print(f"{units}(value + 1) undone")
-        units = _linear_units(bulk.to_numpy())
-    elif largest < LARGEST_LOG and (bulk % 1 != 0).any(axis=None):
-        raise ValueError(
-            f"the largest value of the bulk is {largest:.3g}: it looks log-transformed; expected {units}: set BULK_UNITS to log2, ln, auto"
-        )
-    if bulk.columns.has_duplicates:
-        print(f"{bulk.columns.duplicated().sum():,} duplicate genes were summed")
-        bulk = bulk.T.groupby(level=0, sort=False).sum().T
-    if is_array_like(bulk.to_numpy()):
-        print(
-            "WARNING: no gene of the bulk is 0 in any sample, as in microarrays: their background draws proportions together"
-        )
-    if units == "counts" and _linear_units(bulk.to_numpy()) != "counts":
-        print("WARNING: BULK_UNITS is counts, but the bulk holds fractions: are these TPM? (Counts of RSEM are fine.)")
-    if replicates is not None:
-        bulk = pooled_replicates(bulk, replicates)
-    if units == "tpm" and (largest_sum := bulk.sum(axis=1).max()) > 1.5e6:
-        print(
-            f"WARNING: a sample of the bulk sums to {largest_sum:,.0f}, TPM to 1,000,000: are these counts (BULK_UNITS)?"
-        )
-    lengths = None
-    if units == "counts" and gene_length_bp is not None:
-        bulk = bulk.loc[:, bulk.columns.isin(gene_length_bp.index)]
-        lengths = gene_length_bp[bulk.columns].to_numpy()
-    return pd.DataFrame(tpm(bulk.to_numpy(), lengths), bulk.index, bulk.columns)
+        bulk = (LOG_BASES[units] ** bulk - 1).clip(lower=0)
+        return bulk, _linear_units(bulk.to_numpy())
+    if largest < LARGEST_LOG and (bulk % 1 != 0).any(axis=None):
+        raise ValueError(f"the bulk looks log-transformed; expected {units}: set BULK_UNITS to log2, ln or auto")
+    return bulk, units
 
 
-def pooled_replicates(bulk: pd.DataFrame, path: Path) -> pd.DataFrame:
+def _pooled(bulk: pd.DataFrame, path: Path) -> pd.DataFrame:
     """Average the samples of each group of a table with the columns sample and group; with counts, deeper replicates have more weight.
 
     Samples that are not in the table are not pooled. ValueError if it names no sample, or puts one into two groups.
     """
     table = read_table(path)
     if table.shape[1] < 2 or not table.iloc[:, 0].isin(bulk.index).any():
-        raise ValueError(
-            f"{path} names no sample of the bulk (such as {bulk.index[0]}); expected a header, then one row per sample: sample, group"
-        )
+        raise ValueError(f"{path} names no sample of the bulk, such as {bulk.index[0]}; expected columns sample, group")
     group = table.drop_duplicates().set_index(table.columns[0]).iloc[:, 0]
     _check_unique(group.index, path, "groups for the sample")
     pooled = bulk.groupby([group.get(sample, sample) for sample in bulk.index], sort=False).mean()

@@ -89,7 +89,7 @@ def test_a_bulk_shifts_generated_cells_towards_its_own_cells(fitted):
 
 
 def test_it_predicts_states_and_proportions_of_held_out_cells(fitted):
-    model, checkpoint, encoder, data = fitted
+    _, checkpoint, encoder, data = fitted
     profiles, proportions, means, log_scales = data.held_out
     with torch.no_grad():
         p, *states = encoder.eval().encode(profiles)
@@ -101,14 +101,13 @@ def test_it_predicts_states_and_proportions_of_held_out_cells(fitted):
     bulk = bulk_of(cells[cells.obs["cell_type"] != "a"])
     predicted = bulk_encoder.predict(checkpoint, bulk)
     assert predicted.loc[0, "a"] < 0.15 and predicted.sum(axis=1)[0] == pytest.approx(1)
-    with pytest.raises(ValueError, match="has 50% of the 60 genes that the bulk encoder was trained on, .* 70%"):
+    with pytest.raises(
+        ValueError, match="has 50% of the 60 genes that the bulk encoder was trained on, .* at least 70%"
+    ):
         bulk_encoder.predict(checkpoint, bulk.iloc[:, :30])
-    # the response is a state axis
-    mean = model.get_latent_representation(CellDataset(cells.X, TYPES, CPU))[0].numpy()
-    coordinates, vectors = bulk_encoder.state_coordinates(data.axes, mean, TYPES), data.axes["axes"]
-    difference = coordinates[300:].mean(axis=0) - coordinates[:300].mean(axis=0)
-    assert (np.abs(difference) / coordinates.std(axis=0)).max() > 1.2 and (data.axes["spread"].diff() <= 0).all()
+    vectors = data.axes["axes"]
     torch.testing.assert_close(vectors.T @ vectors, torch.eye(vectors.shape[1]), atol=1e-5, rtol=0)
+    assert (data.axes["spread"].diff() <= 0).all()
 
 
 def test_means_and_scales_of_mixtures_are_those_of_their_cells():
@@ -150,10 +149,9 @@ def test_a_shift_changes_z_on_the_axes_as_the_table_of_states_says(fitted, tmp_p
     np.testing.assert_allclose(after, expected, atol=1e-3)
     orthogonal = torch.eye(15) - axes["axes"] @ axes["axes"].T
     torch.testing.assert_close(z @ orthogonal, shifted @ orthogonal, atol=1e-4, rtol=1e-3)
-    heads = {
-        name: value * (not name.startswith(("to_mean", "to_log"))) for name, value in checkpoint["weights"].items()
-    }
-    identity = bulk_encoder.shift(checkpoint | {"weights": heads}, bulk)
+    weights = checkpoint["weights"].items()
+    no_states = {name: value * (not name.startswith(("to_mean", "to_log"))) for name, value in weights}
+    identity = bulk_encoder.shift(checkpoint | {"weights": no_states}, bulk)
     unshifted, same = generate(model, TYPES, 1), generate(model, TYPES, 1, shift=identity, groups=TYPES)
     assert (unshifted != same).nnz < 0.001 * unshifted.nnz  # the identity, up to rounding
 
@@ -163,9 +161,8 @@ def test_rare_and_absent_types_do_not_enter_the_loss():
     profiles, proportions = torch.rand(5, N_GENES), torch.tensor([[0.5, 0.0, 0.5]]).expand(5, 3)
     encoder.initialise(profiles, np.array([300, 300, bulk_encoder.MIN_CELLS - 1]))
     torch.nn.init.normal_(encoder.to_mean.weight)
-    mean = torch.zeros(5, N_TYPES, 4)
     assert (encoder.encode(profiles)[1][:, 2] == 0).all()
-    far = mean.clone()
+    mean, far = torch.zeros(2, 5, N_TYPES, 4)
     far[:, 1:] = 100.0  # the absent type, and the type with few train cells
     a, b = (encoder(profiles, proportions, m, mean)["mean_loss"].item() for m in (mean, far))
     assert a == b > 0

@@ -1,11 +1,9 @@
 """The regression on simulated bulks: exact mixtures, another platform, one sample, spread and intervals, warnings, refused input."""
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-from helpers import ROOT
 
 from lib.bulk import deconvolution
 from lib.bulk.deconvolution import MODES, PLATFORM_TYPE_SD, Estimate, deconvolve, merged_proportions, spread
@@ -61,20 +59,16 @@ def test_adaptation_reduces_the_error_on_another_platform(world):
 @pytest.mark.parametrize("mode", MODES)
 def test_one_sample_works_and_units_and_order_of_genes_do_not_matter(world, mode):
     bulk = bulk_of(world, 0.3)
-    one = deconvolve(world[0], bulk.iloc[[4]], mode, n_members=3)
-    assert one.proportions.shape == one.spread.shape == (1, N_TYPES)
+    one = deconvolve(world[0], bulk.iloc[[4]], mode, n_members=3, seed=7)
     np.testing.assert_allclose(one.proportions.sum(axis=1), 1)
     assert mae(world[2][[4]], one.proportions) < 0.12
     shuffled = bulk.iloc[[4]].sample(frac=1, axis=1, random_state=0).assign(other=1e6) * 37
-    again = deconvolve(world[0], shuffled, mode, n_members=0)
+    again = deconvolve(world[0], shuffled, mode, n_members=3, seed=7)
     np.testing.assert_allclose(again.proportions, one.proportions, atol=1e-6)
+    np.testing.assert_allclose(again.spread, one.spread, atol=1e-6)
     if mode != "regression":  # samples are estimated independently
         together = deconvolve(world[0], bulk, mode, n_members=0).proportions.iloc[[4]]
         np.testing.assert_allclose(together, one.proportions, atol=2e-3)
-    twice = pd.concat([bulk, bulk.rename(index=lambda name: name + "x")])
-    first, second = (deconvolve(world[0], twice, mode, n_members=2, seed=7) for _ in range(2))
-    pd.testing.assert_frame_equal(first.spread, second.spread)
-    np.testing.assert_allclose(first.proportions[:30], first.proportions[30:], atol=1e-8)
 
 
 def test_the_spread_is_about_as_wide_as_the_errors(world):
@@ -107,7 +101,7 @@ def test_intervals_of_normal_members_cover_95_percent(n_members):
     for (low, high), true in ((estimate.interval(), truth), (estimate.rna_interval(), 1 - truth)):
         assert np.mean((low <= true) & (true <= high)) == pytest.approx(0.95, abs=0.005)
     low, high = estimate._replace(proportions=proportions * 0 + [0.001, 0.999]).interval()
-    assert (low >= 0).all(axis=None) and (high <= 1).all(axis=None) and (low["a"] == 0).any() and (high["b"] == 1).any()
+    assert low.min(axis=None) == 0 and high.max(axis=None) == 1
     assert estimate._replace(spread=sd * np.nan, n_members=0).interval()[0].isna().all(axis=None)
 
 
@@ -115,18 +109,16 @@ def test_types_that_exchange_their_proportions_are_merged(tmp_path):
     rng = np.random.default_rng(0)
     total, part = rng.normal(0.6, 0.01, (50, 2)), rng.uniform(0.3, 0.7, (50, 2))
     members = np.stack([total * part, rng.normal(0.2, 0.01, (50, 2)), total * (1 - part)], axis=2)
-    independent = rng.normal(0.3, 0.05, (50, 2, 3))
-    assert deconvolution.inseparable_types(members) == [[0, 2]]
-    assert deconvolution.inseparable_types(independent) == [] == deconvolution.inseparable_types(members[:1])
     cells = pd.DataFrame([[0.3, 0.2, 0.5]] * 2, ["s1", "s2"], ["a", "b", "c"])
     merged = merged_proportions(cells, members, np.zeros(3))
     assert list(merged["sample"]) == ["s1", "s2"] and list(merged["cell_types"]) == [("a", "c")] * 2
     np.testing.assert_allclose(merged["proportion"], 0.8)
     np.testing.assert_allclose(merged["spread"], total.std(axis=0, ddof=1))
     np.testing.assert_allclose(merged["high"] - merged["low"], 2 * 2.0096 * merged["spread"], rtol=1e-4)  # t of 49
-    assert merged_proportions(cells, independent, np.zeros(3)).empty
-    estimate = Estimate(cells, cells, cells, cells, merged, pd.DataFrame({"unexplained_genes": []}), cells, None)
-    deconvolution.write(estimate._replace(samples=estimate.samples.assign(is_unlike_reference=[])), tmp_path)
+    for others in (rng.normal(0.3, 0.05, (50, 2, 3)), members[:1]):  # independent; no ensemble
+        assert merged_proportions(cells, others, np.zeros(3)).empty
+    samples = pd.DataFrame({"unexplained_genes": [], "is_unlike_reference": []})
+    deconvolution.write(Estimate(cells, cells, cells, cells, merged, samples, cells, None), tmp_path)
     assert list(pd.read_csv(tmp_path / "predicted_merged.csv")["cell_types"]) == ["a + c"] * 2
 
 
@@ -146,8 +138,9 @@ def test_missing_genes_are_tolerated_with_a_message_or_refused(world, capsys):
     estimate = deconvolve(world[0], bulk.iloc[:, : int(0.7 * N_GENES)], n_members=0)
     assert "the bulk has 7" in capsys.readouterr().out
     assert mae(world[2], estimate.proportions) < 0.03
-    refusal = r"the bulk has \d+% of the \d+ signature genes, expected at least 50%.*GENE_IDS"
-    with pytest.raises(ValueError, match=refusal):
+    with pytest.raises(
+        ValueError, match=r"the bulk has \d+% of the \d+ signature genes.* expected at least 50%.*GENE_IDS"
+    ):
         deconvolve(world[0], bulk.iloc[:, :100], n_members=0)
     with pytest.raises(ValueError, match="1 of 30 bulk samples have no expression in the"):
         deconvolve(world[0], bulk.mul([0] + [1] * 29, axis=0), n_members=0)
@@ -163,11 +156,13 @@ def test_a_bulk_of_something_else_is_recognised_and_unexplained_genes_are_named(
     unlike = deconvolve(reference, other, n_members=0)
     assert unlike.samples["is_unlike_reference"].all() and (unlike.samples["reference_r"] < 0.5).all()
     deconvolution.write(unlike, tmp_path)
-    assert "WARNING: s3 is unlike the reference" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "WARNING: s3 is unlike the reference" in out and "proportions of cells:\n" in out and "+-" not in out
     estimate = deconvolve(reference, bulk.assign(G7=200 * bulk["G7"]), n_members=3)
     assert not estimate.samples["is_unlike_reference"].any()
     assert all(genes[0] == "G7" for genes in estimate.samples["unexplained_genes"])
     deconvolution.write(estimate, tmp_path)
+    assert f"{estimate.proportions.iloc[0, 0]:.3f} +- {estimate.spread.iloc[0, 0]:.3f}" in capsys.readouterr().out
     samples, rna = (pd.read_csv(tmp_path / f"predicted_{name}.csv") for name in ("samples", "rna_proportions"))
     assert samples["unexplained_genes"].str.startswith("G7").all() and "RNA" in rna.columns[0]
 
@@ -177,25 +172,21 @@ def test_mrna_contents_turn_shares_of_rna_into_shares_of_cells(world):
     cells = np.array([[0.4, 0.3, 0.2, 0.1], [0.1, 0.1, 0.1, 0.7]])
     content = np.array([4.0, 1.0, 1.0, 2.0])  # of real cells; the reference's counts do not show it
     bulk = pd.DataFrame(cells * content @ (means / means.sum(axis=1, keepdims=True)), columns=reference.gene_names)
-    known = deconvolve(reference, bulk, n_members=3, content=content_of(reference, content))
+    known = deconvolve(reference, bulk, n_members=0, content=content_of(reference, content))
     np.testing.assert_allclose(known.proportions, cells, atol=0.04)
     np.testing.assert_allclose(known.rna_proportions, to_rna(cells, content), atol=0.04)
-    by_counts = deconvolve(reference, bulk, n_members=3)
-    pd.testing.assert_frame_equal(known.rna_proportions, by_counts.rna_proportions)
-    expected = by_counts.rna_proportions / reference.mean.sum(axis=1)
-    np.testing.assert_allclose(by_counts.proportions, expected.div(expected.sum(axis=1), axis=0))
     other = reference.times(np.array([1.0, 0.2, 1.0, 5.0])[:, None])  # counts per cell do not change the share of RNA
-    np.testing.assert_allclose(
-        deconvolve(other, bulk, n_members=0).rna_proportions, by_counts.rna_proportions, atol=1e-6
-    )
+    by_counts = deconvolve(other, bulk, n_members=0)
+    np.testing.assert_allclose(by_counts.rna_proportions, known.rna_proportions, atol=1e-6)
+    expected = by_counts.rna_proportions / other.mean.sum(axis=1)
+    np.testing.assert_allclose(by_counts.proportions, expected.div(expected.sum(axis=1), axis=0))
 
 
 def test_cell_type_expression_divides_the_deviation_among_types_that_express_the_gene(world):
     signature = np.array([[10.0, 0.0, 5.0], [0.0, 10.0, 5.0]])
     amounts = np.array([[0.5, 0.5]])
-    np.testing.assert_allclose(
-        deconvolution.cell_type_expression(amounts @ signature, amounts, signature)[0], signature
-    )
+    fitting = deconvolution.cell_type_expression(amounts @ signature, amounts, signature)[0]
+    np.testing.assert_allclose(fitting, signature)
     # gene 0, which only type 0 expresses, is higher in the bulk than the 5 that are fitted
     expression = deconvolution.cell_type_expression(np.array([[6.0, 4.5, 4.5]]), amounts, signature)[0]
     assert expression[1, 0] == 0 and expression[0, 2] == expression[1, 2] < 5
@@ -204,17 +195,3 @@ def test_cell_type_expression_divides_the_deviation_among_types_that_express_the
     estimate = deconvolve(world[0], bulk_of(world), "regression-per-sample", n_members=0)
     for k in range(N_TYPES):
         assert np.corrcoef(np.log1p(estimate.expression[:, k].mean(axis=0)), np.log1p(world[1][k]))[0, 1] > 0.95
-
-
-LUNG = ROOT.parent / "shared" / "data"
-
-
-@pytest.mark.skipif(not (LUNG / "lung_cell_lines.h5ad").exists(), reason="needs lung_cell_lines.h5ad")
-def test_real_mixtures_of_rna():
-    cells = ad.read_h5ad(LUNG / "lung_cell_lines.h5ad")
-    bulk = pd.read_csv(LUNG / "lung_rnamix_bulk_counts.csv.gz", index_col=0).astype(float)
-    types = cells.obs["cell_type"].astype("category").cat
-    true = pd.read_csv(LUNG / "lung_rnamix_proportions.csv", index_col=0).loc[bulk.index, list(types.categories)]
-    reference = reference_profiles(cells.X, types.codes.to_numpy(), list(cells.var_names), list(types.categories))
-    estimate = deconvolve(reference, bulk, n_members=0).rna_proportions
-    assert mae(true, estimate) < 0.08  # a constant: 0.27

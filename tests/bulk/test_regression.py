@@ -44,14 +44,11 @@ def test_genes_of_small_fold_are_used_where_a_type_has_no_others():
     mean[:, :10] = 0.05
     mean[0, :10] = 0.5  # ten clear markers; thirty genes differ by a factor of 1.5; the others do not differ
     mean[1, 100:130] *= 1.5
-    selected = set(signature_genes(reference_of(mean, n_cells=10**6)))
-    assert set(range(10)) <= selected <= {*range(10), *range(100, 130)}
-    assert 20 <= len(selected) <= 10 + 3 * 10  # twenty of each type
-    # the size of cells does not matter
-    reference = reference_of(np.random.default_rng(0).lognormal(0, 1, (3, 300)), n_cells=30)
-    sizes = np.array([1.0, 5.0, 0.3])[:, None]
-    np.testing.assert_array_equal(signature_genes(reference.times(sizes)), signature_genes(reference))
-    assert 10 < len(signature_genes(reference)) < 250
+    reference = reference_of(mean, n_cells=10**6)
+    selected = set(signature_genes(reference))
+    assert set(range(10)) <= selected <= {*range(10), *range(100, 130)} and len(selected) >= 20  # twenty of each type
+    sizes = np.array([1.0, 5.0, 0.3])[:, None]  # of cells, which do not matter
+    np.testing.assert_array_equal(signature_genes(reference.times(sizes)), sorted(selected))
 
 
 def test_per_length_divides_by_gene_length_and_keeps_the_scale():

@@ -50,9 +50,9 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("kind", NAMES)
-def test_types_are_recognised_by_whole_words_of_their_names(kind):
-    assert {name: kind_of(name) for name in NAMES[kind].split(", ")} == dict.fromkeys(NAMES[kind].split(", "), kind)
+def test_types_are_recognised_by_whole_words_of_their_names():
+    expected = {name: kind for kind, names in NAMES.items() for name in names.split(", ")}
+    assert {name: kind_of(name) for name in expected} == expected
 
 
 def test_a_name_is_believed_only_where_its_markers_are_expressed():
@@ -61,7 +61,6 @@ def test_a_name_is_believed_only_where_its_markers_are_expressed():
     assert not is_confirmed("B", 2, reference) and not is_confirmed("monocyte", 0, reference)
     lower = reference._replace(gene_names=[name.capitalize() for name in GENES])  # as mouse genes are written
     assert is_confirmed("T", 0, lower)
-    assert not is_confirmed("T", 0, reference._replace(gene_names=[f"ENSG{i:011d}" for i in range(len(GENES))]))
 
 
 def test_unknown_types_take_the_references_counts_on_the_scale_of_the_known(capsys):
@@ -79,14 +78,13 @@ def test_unknown_types_take_the_references_counts_on_the_scale_of_the_known(caps
         assert "WARNING" not in capsys.readouterr().out
 
 
-def test_published_and_own_tables_must_have_every_type(tmp_path):
+def test_own_tables_must_have_every_type(tmp_path):
     reference = reference_of({"T cell": "T", "Fibroblast": None}, [1000, 2000])
     own = tmp_path / "own.csv"
     own.write_text("cell_type,rna_per_cell\nFibroblast,3\nT cell,1\nother,7\n")
     np.testing.assert_allclose(rna_per_cell(str(own), reference)["rna_per_cell"], [1, 3])
     for setting, text, message in (
-        ("published", "", "no mRNA content is published for Fibroblast.*set RNA_PER_CELL to auto"),
-        ("nowhere.csv", "", "RNA_PER_CELL is 'nowhere.csv'; expected auto, reference, published or the path"),
+        ("nowhere.csv", "", "RNA_PER_CELL is 'nowhere.csv'; expected auto, reference or the path"),
         (str(own), "cell_type,rna_per_cell\nFibroblast,-3\n", "no positive rna_per_cell for T cell, Fibroblast"),
         (str(own), "type,value\nT cell,3\n", "expected cell_type and rna_per_cell"),
     ):

@@ -6,15 +6,8 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from lib.bulk.tables import (
-    holds_cells,
-    read_bulk,
-    read_cell_numbers,
-    read_gene_ids,
-    read_proportions,
-    recognised_units,
-    to_tpm,
-)
+from lib.bulk import tables
+from lib.bulk.tables import read_bulk, read_cell_numbers, read_gene_ids, read_proportions, to_tpm
 
 GENES = ["ACTB", "GAPDH", "CD3E", "CD19"]
 MANY = [f"G{i}" for i in range(300)]
@@ -31,26 +24,21 @@ def assert_reads(path, table, *arguments):
 
 
 @pytest.mark.parametrize("name", ["bulk.csv", "bulk.tsv", "bulk.txt.gz", "bulk.xlsx"])
-@pytest.mark.parametrize("genes_in_rows", [True, False])
-def test_formats_and_both_orientations(tmp_path, table, name, genes_in_rows):
-    given = table.T if genes_in_rows else table
-    if name == "bulk.xlsx":
-        given.to_excel(tmp_path / name)
-    else:
-        given.to_csv(tmp_path / name, sep="," if name == "bulk.csv" else "\t")
-    assert_reads(tmp_path / name, table)
+def test_formats_and_both_orientations(tmp_path, table, name):
+    for given in (table.T, table):
+        if name == "bulk.xlsx":
+            given.to_excel(tmp_path / name)
+        else:
+            given.to_csv(tmp_path / name, sep="," if name == "bulk.csv" else "\t")
+        assert_reads(tmp_path / name, table)
 
 
-def test_a_table_written_by_r_whose_header_is_one_column_short(tmp_path, table):
+def test_headers_of_r_and_columns_of_text(tmp_path, table, capsys):
     lines = ["s1\ts2", *(f"{gene}\t{values.s1}\t{values.s2}" for gene, values in table.T.iterrows())]
-    (tmp_path / "bulk.tsv").write_text("\n".join(lines))
+    (tmp_path / "bulk.tsv").write_text("\n".join(lines))  # as R writes it: the header is one column short
     assert_reads(tmp_path / "bulk.tsv", table)
-
-
-def test_a_text_column_is_left_out_or_gives_the_gene_names(tmp_path, table, capsys):
     table.T.assign(description="a gene").to_csv(tmp_path / "bulk.csv")
     assert_reads(tmp_path / "bulk.csv", table)
-    assert "columns of text are left out (description)" in capsys.readouterr().out
     table.T.assign(gene_name=GENES).set_axis(["x1", "x2", "x3", "x4"]).to_csv(tmp_path / "bulk.csv")
     assert_reads(tmp_path / "bulk.csv", table)
     assert "genes are named by column 'gene_name'" in capsys.readouterr().out
@@ -59,77 +47,64 @@ def test_a_text_column_is_left_out_or_gives_the_gene_names(tmp_path, table, caps
 def test_ensembl_ids_are_read_without_version_and_mapped_to_gene_names(tmp_path, table):
     without = [i.split(".")[0] for i in IDS]
     pd.DataFrame({"Gene name": GENES, "gene": without}).to_csv(tmp_path / "ids.tsv", sep="\t", index=False)
-    gene_ids = read_gene_ids(tmp_path / "ids.tsv")
-    assert gene_ids == dict(zip(without, GENES))
     table.set_axis(IDS, axis=1).T.to_csv(tmp_path / "bulk.csv")
-    assert_reads(tmp_path / "bulk.csv", table, gene_ids)
+    assert_reads(tmp_path / "bulk.csv", table, read_gene_ids(tmp_path / "ids.tsv"))
     assert list(read_bulk(tmp_path / "bulk.csv", without[:2])) == without
     with pytest.raises(ValueError, match="shares no gene with the single cells.*give GENE_IDS a table"):
         read_bulk(tmp_path / "bulk.csv", GENES)
     table.T.to_csv(tmp_path / "symbols.csv")
-    with pytest.raises(ValueError, match="expected one of Ensembl gene IDs and one of gene names"):
+    with pytest.raises(ValueError, match="expected Ensembl gene IDs and gene names"):
         read_gene_ids(tmp_path / "symbols.csv")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t.rename(columns=lambda g: g + "x"), "shares no gene"),
-        (lambda t: t.astype(str).replace("10.0", "n/d"), "2 values that are missing or not numbers.*ACTB in s1"),
-        (lambda t: t.replace(10.0, np.inf), "2 values that are missing or not numbers"),
-        (lambda t: t.set_axis(["s1", "s1"]), "two samples called s1"),
-    ],
-)
-def test_bad_tables_are_refused(tmp_path, table, change, message):
-    change(table).to_csv(tmp_path / "bulk.csv")
-    with pytest.raises(ValueError, match=message):
-        read_bulk(tmp_path / "bulk.csv", GENES)
+def test_bad_tables_are_refused(tmp_path, table):
+    for bad, message in (
+        (table.rename(columns=lambda gene: gene + "x"), "shares no gene"),
+        (table.astype(str).replace("10.0", "n/d"), "2 values that are missing or not numbers.*ACTB in s1"),
+        (table.replace(10.0, np.inf), "2 values that are missing or not numbers"),
+        (table.set_axis(["s1", "s1"]), "two samples called s1"),
+    ):
+        bad.to_csv(tmp_path / "bulk.csv")
+        with pytest.raises(ValueError, match=message):
+            read_bulk(tmp_path / "bulk.csv", GENES)
 
 
 @pytest.fixture
-def cells(tmp_path):
+def cells():
     counts = sp.csr_matrix(np.random.default_rng(0).poisson(0.05, (60, 300)).astype(np.float32))
     obs = pd.DataFrame({"donor": ["B"] * 20 + ["A"] * 30 + [None] * 10}, index=[f"cell_{i}" for i in range(60)])
-    adata = ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=MANY))
-    adata.write_h5ad(tmp_path / "cells.h5ad")
-    return adata
+    return ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=MANY))
 
 
-def test_rows_of_an_h5ad_are_bulk_samples(tmp_path):
-    values = np.random.default_rng(0).gamma(2, 10, (4, 300)).astype(np.float32)
-    adata = ad.AnnData(values, obs=pd.DataFrame(index=list("wxyz")), var=pd.DataFrame(index=MANY))
-    adata.write_h5ad(tmp_path / "bulk.h5ad")
-    expected = pd.DataFrame(values.astype(np.float64), list("wxyz"), MANY)
-    pd.testing.assert_frame_equal(read_bulk(tmp_path / "bulk.h5ad", MANY), expected, check_names=False)
-    assert not holds_cells(tmp_path / "bulk.h5ad") and not holds_cells(tmp_path / "bulk.csv")
-
-
-def test_single_cells_are_summed_to_one_sample_or_by_a_column(tmp_path, cells):
-    total = read_bulk(tmp_path / "cells.h5ad", MANY)
-    np.testing.assert_array_equal(total.loc["all_cells"], cells.X.toarray().sum(axis=0))
-    assert recognised_units(total) == "counts" and holds_cells(tmp_path / "cells.h5ad")
-    by_donor = read_bulk(tmp_path / "cells.h5ad", MANY, group="donor")
-    assert list(by_donor.index) == ["B", "A"]
+def test_rows_of_an_h5ad_are_bulk_samples_or_single_cells_that_are_summed(tmp_path, cells):
+    bulk, path = pd.DataFrame(np.random.default_rng(0).gamma(2, 10, (4, 300)), list("wxyz"), MANY), tmp_path / "b.h5ad"
+    ad.AnnData(bulk).write_h5ad(path)
+    pd.testing.assert_frame_equal(read_bulk(path, MANY), bulk, check_names=False)
+    assert not tables.holds_cells(path)
+    cells.write_h5ad(path)
+    np.testing.assert_array_equal(read_bulk(path, MANY).loc["all_cells"], cells.X.toarray().sum(axis=0))
+    by_donor = read_bulk(path, MANY, group="donor")
+    assert list(by_donor.index) == ["B", "A"] and tables.holds_cells(path)
     np.testing.assert_array_equal(by_donor.loc["A"], cells.X[20:50].toarray().sum(axis=0))
     with pytest.raises(ValueError, match="has no column 'patient' in obs; it has donor: set BULK_GROUP"):
-        read_bulk(tmp_path / "cells.h5ad", MANY, group="patient")
+        read_bulk(path, MANY, group="patient")
     with pytest.raises(ValueError, match="is no .h5ad file; give REPLICATES"):
         read_bulk(tmp_path / "bulk.csv", MANY, group="donor")
 
 
 def test_counts_of_a_layer_come_first_then_raw(tmp_path, cells):
-    counts = cells.X.toarray().sum(axis=0)
+    counts, path = cells.X.toarray().sum(axis=0), tmp_path / "cells.h5ad"
     cells.raw = cells
     cells.X = cells.X.log1p()
-    cells.write_h5ad(tmp_path / "raw.h5ad")
-    np.testing.assert_array_equal(read_bulk(tmp_path / "raw.h5ad", MANY).loc["all_cells"], counts)
+    cells.write_h5ad(path)
+    np.testing.assert_array_equal(read_bulk(path, MANY).loc["all_cells"], counts)
     cells.layers["counts"] = cells.raw.X * 2
-    cells.write_h5ad(tmp_path / "layer.h5ad")
-    np.testing.assert_array_equal(read_bulk(tmp_path / "layer.h5ad", MANY).loc["all_cells"], 2 * counts)
+    cells.write_h5ad(path)
+    np.testing.assert_array_equal(read_bulk(path, MANY).loc["all_cells"], 2 * counts)
     del cells.layers["counts"], cells.raw
-    cells.write_h5ad(tmp_path / "logs.h5ad")
-    with pytest.raises(ValueError, match="looks like single cells, but holds fractions.*expected raw counts"):
-        read_bulk(tmp_path / "logs.h5ad", MANY)
+    cells.write_h5ad(path)
+    with pytest.raises(ValueError, match="looks like single cells, but holds fractions"):
+        read_bulk(path, MANY)
 
 
 @pytest.mark.parametrize(
@@ -146,18 +121,18 @@ def test_counts_of_a_layer_come_first_then_raw(tmp_path, cells):
 )
 def test_units_are_recognised_with_a_message_and_do_not_change_the_result(table, change, units, capsys):
     given = change(table)
-    assert recognised_units(given) == units
+    assert tables.recognised_units(given) == units
     np.testing.assert_allclose(to_tpm(given, "auto", None), to_tpm(table, "counts", None), rtol=2e-3)
     assert f"recognised as {units}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("units", "log"), [("log2", np.log2), ("ln", np.log)])
-def test_a_logarithm_whose_base_cannot_be_recognised_needs_bulk_units(table, units, log):
+def test_a_logarithm_whose_base_cannot_be_recognised_needs_bulk_units():
     rng = np.random.default_rng(0)
     fpkm = pd.DataFrame(rng.lognormal(1, 2, (3, 2000)) * (rng.random((3, 2000)) > 0.3))
-    with pytest.raises(ValueError, match="the base cannot be recognised.*set BULK_UNITS to log2 or ln"):
-        to_tpm(log(fpkm + 1), "auto", None)
-    np.testing.assert_allclose(to_tpm(log(fpkm + 1), units, None), to_tpm(fpkm, "fpkm", None), rtol=1e-6)
+    for units, logs in (("log2", np.log2(fpkm + 1)), ("ln", np.log1p(fpkm))):
+        with pytest.raises(ValueError, match="the base cannot be recognised.*set BULK_UNITS to log2 or ln"):
+            to_tpm(logs, "auto", None)
+        np.testing.assert_allclose(to_tpm(logs, units, None), to_tpm(fpkm, "fpkm", None), rtol=1e-6)
 
 
 def test_intensities_of_microarrays_are_log2_and_warned_of(capsys):
@@ -173,7 +148,6 @@ def test_lengths_duplicate_genes_and_values_that_look_like_other_units(table, ca
     twice = pd.concat([table, table[["ACTB"]]], axis=1)
     summed = to_tpm(twice, "tpm", None)
     np.testing.assert_allclose(summed.loc["s1"], np.array([20, 20, 30, 40]) / 110 * 1e6)
-    assert "1 duplicate genes were summed" in capsys.readouterr().out
     np.testing.assert_allclose(to_tpm(np.log2(twice * 1.5 + 1), "log2", None), summed, rtol=1e-6)  # undone before
     to_tpm(table * 1e6, "tpm", None)
     assert "are these counts (BULK_UNITS)?" in capsys.readouterr().out
@@ -185,20 +159,17 @@ def test_values_impossible_in_the_units_are_refused(table):
     for units in ("tpm", "counts", "auto", "ln"):
         with pytest.raises(ValueError, match="has values from .* neither standardised nor batch-corrected"):
             to_tpm(-table - 0.5, units, None)
-    with pytest.raises(ValueError, match="it looks log-transformed; expected tpm: set BULK_UNITS to log2"):
+    with pytest.raises(ValueError, match="the bulk looks log-transformed; expected tpm: set BULK_UNITS to log2"):
         to_tpm(np.log2(table + 1), "tpm", None)
-    with pytest.raises(ValueError, match="1 of 2 bulk samples have no expression"):
-        to_tpm(table.mul([0, 1], axis=0), "counts", None)
 
 
-def test_replicates_are_pooled(tmp_path, table, capsys):
+def test_replicates_are_pooled(tmp_path, table):
     three = pd.concat([table, table.iloc[[0]].set_axis(["s3"])])
     groups = tmp_path / "groups.csv"
     groups.write_text("sample,group\ns1,patient A\ns2,patient A\n")
-    pooled = to_tpm(three + 1, "counts", None, groups)  # their mean: 26 of each gene, 25.5 would be no count
+    pooled = to_tpm(three, "counts", None, groups)
     assert list(pooled.index) == ["patient A", "s3"]
     np.testing.assert_allclose(pooled.loc["patient A"], 250_000)
-    assert "3 bulk samples pooled to 2" in (out := capsys.readouterr().out) and "fractions" not in out
     for text, message in (("s1,A\ns1,B\n", "two groups for the sample called s1"), ("x,A\n", "names no sample")):
         groups.write_text(f"sample,group\n{text}")
         with pytest.raises(ValueError, match=message):
