@@ -4,19 +4,17 @@
     loss  = |x - decoder(z)|^2 + 4 KL(q(z|x) || Normal(0, 1)),  x = log(1 + counts per 10,000), sums over genes and dimensions
 
 Source: Bulk2Single in omicverse (Zeng et al., Nature Communications 15, 5983, 2024), after Bulk2Space (Liao et al., Nature
-Communications 13, 6498, 2022); beta: Higgins et al., ICLR 2017. Sizes and settings are the published ones. Ours: the decoder's
-bias starts at the mean expression, q(z|x) starts narrow and the weight of the KL rises over the first epochs (otherwise, on
-pbmc3k, z stays unused and all generated types are alike), and counts are sampled (lib/baselines/expression_sampling.py).
+Communications 13, 6498, 2022); beta: Higgins et al., ICLR 2017. Sizes and settings are the published ones. Ours: how training
+starts (otherwise, on pbmc3k, z stays unused and all generated types are alike) and that counts are sampled.
 """
 
-from itertools import pairwise
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib.baselines.expression_sampling import NORMALIZED_TOTAL, ExpressionVAE, fit_gene_ratio, select_train_cells
+from lib.baselines.expression_sampling import NORMALIZED_TOTAL, ExpressionVAE, fit_gene_ratio, mlp, select_train_cells
 from lib.data.batches import Batch, CellDataset
 from lib.models.gmvae import SparseLinear, scaled_columns
 from lib.models.profiles import log_fold_changes, top_genes, type_profiles
@@ -30,10 +28,7 @@ START_MEAN_SCALE = 3  # factor of the weights of q(z|x)'s mean
 
 
 class BetaVAE(ExpressionVAE):
-    """hidden: layers of the encoder, and of the decoder in reverse.
-
-    top_markers: marker genes of each type that the encoder uses (None: all genes); the decoder always returns all genes.
-    """
+    """hidden: layers of the encoder, and of the decoder in reverse; top_markers: of each type, that the encoder uses (None: all genes)."""
 
     is_used: torch.Tensor
     beta = 4.0
@@ -42,24 +37,19 @@ class BetaVAE(ExpressionVAE):
         self, n_genes: int, n_cell_types: int, n_latent: int = 256, hidden: tuple[int, ...] = (2048, 1024, 512),
         top_markers: int | None = None,
     ):  # fmt: skip
-        super().__init__()
-        self.arguments = dict(
-            n_genes=n_genes, n_cell_types=n_cell_types, n_latent=n_latent, hidden=tuple(hidden), top_markers=top_markers
-        )
-        self.n_cell_types, self.n_latent, self.top_markers = n_cell_types, n_latent, top_markers
+        super().__init__(n_genes, n_cell_types, n_latent, hidden=tuple(hidden), top_markers=top_markers)
+        self.top_markers = top_markers
         self.from_genes, self.from_genes_bias = SparseLinear(n_genes, hidden[0]), nn.Parameter(torch.zeros(hidden[0]))
-        self.encoder = nn.Sequential(*_layers(hidden), nn.Linear(hidden[-1], 2 * n_latent))
-        self.decoder = nn.Sequential(*_layers((n_latent, *reversed(hidden))), nn.Linear(hidden[0], n_genes))
+        self.encoder = mlp((*hidden, 2 * n_latent), lambda _: [nn.ReLU()])
+        self.decoder = mlp((n_latent, *reversed(hidden), n_genes), lambda _: [nn.ReLU()])
         self.register_buffer("is_used", torch.ones(n_genes))  # 1 for the genes that the encoder uses
 
     @torch.no_grad()
     def initialise(self, dataset: CellDataset) -> None:
         """Set the start: the decoder's bias to the train cells' mean expression, q(z|x) narrow; select the marker genes."""
-        total = torch.zeros(dataset.n_genes, device=dataset.device)
-        for batch in dataset.in_order(512):
-            total += self.inputs(batch).to_dense().sum(dim=0)
+        sums = (self.inputs(batch).to_dense().sum(dim=0) for batch in dataset.in_order(512))
         to_genes, to_z = cast(nn.Linear, self.decoder[-1]), cast(nn.Linear, self.encoder[-1])
-        to_genes.bias.copy_((total / len(dataset)).cpu())
+        to_genes.bias.copy_(sum(sums, torch.zeros(())) / len(dataset))
         to_z.weight[: self.n_latent] *= START_MEAN_SCALE
         to_z.bias[self.n_latent :] = START_LOG_VARIANCE
         if self.top_markers is not None:
@@ -67,16 +57,13 @@ class BetaVAE(ExpressionVAE):
             self.is_used.zero_()[top_genes(fold_changes, self.top_markers).ravel()] = 1.0
 
     def inputs(self, batch: Batch) -> torch.Tensor:
-        """log(1 + counts per 10,000), sparse, n_cells x n_genes."""
         return batch.log_normalized(NORMALIZED_TOTAL)
 
     def encode(self, inputs: torch.Tensor, cell_type_idx: torch.Tensor) -> torch.Tensor:
-        """Mean and log-variance of q(z|x), (n_cells, 2 n_latent); the types are not used."""
         hidden = self.from_genes(inputs if self.top_markers is None else scaled_columns(inputs, self.is_used))
         return self.encoder(F.relu(hidden + self.from_genes_bias))
 
     def decode(self, z: torch.Tensor, cell_type_idx: torch.Tensor) -> torch.Tensor:
-        """log(1 + counts per 10,000), (n_cells, n_genes); the types are not used."""
         return self.decoder(z)
 
     def expression(self, decoded: torch.Tensor) -> torch.Tensor:
@@ -90,7 +77,3 @@ class BetaVAE(ExpressionVAE):
         self.prior = select_train_cells(dataset, self.n_cell_types, seed)
         self.prior["z"] = q_z[self.prior["rows"]]  # (n_selected, 2, n_latent): mean, log-variance
         self.prior["gene_ratio"] = fit_gene_ratio(self, dataset, seed)
-
-
-def _layers(sizes: tuple[int, ...]) -> list[nn.Module]:
-    return [layer for n_in, n_out in pairwise(sizes) for layer in (nn.Linear(n_in, n_out), nn.ReLU())]

@@ -1,14 +1,12 @@
 """DeepConvCVAE: a convolutional conditional VAE on cells arranged as square images, one pixel per gene.
 
-    image        log(1 + counts per 10,000) / its largest value, genes in their order, padded with zeros to a square whose side is
-                 a multiple of the square of the stride
+    image        log(1 + counts per 10,000) / its largest value, genes in their order; zeros fill a square with a multiple of 4 as side
     encoder      image and a label image (dense, K to pixels); conv 16 and 32, kernel 3, stride 2; dense 16; z of 2 dimensions
     decoder      z and label; dense to the encoder's last image; transposed conv 16, 8 (stride 2) and 1; sigmoid
     loss         mean squared error x pixels + KL(q(z|x,y) || Normal(0, 1));  RMSprop, batches of 32
 
-With 144 x 144 pixels and 11 types it has the published 1,503,877 parameters. Source: DeepConvCVAE of UMIche, 68k PBMC. Counts are
-sampled as in its later version: library sizes from real cells, counts from a zero-inflated negative binomial. Ours: theta is
-estimated by moments within the types (lib/models/profiles.py), and extra zeros by the excess over the negative binomial.
+With 144 x 144 pixels and 11 types it has the published 1,503,877 parameters. Source: DeepConvCVAE of UMIche, 68k PBMC. As in its
+later version, counts are zero-inflated negative binomial. Ours: theta and extra zeros are estimated by moments within the types.
 """
 
 import math
@@ -27,55 +25,33 @@ from lib.models.profiles import GeneMarginals, gene_marginals
 SETTINGS = {
     "epochs": 50, "batch_size": 32, "learning_rate": 1e-3, "weight_decay": 0.0, "patience": 50, "optimizer": "rmsprop",
 }  # fmt: skip
+KERNEL, STRIDE = 3, 2  # of the convolutions
 
 
 class ConvCVAE(ExpressionVAE):
-    """filters: of the first convolution, half as many as of the second; n_dense: units between convolutions and z; side: of the
-    image, a multiple of strides^2 (None: the smallest that holds the genes); kernel: side of the kernels, odd.
-
-    Raises
-    ------
-    ValueError
-        If the kernel is even, there is one filter, or no image of this side holds the genes.
-    """
+    """filters: of the first convolution, half as many as of the second; n_dense: units between convolutions and z."""
 
     largest: torch.Tensor
 
-    def __init__(
-        self, n_genes: int, n_cell_types: int, n_latent: int = 2, filters: int = 16, n_dense: int = 16,
-        side: int | None = None, kernel: int = 3, strides: int = 2,
-    ):  # fmt: skip
-        super().__init__()
-        multiple = strides**2
-        side = multiple * math.ceil(math.sqrt(n_genes) / multiple) if side is None else side
-        if side % multiple or side**2 < n_genes:
-            raise ValueError(
-                f"an image of {side} x {side} pixels cannot hold {n_genes:,} genes; expected a side that is a multiple of {multiple} "
-                "and whose square is at least the number of genes: leave out side"
-            )
-        if kernel % 2 == 0 or filters < 2:
-            raise ValueError(f"kernel is {kernel}, filters is {filters}; expected an odd kernel and at least 2 filters")
-        self.arguments = dict(
-            n_genes=n_genes, n_cell_types=n_cell_types, n_latent=n_latent, filters=filters, n_dense=n_dense, side=side,
-            kernel=kernel, strides=strides,
-        )  # fmt: skip
-        self.n_genes, self.n_cell_types, self.n_latent, self.side = n_genes, n_cell_types, n_latent, side
-        encoded_shape = (2 * filters, side // multiple, side // multiple)
+    def __init__(self, n_genes: int, n_cell_types: int, n_latent: int = 2, filters: int = 16, n_dense: int = 16):
+        super().__init__(n_genes, n_cell_types, n_latent, filters=filters, n_dense=n_dense)
+        encoded_side = math.ceil(math.sqrt(n_genes) / STRIDE**2)
+        self.side = side = encoded_side * STRIDE**2  # of the image: the smallest that holds the genes
+        encoded_shape = (2 * filters, encoded_side, encoded_side)
         n_encoded = math.prod(encoded_shape)
-        same: dict[str, Any] = {"kernel_size": kernel, "padding": kernel // 2}  # Keras' "same" for an odd kernel
-        up: dict[str, Any] = same | {"stride": strides, "output_padding": strides - 1}
+        same: dict[str, Any] = {"kernel_size": KERNEL, "padding": KERNEL // 2}  # Keras' "same" for an odd kernel
+        up: dict[str, Any] = same | {"stride": STRIDE, "output_padding": STRIDE - 1}
         self.label_image = nn.Linear(n_cell_types, side**2)
         self.encoder = nn.Sequential(
-            nn.Conv2d(2, filters, stride=strides, **same), nn.ReLU(),
-            nn.Conv2d(filters, 2 * filters, stride=strides, **same), nn.ReLU(),
-            nn.Flatten(), nn.Linear(n_encoded, n_dense), nn.ReLU(),
+            nn.Conv2d(2, filters, stride=STRIDE, **same), nn.ReLU(),
+            nn.Conv2d(filters, 2 * filters, stride=STRIDE, **same), nn.ReLU(),
+            nn.Flatten(), nn.Linear(n_encoded, n_dense), nn.ReLU(), nn.Linear(n_dense, 2 * n_latent),
         )  # fmt: skip
-        self.z_mean, self.z_log_var = nn.Linear(n_dense, n_latent), nn.Linear(n_dense, n_latent)
         self.decoder = nn.Sequential(
             nn.Linear(n_latent + n_cell_types, n_encoded), nn.ReLU(), nn.Unflatten(1, encoded_shape),
             nn.ConvTranspose2d(2 * filters, filters, **up), nn.ReLU(),
-            nn.ConvTranspose2d(filters, filters // 2, **up), nn.ReLU(),
-            nn.ConvTranspose2d(filters // 2, 1, **same), nn.Sigmoid(),
+            nn.ConvTranspose2d(filters, max(filters // 2, 1), **up), nn.ReLU(),
+            nn.ConvTranspose2d(max(filters // 2, 1), 1, **same), nn.Sigmoid(),
         )  # fmt: skip
         self.register_buffer("largest", torch.tensor(1.0))
 
@@ -91,8 +67,7 @@ class ConvCVAE(ExpressionVAE):
 
     def encode(self, inputs: torch.Tensor, cell_type_idx: torch.Tensor) -> torch.Tensor:
         labels = self.label_image(F.one_hot(cell_type_idx, self.n_cell_types).float()).view(inputs.shape)
-        hidden = self.encoder(torch.cat([inputs, labels], dim=1))
-        return torch.cat([self.z_mean(hidden), self.z_log_var(hidden)], dim=1)
+        return self.encoder(torch.cat([inputs, labels], dim=1))
 
     def decode(self, z: torch.Tensor, cell_type_idx: torch.Tensor) -> torch.Tensor:
         return self.decoder(torch.cat([z, F.one_hot(cell_type_idx, self.n_cell_types)], dim=1))

@@ -6,6 +6,8 @@ and the counts from a Poisson or a (zero-inflated) negative binomial.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -32,11 +34,14 @@ class ExpressionVAE(nn.Module):
     encode: Network  # (inputs, types): mean and log-variance of q(z|x,y), side by side, (n_cells, 2 n_latent)
     decode: Network  # (z, types): reconstructed inputs
     expression: Network  # (reconstructed inputs): log(1 + counts per 10,000), (n_cells, n_genes)
-
-    n_cell_types: int
-    n_latent: int
     beta = 1.0  # weight of the KL
     prior: dict[str, torch.Tensor]  # fitted after training: what new cells are sampled from
+
+    def __init__(self, n_genes: int, n_cell_types: int, n_latent: int, **more: Any):
+        """more: other arguments of the baseline, for its checkpoint."""
+        super().__init__()
+        self.n_genes, self.n_cell_types, self.n_latent = n_genes, n_cell_types, n_latent
+        self.arguments = {"n_genes": n_genes, "n_cell_types": n_cell_types, "n_latent": n_latent} | more
 
     def q_z(self, inputs: torch.Tensor, cell_type_idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """q(z|x,y): mean and log-variance, each (n_cells, n_latent)."""
@@ -93,6 +98,14 @@ class ExpressionVAE(nn.Module):
             yield Likelihood(logits, library_size.log(), log_theta, zi_logits).sample(generator)
 
 
+def mlp(sizes: tuple[int, ...], after_linear: Callable[[int], list[nn.Module]]) -> nn.Sequential:
+    """Linear layers from sizes[0] to sizes[-1]; after_linear: number of units -> what follows each of them but the last."""
+    layers: list[nn.Module] = []
+    for n_in, n_out in pairwise(sizes[:-1]):
+        layers += [nn.Linear(n_in, n_out), *after_linear(n_out)]
+    return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
+
+
 def gene_fractions(log_expression: torch.Tensor) -> torch.Tensor:
     """Each gene's fraction of the cell's counts, from log(1 + counts per 10,000); negative values count as 0."""
     expression = torch.expm1(log_expression.clamp(0, MAX_LOG_EXPRESSION))
@@ -100,27 +113,25 @@ def gene_fractions(log_expression: torch.Tensor) -> torch.Tensor:
 
 
 def select_train_cells(dataset: CellDataset, n_cell_types: int, seed: int) -> dict[str, torch.Tensor]:
-    """Select at most `MAX_TRAIN_CELLS` random train cells of each type; any cells for a type without train cells.
+    """Select at most `MAX_TRAIN_CELLS` random train cells of each type, of any type for a type without train cells.
 
     Returns `rows`, indices in the data set, type by type; their `library_size`; `first`, where each type begins in `rows`.
     """
     rng = np.random.default_rng(seed)
-    members = [rng.permutation(np.flatnonzero(dataset.cell_type_idx == k)) for k in range(n_cell_types)]
-    per_type = [np.sort(rows[:MAX_TRAIN_CELLS]) for rows in members]
-    per_type = [rows if len(rows) else np.arange(min(len(dataset), MAX_TRAIN_CELLS)) for rows in per_type]
+    members = [np.flatnonzero(dataset.cell_type_idx == k) for k in range(n_cell_types)]
+    members = [rows if len(rows) else np.arange(len(dataset)) for rows in members]
+    per_type = [np.sort(rng.permutation(rows)[:MAX_TRAIN_CELLS]) for rows in members]
     rows = np.concatenate(per_type)
-    return {
-        "rows": torch.from_numpy(rows),
-        "library_size": torch.from_numpy(dataset.library_size[rows].astype(np.float32)),
-        "first": torch.from_numpy(np.cumsum([0, *map(len, per_type)])),
-    }
+    selected = {"rows": rows, "library_size": dataset.library_size[rows].astype(np.float32)}
+    selected["first"] = np.cumsum([0, *map(len, per_type)])
+    return {name: torch.from_numpy(values) for name, values in selected.items()}
 
 
 def fit_gene_ratio(model: ExpressionVAE, dataset: CellDataset, seed: int) -> torch.Tensor:
     """Ratio of each gene's counts in the train cells to its expected counts in new cells of the same types: (n_genes,).
 
-    It corrects that the decoder predicts means of logarithms, which are below the logarithms of the means, above all for genes
-    that few cells express. A pseudo-count of 0.1 keeps the ratio of unexpressed genes at 1.
+    The decoder predicts means of logarithms, which are below the logarithms of the means, above all for genes that few cells
+    express. A pseudo-count of 0.1 keeps the ratio of unexpressed genes at 1.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)

@@ -6,13 +6,11 @@
 
 Batches are class-balanced: each type is sampled equally often. The learning rate follows the first half of one cycle.
 Source: the Generative genomics project (RodMcN/generative-genomics: its README, configuration and sources), for 828,328 cells. Ours:
-fewer components and smaller batches where the data are smaller, the best of all epochs instead of stopping after five epochs without
-a lower loss, and how counts are sampled (lib/baselines/expression_sampling.py).
+fewer components and smaller batches where the data are smaller, the best of all epochs, and how counts are sampled.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -21,7 +19,7 @@ from sklearn.decomposition import IncrementalPCA
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from lib.baselines.expression_sampling import NORMALIZED_TOTAL, ExpressionVAE
+from lib.baselines.expression_sampling import NORMALIZED_TOTAL, ExpressionVAE, mlp
 from lib.data.batches import Batch, CellDataset
 from lib.data.counts import log_normalize
 from lib.models.gmvae import scaled_columns
@@ -48,23 +46,19 @@ class Components(NamedTuple):
         return np.asarray(log_normalize(counts, NORMALIZED_TOTAL) @ weights) - self.mean @ weights
 
 
-def n_components(wanted: int, n_cells: int, n_genes: int) -> int:
-    """As many components as asked for, at most as many as cells or genes; a message says so."""
-    possible = min(wanted, n_cells, n_genes)
-    if possible < wanted:
-        print(f"{possible:,} principal components instead of {wanted:,}: {n_cells:,} cells, {n_genes:,} genes")
-    return possible
-
-
-def fit_components(blocks: Callable[[], Iterable[sp.csr_matrix]], n: int) -> Components:
-    """Fit `n` principal components (`n_components`) to cells; only one block of them is dense at a time.
+def fit_components(blocks: Callable[[], Iterable[sp.csr_matrix]], n_wanted: int) -> Components:
+    """Fit principal components to cells, at most as many as cells or genes; only one block of the cells is dense at a time.
 
     blocks: gives the raw counts of the cells, block by block; called twice.
     """
-    scaler, pca = StandardScaler(with_mean=False), IncrementalPCA(n)
+    scaler = StandardScaler(with_mean=False)
     for counts in blocks():
         scaler.partial_fit(log_normalize(counts, NORMALIZED_TOTAL).astype(np.float64))
-    scale = np.maximum(scaler.scale_, MIN_SCALE).astype(np.float32)
+    n_cells, n_genes = int(scaler.n_samples_seen_), len(scaler.scale_)
+    n = min(n_wanted, n_cells, n_genes)
+    if n < n_wanted:
+        print(f"{n:,} principal components instead of {n_wanted:,}: {n_cells:,} cells, {n_genes:,} genes")
+    scale, pca = np.maximum(scaler.scale_, MIN_SCALE).astype(np.float32), IncrementalPCA(n)
     for counts in _joined(blocks(), max(MIN_BLOCK_CELLS, n)):
         pca.partial_fit(log_normalize(counts, NORMALIZED_TOTAL).toarray() / scale)
     return Components(scaler.mean_.astype(np.float32), scale, pca.components_.T.astype(np.float32))
@@ -93,33 +87,30 @@ class PCACVAE(ExpressionVAE):
         self, n_genes: int, n_cell_types: int, n_pcs: int = 2500, n_latent: int = 512,
         hidden: tuple[int, ...] = (2048, 1024, 512, 256), n_label: int = 64, dropout: float = 0.25,
     ):  # fmt: skip
-        super().__init__()
-        self.arguments: dict[str, Any] = dict(
-            n_genes=n_genes, n_cell_types=n_cell_types, n_pcs=n_pcs, n_latent=n_latent, hidden=tuple(hidden), n_label=n_label,
-            dropout=dropout,
-        )  # fmt: skip
-        self.n_cell_types, self.n_latent = n_cell_types, n_latent
+        more = {"n_pcs": n_pcs, "hidden": tuple(hidden), "n_label": n_label, "dropout": dropout}
+        super().__init__(n_genes, n_cell_types, n_latent, **more)
         self.label = nn.Embedding(n_cell_types, n_label)
-        self.encoder = nn.Sequential(*_layers((n_pcs + n_label, *hidden), dropout), nn.Linear(hidden[-1], 2 * n_latent))
-        self.decoder = nn.Sequential(
-            *_layers((n_latent + n_label, *reversed(hidden)), dropout), nn.Linear(hidden[0], n_pcs)
-        )
+
+        def after_linear(n_units: int) -> list[nn.Module]:
+            return [nn.GELU(), nn.Dropout(dropout), nn.LayerNorm(n_units)]
+
+        self.encoder = mlp((n_pcs + n_label, *hidden, 2 * n_latent), after_linear)
+        self.decoder = mlp((n_latent + n_label, *reversed(hidden), n_pcs), after_linear)
         self.register_buffer("components", torch.zeros(n_genes, n_pcs))
         self.register_buffer("gene_mean", torch.zeros(n_genes))
         self.register_buffer("gene_scale", torch.ones(n_genes))
 
     @torch.no_grad()
     def initialise(self, dataset: CellDataset) -> None:
-        """Fit the principal components to the train cells, block by block; fewer than asked for where the data have fewer."""
-        n_pcs = n_components(self.arguments["n_pcs"], len(dataset), dataset.n_genes)
+        """Fit the principal components to the train cells; the networks get fewer inputs where the data have fewer components."""
+        fitted = fit_components(lambda: (counts for counts, _ in dataset.blocks()), self.arguments["n_pcs"])
+        n_pcs = fitted.vectors.shape[1]
         if n_pcs < self.arguments["n_pcs"]:
             PCACVAE.__init__(self, **self.arguments | {"n_pcs": n_pcs})
-        fitted = fit_components(lambda: (counts for counts, _ in dataset.blocks()), n_pcs)
         for buffer, values in zip((self.gene_mean, self.gene_scale, self.components), fitted):
             buffer.copy_(torch.from_numpy(values))
 
     def inputs(self, batch: Batch) -> torch.Tensor:
-        """Principal components of cells: (n_cells, n_pcs)."""
         x = scaled_columns(batch.log_normalized(NORMALIZED_TOTAL), 1 / self.gene_scale)
         return x @ self.components - (self.gene_mean / self.gene_scale) @ self.components
 
@@ -131,11 +122,3 @@ class PCACVAE(ExpressionVAE):
 
     def expression(self, decoded: torch.Tensor) -> torch.Tensor:
         return self.gene_mean + self.gene_scale * (decoded @ self.components.T)
-
-
-def _layers(sizes: tuple[int, ...], dropout: float) -> list[nn.Module]:
-    return [
-        layer
-        for n_in, n_out in pairwise(sizes)
-        for layer in (nn.Linear(n_in, n_out), nn.GELU(), nn.Dropout(dropout), nn.LayerNorm(n_out))
-    ]

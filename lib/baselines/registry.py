@@ -1,6 +1,4 @@
-"""The generators by name: their settings, how they are made and trained, and how new cells are sampled.
-
-Each baseline has a file of its own and the same few methods:
+"""The generators by name: their settings, how they are made and trained, and how new cells are sampled. Each has the methods
 
     initialise(train)                              before training: what is estimated without gradients
     forward(batch, epsilon, kl_weight)             the loss to minimise, and its parts
@@ -56,9 +54,8 @@ def parse_settings(name: str, words: tuple[str, ...]) -> tuple[dict[str, Any], d
                 raise ValueError
         except (KeyError, ValueError):
             known = ", ".join(f"{key}={str(value).lower()}" for key, value in numbers.items())
-            raise ValueError(
-                f"GENERATOR_SETTINGS has {word!r}; expected one of these with another number, whole or positive like this one: {known}"
-            ) from None
+            expected = "one of these with another number, whole or positive like this one"
+            raise ValueError(f"GENERATOR_SETTINGS has {word!r}; expected {expected}: {known}") from None
         (settings if key in settings else arguments)[key] = value
     return settings, arguments
 
@@ -70,11 +67,10 @@ def make(name: str, n_genes: int, n_cell_types: int, arguments: dict[str, Any]) 
 
 def make_optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimizer:
     """AdamW or RMSprop, as in the settings."""
+    parameters, rate = model.parameters(), settings["learning_rate"]
     if settings["optimizer"] == "rmsprop":  # Keras' defaults, not torch's
-        return torch.optim.RMSprop(model.parameters(), lr=settings["learning_rate"], alpha=0.9, eps=1e-7)
-    return torch.optim.AdamW(
-        model.parameters(), lr=settings["learning_rate"], weight_decay=settings["weight_decay"], fused=True
-    )
+        return torch.optim.RMSprop(parameters, rate, alpha=0.9, eps=1e-7)
+    return torch.optim.AdamW(parameters, rate, weight_decay=settings["weight_decay"], fused=True)
 
 
 def learning_rate(epoch: int, settings: dict[str, Any]) -> float:
@@ -89,12 +85,6 @@ def learning_rate(epoch: int, settings: dict[str, Any]) -> float:
     return settings["learning_rate"] * (low + (1 - low) * (1 - math.cos(math.pi * progress)) / 2)
 
 
-def kl_weight(epoch: int, settings: dict[str, Any]) -> float:
-    """Weight of the KL in an epoch: it rises linearly over `kl_warmup_epochs`."""
-    start, end = settings["kl_weight"]
-    return start + (end - start) * min(1.0, epoch / settings["kl_warmup_epochs"])
-
-
 def train_batches(
     train: CellDataset, model: Any, optimizer: torch.optim.Optimizer, settings: dict[str, Any], generator: torch.Generator
 ) -> Callable[[int], Iterable[Minibatch]]:  # fmt: skip
@@ -107,7 +97,10 @@ def train_batches(
     def batches(epoch: int) -> Iterator[Minibatch]:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(epoch, settings)
-        extra = (kl_weight(epoch, settings),) if "kl_weight" in settings else ()
+        extra: tuple[float, ...] = ()
+        if "kl_weight" in settings:
+            start, end = settings["kl_weight"]
+            extra = (start + (end - start) * min(1.0, epoch / settings["kl_warmup_epochs"]),)
         return cell_batches(cells, model, batch_size, generator, settings.get("balanced", False), extra)
 
     return batches
@@ -116,9 +109,9 @@ def train_batches(
 def held_out_batches(
     held_out: CellDataset, model: Any, settings: dict[str, Any], seed: int
 ) -> Callable[[], Iterable[Minibatch]]:
-    """`held_out` for `Trainer.fit`: the labelled held-out cells, with the same epsilon in every epoch, at the full KL weight."""
-    cells, batch_size = labelled(held_out), 2 * settings["batch_size"]
-    return lambda: cell_batches(cells, model, batch_size, torch.Generator(cells.device).manual_seed(seed))
+    """`held_out` for `Trainer.fit`: the labelled held-out cells, with the same epsilon in every epoch, at full KL weight."""
+    cells, size = labelled(held_out), 2 * settings["batch_size"]
+    return lambda: cell_batches(cells, model, size, torch.Generator(cells.device).manual_seed(seed))
 
 
 def labelled(cells: CellDataset) -> CellDataset:
@@ -142,9 +135,7 @@ def load(checkpoint: dict[str, Any], device: torch.device) -> Any:
     return model.to(device).eval()
 
 
-def sample(
-    model: Any, cell_type_idx: np.ndarray, seed: int, *arguments: Any, **options: Any
-) -> Iterator[sp.csr_matrix]:
+def sample(model: Any, cell_type_idx: np.ndarray, seed: int, *arguments, **options) -> Iterator[sp.csr_matrix]:
     """New cells of any generator, block by block. Arguments as in `lib.models.sampling.sample`; only the GMVAE takes a shift."""
     if isinstance(model, GMVAE):
         return sampling.sample(model, cell_type_idx, seed, *arguments, **options)

@@ -4,6 +4,7 @@ Every comparison has a real reference: train cells, compared with the same test 
 than these. Figures and tables are written to the figure folder; each function returns the files that it wrote.
 """
 
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,8 +62,8 @@ def evaluate(
 ) -> list[Path]:  # fmt: skip
     """Compare proportions, generated cells and generators with the test cells; returns the files that were written to `fig`.
 
-    model: the generator of `generated`; deconvolution: None if the user gave the numbers of cells; others: trained generators that
-    are compared with `model`; data: folder of the mixtures of test cells.
+    model: the generator of `generated`; deconvolution: None if the user gave the numbers of cells; others: trained generators,
+    compared with `model`; data: folder of the mixtures of test cells.
     """
     cells = ad.read_h5ad(generated, backed="r")
     # What depends on the bulk, and on the cells that were generated for it
@@ -92,29 +93,24 @@ def plot_proportions(
     deconvolution: Deconvolution, train: ad.AnnData, test: ad.AnnData, seed: int, fig: Path, data: Path
 ) -> list[Path]:
     """Errors of the deconvolution on mixtures of test cells, and the proportions and the signature matrix of the bulk."""
-    result, checkpoint = deconvolution.estimate, deconvolution.checkpoint
+    result = deconvolution.estimate
     frequencies = train.obs["cell_type"].value_counts(normalize=True)[result.proportions.columns]
     mixtures = evaluate_mixtures(deconvolution, test.uns["split_id"], frequencies, seed, fig, data)
-    bulk = result.proportions.rename(index=str)
-    if deconvolution.bulk_file is None:
-        truth = test.obs["cell_type"].value_counts(normalize=True)[bulk.columns]
-        error, constant = metrics.mae(truth, bulk.iloc[0]), metrics.mae(truth, frequencies)
-        print(
-            f"all test cells as one bulk: MAE {error:.4f}; a constant (the train frequencies) has {constant:.4f}, "
-            "so this one mixture says little"
-        )
-        bulk = pd.DataFrame({"test cells, true": truth, "test cells, predicted": bulk.iloc[0]}).T
+    bulk, of_test_cells = result.proportions.rename(index=str), sum_of_test_cells(deconvolution, test)
+    if of_test_cells is not None:
+        error, constant = (metrics.mae(of_test_cells["true"], x) for x in (of_test_cells["predicted"], frequencies))
+        print(f"all test cells as one bulk, one mixture: MAE {error:.4f}; of the train frequencies: {constant:.4f}")
+        bulk = of_test_cells.T.rename(index="test cells, {}".format)
     random = {name: table[~table.index.str.startswith("own")] for name, table in mixtures.items()}
-    agreement = metrics.proportion_agreement(random["true"], random[deconvolution.method])
-    constant = metrics.mae(random["true"], random["constant: train frequencies"])
-    plots_bulk.proportions(
-        random["true"], random[deconvolution.method], agreement, constant, bulk, fig / "proportions.png"
-    )
+    true, estimates = random["true"], random[deconvolution.method]
+    agreement = metrics.proportion_agreement(true, estimates)
+    constant = metrics.mae(true, random["constant: train frequencies"])
+    plots_bulk.proportions(true, estimates, agreement, constant, bulk, fig / "proportions.png")
     shares = {"cells": (result.proportions, *result.interval())}
     written = [fig / name for name in ("proportions.png", "proportions_of_bulk.png", "mixtures.csv")]
     if result.signature is not None:  # the bulk encoder predicts shares of cells alone, without profiles
         shares["RNA"] = (result.rna_proportions, *result.rna_interval())
-        reference = Reference.from_checkpoint(checkpoint["reference"])
+        reference = Reference.from_checkpoint(deconvolution.checkpoint["reference"])
         reference = reference.of_genes(signature_genes(reference))
         profiles = pd.DataFrame(reference.mean, reference.cell_types, reference.gene_names)
         written.append(fig / "signature.png")
@@ -124,6 +120,15 @@ def plot_proportions(
     return written
 
 
+def sum_of_test_cells(deconvolution: Deconvolution | None, test: ad.AnnData) -> pd.DataFrame | None:
+    """True and predicted proportions, cell types x 2, where the bulk is the sum of the test cells, else None."""
+    if deconvolution is None or deconvolution.bulk_file is not None:
+        return None
+    predicted = deconvolution.estimate.proportions.iloc[0]
+    true = test.obs["cell_type"].value_counts(normalize=True)[predicted.index]
+    return pd.DataFrame({"true": true, "predicted": predicted})
+
+
 def evaluate_mixtures(
     deconvolution: Deconvolution, split_id: str, frequencies: pd.Series, seed: int, fig: Path, data: Path
 ) -> dict[str, pd.DataFrame]:
@@ -131,22 +136,21 @@ def evaluate_mixtures(
     method, checkpoint = deconvolution.method, deconvolution.checkpoint
     content = content_of_mixtures(checkpoint)
     tpm, true = read_test_mixtures(data, split_id, checkpoint["gene_length_bp"] is not None, content is not None)
-    mixtures = {
-        name: estimate(checkpoint, tpm, name, 0, seed, content).proportions
-        for name in methods_of(checkpoint)
-        if name == method or not name.startswith("sctape-")
-    }
+    methods = [name for name in methods_of(checkpoint) if name == method or not name.startswith("sctape-")]
+    mixtures = {name: estimate(checkpoint, tpm, name, 0, seed, content).proportions for name in methods}
     mixtures["constant: train frequencies"] = pd.DataFrame([frequencies] * len(true), true.index)
     if method != "bulk_encoder":
         mixtures["NNLS on markers"] = nnls(checkpoint, tpm, content)
     rows = []
     for mixing in ("own", "dirichlet"):
         chosen = true.index.str.startswith(mixing)
-        for name, table in mixtures.items():
+        for name, estimates in mixtures.items():
+            agreement = metrics.proportion_agreement(true[chosen], estimates[chosen]).loc["all types"]
             label = {"mixtures of test cells": f"{mixing} ({chosen.sum()})", "deconvolution": name}
-            rows.append(label | metrics.proportion_agreement(true[chosen], table[chosen]).loc["all types"].to_dict())
-    detail(pd.DataFrame(rows).to_string(index=False, float_format="{:.4f}".format))
-    write_table(pd.DataFrame(rows), fig / "mixtures.csv")
+            rows.append(label | agreement.to_dict())
+    table = pd.DataFrame(rows)
+    detail(table.to_string(index=False, float_format="{:.4f}".format))
+    write_table(table, fig / "mixtures.csv")
     return {"true": true} | mixtures
 
 
@@ -179,14 +183,11 @@ def plot_paper_figures(
     if isinstance(model, GMVAE | PaperGMVAE):
         written.append(fig / "paper_fig1.png")
         plots_paper.figure_1(networks_of(model, deconvolution), written[-1])
+    shares = sum_of_test_cells(deconvolution, test)
+    error = float("nan") if shares is None else metrics.mae(shares["true"], shares["predicted"])
     rng = np.random.default_rng([settings.seed, 3])
     both, is_generated = together(*(random_part(cells, settings.max_cells_plotted, rng) for cells in (test, generated)))
     umap = embed(principal_components(both, None, N_PCS), N_NEIGHBORS, settings.seed, MIN_DIST).obsm["X_umap"]
-    shares, error = None, float("nan")
-    if deconvolution is not None and deconvolution.bulk_file is None:
-        predicted = deconvolution.estimate.proportions.iloc[0]
-        true = test.obs["cell_type"].value_counts(normalize=True)[predicted.index]
-        shares, error = pd.DataFrame({"predicted": predicted, "true": true}), metrics.mae(true, predicted)
     plots_paper.figure_3(shares, error, umap, is_generated, both.obs["cell_type"], written[0])
     return written
 
@@ -250,8 +251,8 @@ def print_likelihood(model: GMVAE, train: ad.AnnData, test: ad.AnnData, seed: in
     train_cells, test_cells = (cells.corrected(outliers.replace) for cells in (train_cells, test_cells))
     ours = model.log_likelihood(test_cells, n_samples=20, seed=seed).mean()
     baseline = nb_per_type_log_likelihood(nb_baseline(train_cells, model.n_cell_types), test_cells).mean()
-    print(f"log-likelihood of the test cells, nats per cell: GMVAE {ours:.1f}; ", end="")
-    print(f"one negative binomial per gene and type {baseline:.1f}")
+    values = f"GMVAE {ours:.1f}; one negative binomial per gene and type {baseline:.1f}"
+    print(f"log-likelihood of the test cells, nats per cell: {values}")
 
 
 def plot_cells(
@@ -259,24 +260,22 @@ def plot_cells(
 ) -> list[Path]:
     """Plots of generated cells beside test cells: embeddings, composition, correlation of types and of genes."""
     rng = np.random.default_rng(settings.seed)
-    generated_part, test_part, train_part = (
-        random_part(cells, settings.max_cells_plotted, rng) for cells in (generated, test, train)
-    )
+    parts = [random_part(cells, settings.max_cells_plotted, rng) for cells in (generated, test, train)]
+    generated_part, test_part, train_part = parts
     written = plot_embeddings(test_part, generated_part, settings, fig)
     sets = {"train cells": train.obs, "test cells": test.obs, "generated cells": generated.obs}
     plots_cells.composition(metrics.type_proportions(sets), fig / "composition.png")
-    correlation, n_genes = metrics.type_correlation(test_part, generated_part, settings.n_type_markers)
-    plots_cells.type_correlation(correlation, n_genes, fig / "type_correlation.png")
+    correlation = metrics.type_correlation(test_part, generated_part, settings.n_type_markers)
+    plots_cells.type_correlation(*correlation, fig / "type_correlation.png")
     genes = variable_genes(train_part, settings.n_correlation_genes)
-    in_test, in_generated, in_train = (
-        metrics.gene_correlation(part, genes) for part in (test_part, generated_part, train_part)
-    )
+    in_generated, in_test, in_train = (metrics.gene_correlation(part, genes) for part in parts)
     r, r_train = (metrics.correlation_agreement(in_test, matrix)[0] for matrix in (in_generated, in_train))
     tree, names = metrics.cluster_tree(in_test), list(train.var_names[genes])
     plots_paper.figure_4(in_test, in_generated, names, tree, r, r_train, fig / "paper_fig4.png")
     written += [fig / f"{name}.png" for name in ("composition", "type_correlation", "paper_fig4")]
     if settings.four_stages and isinstance(model, GMVAE):
-        written.append(plot_four_stages(model, test_part, generated_part, settings, fig / "four_stages.png"))
+        written.append(fig / "four_stages.png")
+        plot_four_stages(model, test_part, generated_part, settings, written[-1])
     return written
 
 
@@ -287,9 +286,7 @@ def plot_embeddings(test: ad.AnnData, generated: ad.AnnData, settings: Settings,
     embeddings = {"UMAP": embed(pcs, settings.n_neighbors, settings.seed).obsm["X_umap"]}
     if settings.mde:
         embeddings["MDE"] = mde(pcs, settings.n_neighbors, settings.seed)
-    table = (
-        both.obs[["source", "cell_type"]].assign(sample=both.obs.get("sample")).join(metrics.library_and_genes(both))
-    )
+    table = both.obs.reindex(columns=["source", "cell_type", "sample"]).join(metrics.library_and_genes(both))
     written = [fig / "umap.csv"]
     for method, embedding in embeddings.items():
         name = method.lower()
@@ -302,20 +299,20 @@ def plot_embeddings(test: ad.AnnData, generated: ad.AnnData, settings: Settings,
     return written
 
 
-def plot_four_stages(model: GMVAE, test: ad.AnnData, generated: ad.AnnData, settings: Settings, path: Path) -> Path:
+def plot_four_stages(model: GMVAE, test: ad.AnnData, generated: ad.AnnData, settings: Settings, path: Path) -> None:
     """t-SNE and UMAP of input, latent, reconstructed and generated cells (bulk2sc, scGMVAE)."""
     seed = settings.seed
     z, counts = reconstruct(model, CellDataset(test.X, test.obs["cell_type"].cat.codes, model.device), seed)
     stages = (test, ad.AnnData(counts, obs=test.obs, var=test.var), generated)
     features = [principal_components(cells, settings.n_top_genes, settings.n_pcs) for cells in stages]
     features.insert(1, z.astype(np.float32))
-    tsne = [
-        TSNE(perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=seed).fit_transform(x) for x in features
-    ]
-    umap = [embed(x, settings.n_neighbors, seed).obsm["X_umap"] for x in features]
+    embeddings: dict[str, list[np.ndarray]] = {"t-SNE": [], "UMAP": []}
+    for x in features:
+        tsne = TSNE(perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=seed)
+        embeddings["t-SNE"].append(tsne.fit_transform(x))
+        embeddings["UMAP"].append(embed(x, settings.n_neighbors, seed).obsm["X_umap"])
     cell_types = [test.obs["cell_type"]] * 3 + [generated.obs["cell_type"]]
-    plots_cells.four_stages({"t-SNE": tsne, "UMAP": umap}, cell_types, path)
-    return path
+    plots_cells.four_stages(embeddings, cell_types, path)
 
 
 def select_evaluation_cells(train: ad.AnnData, test: ad.AnnData, settings: Settings) -> EvaluationCells:
@@ -350,22 +347,18 @@ def evaluate_generator(model: nn.Module, evaluation: EvaluationCells, fig: Path)
     print(shown.loc[["forest AUC", "linear AUC", "iLISI"]].to_string(float_format="{:.3f}".format))
     detail(shown.to_string(float_format="{:.3f}".format, na_rep=""))
     sets = {"test": evaluation.test, "train": evaluation.real_reference, "generated": generated}
-    cell_types = list(evaluation.test.obs["cell_type"].cat.categories)
-    cells = {name: metrics.library_and_genes(part) for name, part in sets.items()}
-    genes = {name: metrics.gene_statistics(part) for name, part in sets.items()}
-    fold_changes = {name: metrics.type_fold_changes(part) for name, part in sets.items()}
+    statistics = metrics.library_and_genes, metrics.gene_statistics, metrics.type_fold_changes
+    cells, genes, changes = ({name: of(part) for name, part in sets.items()} for of in statistics)
     mean_r = metrics.pearson(genes["test"]["mean"], genes["generated"]["mean"])
-    plots_cells.fidelity(table, cells, genes, fold_changes, mean_r, cell_types, fig / "fidelity.png")
+    cell_types = list(evaluation.test.obs["cell_type"].cat.categories)
+    plots_cells.fidelity(table, cells, genes, changes, mean_r, cell_types, fig / "fidelity.png")
     return pooled, [fig / "fidelity.png", fig / "metrics.csv"]
 
 
 def compare_generators(
     chosen: str, pooled: pd.DataFrame, others: dict[str, nn.Module], evaluation: EvaluationCells, fig: Path
 ) -> list[Path]:
-    """The same metrics for other generators: comparison.csv and comparison.png.
-
-    pooled: metrics of the chosen generator, from `evaluate_generator`.
-    """
+    """The same metrics for other generators: comparison.csv and comparison.png. pooled: from `evaluate_generator`."""
     values = {chosen: pooled["generated"]}
     for name, model in others.items():
         values[name] = metrics.fidelity_and_membership(evaluation, *generate(model, evaluation))
@@ -374,8 +367,7 @@ def compare_generators(
     write_table(table, fig / "comparison.csv", index=True)
     print("the generators in models/, each compared with the same test cells:")
     print(table.to_string(float_format="{:.3f}".format, na_rep=""))
-    best = pooled["real"].fillna({"membership AUC": 0.5})
-    plots_cells.comparison(generators, best, fig / "comparison.png")
+    plots_cells.comparison(generators, pooled["real"].fillna({"membership AUC": 0.5}), fig / "comparison.png")
     return [fig / "comparison.png", fig / "comparison.csv"]
 
 
@@ -385,10 +377,8 @@ def evaluate_transfer(model: nn.Module, train: ad.AnnData, test: ad.AnnData, set
     all_test = select_cells(test, np.arange(test.n_obs))
     types = list(test.obs["cell_type"].cat.categories)
     classes = None if settings.class_file is None else read_classes(settings.class_file, types)
-    table = transfer_table(
-        labelled, all_test, lambda types, seed: registry.generate(model, types, seed), settings.seed + 2, classes,
-        *settings.xgboost_cells,
-    )  # fmt: skip
+    sample = functools.partial(registry.generate, model)
+    table = transfer_table(labelled, all_test, sample, settings.seed + 2, classes, *settings.xgboost_cells)
     write_table(table, fig / "xgboost.csv")
     print("XGBoost, trained and tested on real (train, test) and synthetic cells:")
     print(table.to_string(index=False, float_format="{:.3f}".format))

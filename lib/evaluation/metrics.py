@@ -37,6 +37,7 @@ N_LINEAR_GENES = 3000  # used by the linear classifier: the most variable genes 
 N_CORRELATED_GENES = 500  # whose correlations are compared: the most variable genes of the train cells
 N_MARKERS = 50  # of each type
 MIN_CELLS_PER_TYPE = 20  # in each set, for the metrics of a single type
+MAX_SAMPLES = 20  # of generated cells, whose proportions are compared
 FALSE_POSITIVES = 0.01  # of the membership test: share of the test cells that it takes for train cells
 
 
@@ -58,10 +59,8 @@ def mae(true: np.ndarray, estimate: np.ndarray) -> float:
 
 def pearson(true: np.ndarray, estimate: np.ndarray) -> float:
     """Pearson's r over all entries; NaN if either side does not vary."""
-    x, y = np.ravel(true).astype(float), np.ravel(estimate).astype(float)
-    x, y = x - x.mean(), y - y.mean()
-    scale = np.sqrt((x @ x) * (y @ y))
-    return float(x @ y / scale) if scale > 0 else float("nan")
+    with np.errstate(invalid="ignore"):
+        return float(np.corrcoef(np.ravel(true), np.ravel(estimate))[0, 1])
 
 
 def ccc(true: np.ndarray, estimate: np.ndarray) -> float:
@@ -126,27 +125,27 @@ def type_fold_changes(cells: ad.AnnData) -> pd.DataFrame:
 
     Types without cells are left out; no columns if a single type has cells.
     """
-    library_size = library_and_genes(cells)["library_size"].to_numpy()
-    per_10k = sp.diags_array(1e4 / np.maximum(library_size, 1)) @ cells.X
-    means = mean_by_type(sp.csr_matrix(per_10k), cells.obs["cell_type"]).dropna()
+    scale = 1e4 / library_and_genes(cells)["library_size"].clip(lower=1).to_numpy()
+    means = mean_by_type(sp.csr_matrix(sp.diags_array(scale) @ cells.X), cells.obs["cell_type"]).dropna()
     if len(means) < 2:
         return pd.DataFrame(index=cells.var_names)
     n_cells = cells.obs["cell_type"].value_counts()[means.index].to_numpy()
     return pd.DataFrame(log_fold_changes(means.to_numpy(), n_cells).T, cells.var_names, means.index)
 
 
-def type_proportions(sets: dict[str, pd.DataFrame], max_samples: int = 20) -> pd.DataFrame:
-    """Proportions of the cell types, sets of cells x types; a set of several samples has a row for each of the first `max_samples`.
+def type_proportions(sets: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Proportions of the cell types, sets of cells x types; a set of several samples has a row for each of the first `MAX_SAMPLES`.
 
     sets: name -> table of cells (obs) with `cell_type`, and `sample` if there are samples.
     """
     rows = {}
     for name, obs in sets.items():
-        samples = obs["sample"].unique() if "sample" in obs else [None]
-        for sample in samples[:max_samples]:
-            cell_type = obs["cell_type"] if sample is None else obs["cell_type"][obs["sample"] == sample]
-            label = name if len(samples) == 1 else f"{name}, {sample}"
-            rows[label] = cell_type.value_counts(normalize=True, sort=False)
+        parts = {name: obs}
+        if "sample" in obs and obs["sample"].nunique() > 1:
+            samples = obs["sample"].unique()[:MAX_SAMPLES]
+            parts = {f"{name}, {sample}": obs[obs["sample"] == sample] for sample in samples}
+        for label, part in parts.items():
+            rows[label] = part["cell_type"].value_counts(normalize=True, sort=False)
     return pd.DataFrame(rows).T
 
 
@@ -155,15 +154,11 @@ def forest_auc(pcs: np.ndarray, is_second: np.ndarray, seed: int) -> float:
 
     0.5: the sets cannot be distinguished. As in GRouNdGAN (Zinati et al., Nature Communications 2024), on 50 principal components.
     """
-    forest = RandomForestClassifier(300, n_jobs=-1, random_state=seed)
-    return _auc(forest, pcs, is_second, seed)
+    return _auc(RandomForestClassifier(300, n_jobs=-1, random_state=seed), pcs, is_second, seed)
 
 
 def linear_auc(test: ad.AnnData, cells: ad.AnnData, seed: int) -> float:
-    """AUC of a logistic regression (L2) on log(1 + counts) of single genes, log library size and log number of genes detected.
-
-    It detects deviations of single genes, which principal components average out.
-    """
+    """AUC of a logistic regression (L2) on log(1 + counts) of single genes, log library size and log number of genes detected."""
     genes = variable_genes(test, N_LINEAR_GENES)
     both = ad.AnnData(sp.vstack([test.X, cells.X], format="csr"))
     totals = np.log1p(library_and_genes(both).to_numpy())
@@ -203,10 +198,9 @@ def correlation_agreement(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
 
 
 def marker_recovery(test: ad.AnnData, cells: ad.AnnData) -> tuple[float, float]:
-    """Agreement of two sets on the marker genes of the types; means over the types with `MIN_CELLS_PER_TYPE` test cells, or NaN.
+    """Share of each type's `N_MARKERS` genes of largest fold change that both sets have in common, and Pearson's r of all fold changes.
 
-    Returns the share of each type's `N_MARKERS` genes of largest fold change that both sets have in common, and Pearson's r of all
-    fold changes.
+    Means over the types with `MIN_CELLS_PER_TYPE` test cells, or NaN.
     """
     changes = type_fold_changes(test), type_fold_changes(cells)
     n_test = test.obs["cell_type"].value_counts()
@@ -219,10 +213,9 @@ def marker_recovery(test: ad.AnnData, cells: ad.AnnData) -> tuple[float, float]:
 
 
 def type_correlation(test: ad.AnnData, cells: ad.AnnData, n_markers: int) -> tuple[pd.DataFrame, int]:
-    """Pearson's r between the types' mean expression in two sets, types of `cells` x types of `test`, and the number of genes.
+    """Pearson's r between the types' mean expression, types of `cells` x types of `test`, over marker genes, and the number of these.
 
-    Over the `n_markers` genes of largest fold change of each type of the test cells. The mean over the test cells' types is
-    subtracted from both sets first: it is common to all types.
+    The mean over the test cells' types is subtracted from both sets first. n_markers: genes of largest fold change of each type.
     """
     genes = np.unique(top_genes(type_fold_changes(test).to_numpy().T, n_markers))
     test_means, cell_means = (mean_expression(part, genes).dropna() for part in (test, cells))
@@ -249,23 +242,20 @@ def membership(generated: ad.AnnData, members: ad.AnnData, non_members: ad.AnnDa
     """Membership test: are train cells (members) nearer to generated cells than test cells (non-members) are?
 
     A cell's distance is that to the nearest of all generated cells, on principal components that are fitted on the generated cells
-    alone (log(1 + counts per 10,000) of their variable genes). Copies of a share p of the members raise the true positive rate by
-    about p, so that it takes about as many generated cells as members to see a generator that copies.
+    alone (log(1 + counts per 10,000) of their variable genes). It takes about as many generated cells as members to see copies.
 
-    Returns
-    -------
     One row for all cells and for each type with `MIN_CELLS_PER_TYPE` cells in both sets; columns: "membership AUC" of -distance
     (private: 0.5), "membership TPR at 1 % FPR", the share of the members nearer than all but 1 % of the non-members (private: 0.01;
     NaN with fewer than 99 non-members), n_cells (non-members).
     """
     genes = variable_genes(generated, N_TOP_GENES)
-    parts = [log_normalize(cells.X, 1e4)[:, genes].astype(np.float64) for cells in (generated, members, non_members)]
-    pca = PCA(min(N_PCS, generated.n_obs - 1, len(genes) - 1), svd_solver="covariance_eigh").fit(parts[0])
-    nearest = NearestNeighbors(n_neighbors=1).fit(pca.transform(parts[0]))
-    distances = [nearest.kneighbors(pca.transform(part))[0].ravel() for part in parts[1:]]
-    types = np.concatenate([cells.obs["cell_type"].astype(str) for cells in (members, non_members)])
-    is_member = np.arange(len(types)) < members.n_obs
-    table = pd.DataFrame({"distance": np.concatenate(distances), "is_member": is_member, "cell_type": types})
+    both = ad.concat([members, non_members], index_unique="-")
+    x, x_both = (log_normalize(cells.X, 1e4)[:, genes].astype(np.float64) for cells in (generated, both))
+    pca = PCA(min(N_PCS, generated.n_obs - 1, len(genes) - 1), svd_solver="covariance_eigh").fit(x)
+    nearest = NearestNeighbors(n_neighbors=1).fit(pca.transform(x))
+    table = pd.DataFrame({"distance": nearest.kneighbors(pca.transform(x_both))[0].ravel()})
+    table["cell_type"] = both.obs["cell_type"].astype(str).to_numpy()
+    table["is_member"] = table.index < members.n_obs
     rows = {}
     for name, part in [("all", table), *table.groupby("cell_type")]:
         inside, outside = (part["distance"][part["is_member"] == is_member] for is_member in (True, False))
@@ -285,9 +275,7 @@ def fidelity(test: ad.AnnData, cells: ad.AnnData, genes: np.ndarray, seed: int, 
     """
     pcs = principal_components(ad.concat([test, cells], index_unique="-"), N_TOP_GENES, N_PCS)
     is_second = np.arange(len(pcs)) >= test.n_obs
-    correlation_r, correlation_mae = correlation_agreement(
-        gene_correlation(test, genes), gene_correlation(cells, genes)
-    )
+    correlation_r, correlation_mae = correlation_agreement(*(gene_correlation(part, genes) for part in (test, cells)))
     a, b = gene_statistics(test), gene_statistics(cells)
     values = {
         "forest AUC": forest_auc(pcs, is_second, seed),
@@ -300,8 +288,8 @@ def fidelity(test: ad.AnnData, cells: ad.AnnData, genes: np.ndarray, seed: int, 
     }
     if not within_type:
         overlap, fold_change_r = marker_recovery(test, cells)
-        real = pcs[~is_second], test.obs["cell_type"].astype(str).to_numpy()
-        these = pcs[is_second], cells.obs["cell_type"].astype(str).to_numpy()
+        types = [part.obs["cell_type"].astype(str).to_numpy() for part in (test, cells)]
+        real, these = (pcs[~is_second], types[0]), (pcs[is_second], types[1])
         values |= {
             "marker overlap": overlap,
             "fold change r": fold_change_r,
@@ -313,27 +301,23 @@ def fidelity(test: ad.AnnData, cells: ad.AnnData, genes: np.ndarray, seed: int, 
 
 def select_like(cells: ad.AnnData, cell_type: pd.Series, rng: np.random.Generator) -> np.ndarray:
     """Rows of randomly selected cells, as many of each type as `cell_type` holds (all of a type that has fewer), ascending."""
-    rows = []
-    for name, n_cells in cell_type.value_counts(sort=False).items():
-        of_type = np.flatnonzero(cells.obs["cell_type"] == name)
-        rows.append(rng.permutation(of_type)[:n_cells])
+    n_cells = cell_type.value_counts(sort=False)
+    rows = [rng.permutation(np.flatnonzero(cells.obs["cell_type"] == name))[:n] for name, n in n_cells.items()]
     return np.sort(np.concatenate(rows))
 
 
 def fidelity_and_membership(evaluation: EvaluationCells, generated: ad.AnnData, more: ad.AnnData) -> pd.Series:
-    """All metrics over all cells. generated: of the types of the test cells; more: generated cells for `membership`."""
+    """All metrics over all cells.
+
+    generated: as many cells of each type as `evaluation.test`; more: for `membership`, about as many as `evaluation.members`.
+    """
     test = membership(more, evaluation.members, evaluation.non_members).drop(columns="n_cells")
     return pd.concat([fidelity(evaluation.test, generated, evaluation.genes, evaluation.seed), test.loc["all"]])
 
 
 def fidelity_table(evaluation: EvaluationCells, generated: ad.AnnData, more: ad.AnnData) -> pd.DataFrame:
-    """All metrics of generated cells and of the real reference, each compared with the same test cells.
+    """All metrics of generated cells and of the real reference, each compared with the same test cells. Arguments as above.
 
-    generated: as many cells of each type as `evaluation.test`; more: generated cells for `membership`, about as many as
-    `evaluation.members`.
-
-    Returns
-    -------
     One row per metric, of all cells and of each type with `MIN_CELLS_PER_TYPE` cells; columns: cells ("all" or the type), figure
     (the metric), generated, real (the reference; NaN for `membership`), n_cells (test cells that were compared).
     """
@@ -341,11 +325,10 @@ def fidelity_table(evaluation: EvaluationCells, generated: ad.AnnData, more: ad.
     tables: dict[str, pd.DataFrame] = {}
     types = evaluation.test.obs["cell_type"].cat.categories
     for name in tqdm(["all", *types], desc="metrics by cell type", unit="", delay=5, leave=False):
-        within_type = name != "all"
-        parts = [cells[(cells.obs["cell_type"] == name).to_numpy()].copy() for cells in sets] if within_type else sets
-        if not within_type or min(part.n_obs for part in parts) >= MIN_CELLS_PER_TYPE:
+        parts = sets if name == "all" else [cells[(cells.obs["cell_type"] == name).to_numpy()].copy() for cells in sets]
+        if name == "all" or min(part.n_obs for part in parts) >= MIN_CELLS_PER_TYPE:
             test, *compared = parts
-            columns = [fidelity(test, cells, evaluation.genes, evaluation.seed, within_type) for cells in compared]
+            columns = [fidelity(test, cells, evaluation.genes, evaluation.seed, name != "all") for cells in compared]
             tables[name] = pd.DataFrame(dict(zip(("generated", "real"), columns))).assign(n_cells=test.n_obs)
     for name, row in membership(more, evaluation.members, evaluation.non_members).iterrows():
         rows = pd.DataFrame({"generated": row.drop("n_cells"), "real": np.nan, "n_cells": int(row["n_cells"])})

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 
-from lib.evaluation.plots_cells import dots, palette, save, stacked_bars, type_legend
+from lib.evaluation.plots_cells import dots, new_figure, palette, save, stacked_bars, type_legend
 
 MAX_BARS = 40  # bulk samples plotted
 FEW_SAMPLES = 3  # up to so many have a panel each; of more samples, each type has a panel
@@ -31,19 +31,7 @@ def proportions(
     overall = agreement.loc["all types"]
     errors = f"MAE {overall['MAE']:.3f} (constant estimate: {baseline_mae:.3f}), CCC {overall['CCC']:.2f}"
     left.suptitle(f"{len(true)} random mixtures of test cells: {errors}", fontsize=10)
-    _predicted_against_true(left, true, estimate, agreement, (n_rows, n_columns))
-    axes = right.subplots()
-    stacked_bars(axes, bars, rotation=90)
-    axes.set_title("the bulk" if len(bulk) <= MAX_BARS else f"first {MAX_BARS} of {len(bulk)} samples", fontsize=10)
-    type_legend(right, axes, top_down=False)
-    save(figure, path)
-
-
-def _predicted_against_true(
-    figure: SubFigure, true: pd.DataFrame, estimate: pd.DataFrame, agreement: pd.DataFrame, shape: tuple[int, int]
-) -> None:
-    """One scatter plot per type. shape: rows and columns of panels."""
-    panels = np.ravel(figure.subplots(*shape, squeeze=False))
+    panels = left.subplots(n_rows, n_columns, squeeze=False).flatten()
     for axes, (name, colour) in zip(panels, palette(list(true.columns)).items()):
         pairs = np.column_stack([true[name], estimate[name]])
         top = 1.05 * max(pairs.max(), 0.05)
@@ -55,8 +43,13 @@ def _predicted_against_true(
         axes.tick_params(labelsize=7)
     for axes in panels[true.shape[1] :]:
         axes.remove()
-    figure.supxlabel("true proportion", fontsize=9)
-    figure.supylabel("predicted proportion", fontsize=9)
+    left.supxlabel("true proportion", fontsize=9)
+    left.supylabel("predicted proportion", fontsize=9)
+    axes = right.subplots()
+    stacked_bars(axes, bars, rotation=90)
+    axes.set_title("the bulk" if len(bulk) <= MAX_BARS else f"first {MAX_BARS} of {len(bulk)} samples", fontsize=10)
+    type_legend(right, axes, top_down=False)
+    save(figure, path)
 
 
 def intervals(estimates: dict[str, tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]], path: Path) -> None:
@@ -72,8 +65,8 @@ def intervals(estimates: dict[str, tuple[pd.DataFrame, pd.DataFrame, pd.DataFram
     n_columns = min(len(panel_names), MAX_COLUMNS)
     n_rows = -(-len(panel_names) // n_columns)
     size = (2 + (4.6 if by_sample else 2.4) * n_columns, 0.9 + n_rows * (0.9 + 0.22 * len(row_names)))
-    figure = Figure(figsize=size, layout="constrained")
-    panels = np.ravel(figure.subplots(n_rows, n_columns, squeeze=False, sharey=True))
+    figure, panels = new_figure(*size, n_rows, n_columns, squeeze=False, sharey=True)
+    panels = panels.flatten()
     places = np.arange(len(row_names))
     styles = {"cells": ("o", -0.14, None), "RNA": ("D", 0.14, "w")}  # marker, shift, face (None: of the type)
     for i, (axes, panel) in enumerate(zip(panels, panel_names)):
@@ -82,16 +75,8 @@ def intervals(estimates: dict[str, tuple[pd.DataFrame, pd.DataFrame, pd.DataFram
             marker, shift, face = styles[quantity]
             values, low, high = ((table.iloc[i] if by_sample else table.iloc[:MAX_BARS, i]) for table in tables)
             axes.hlines(places + shift, low, high, row_colours, lw=1.2)
-            axes.scatter(
-                values,
-                places + shift,
-                s=22,
-                marker=marker,
-                c=face or row_colours,
-                edgecolors=row_colours,
-                zorder=3,
-                clip_on=False,
-            )
+            style = {"marker": marker, "c": face or row_colours, "edgecolors": row_colours}
+            axes.scatter(values, places + shift, s=22, zorder=3, clip_on=False, **style)
         axes.set_title(textwrap.fill(panel, 24), fontsize=9)
         axes.set_xlim(left=0)
         axes.set_yticks(places, row_names, fontsize=8)
@@ -102,9 +87,8 @@ def intervals(estimates: dict[str, tuple[pd.DataFrame, pd.DataFrame, pd.DataFram
         axes.remove()
     for quantity in estimates:
         marker, _, face = styles[quantity]
-        panels[0].scatter(
-            [], [], s=22, marker=marker, c=face or "#555555", edgecolors="#555555", label=f"share of {quantity}"
-        )
+        style = {"marker": marker, "c": face or "#555555", "edgecolors": "#555555", "label": f"share of {quantity}"}
+        panels[0].scatter([], [], s=22, **style)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False, fontsize=9)
     has_intervals = any(low.notna().any(axis=None) for _, low, _ in estimates.values())
     lines = "lines: 95 % intervals" if has_intervals else "this method gives no intervals"
@@ -117,8 +101,7 @@ def signature(single_cells: pd.DataFrame, bulk: pd.DataFrame, path: Path) -> Non
 
     Both hold log(1 + counts per 10,000), divided by the gene's largest value in the single cells.
     """
-    figure = Figure(figsize=(3.5 + 0.17 * bulk.shape[1], 2.2 + 0.42 * len(bulk)), layout="constrained")
-    panels = figure.subplots(2, 1, sharex=True)
+    figure, panels = new_figure(3.5 + 0.17 * bulk.shape[1], 2.2 + 0.42 * len(bulk), 2, sharex=True)
     for axes, table, title in zip(panels, (single_cells, bulk), ("single cells", "adapted to the bulk")):
         image = axes.imshow(table, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         axes.set_yticks(range(len(table)), table.index, fontsize=8)

@@ -26,7 +26,7 @@ REAL, GENERATED, NEUTRAL = "#0072B2", "#D55E00", "#8C8C8C"
 UNLABELLED, BACKGROUND = "#DDDDDD", "#E6E6E6"
 WHITE_OUTLINE = matplotlib.patheffects.withStroke(linewidth=2.5, foreground="white")  # of text on dots and lines
 DPI = 160
-SMALLEST = 1e-3  # mean or variance that is plotted on a logarithmic axis: smaller ones and 0 are plotted here
+SMALLEST = 1e-3  # smaller statistics of genes are plotted here: a logarithmic axis has no 0
 COMPARED = (  # metrics in the comparison of several generators
     "forest AUC", "linear AUC", "iLISI", "gene correlation r", "gene mean MAE", "gene zeros MAE", "library size KS",
     "genes detected KS", "marker overlap", "fold change r", "F1 train on these, test on real", "membership AUC",
@@ -45,6 +45,12 @@ def save(figure: Figure, path: Path, dpi: int = DPI) -> None:
             axes.spines[["top", "right"]].set_visible(False)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=dpi)
+
+
+def new_figure(width: float, height: float, n_rows: int = 1, n_columns: int = 1, **style: Any) -> tuple[Figure, Any]:
+    """A figure of this size, in inches, and its panels, as from `Figure.subplots`."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(n_rows, n_columns, **style)
 
 
 def dots(axes: Axes, places: np.ndarray, colour: str | Sequence[str], size: float, alpha: float | None = None) -> None:
@@ -84,10 +90,7 @@ def scatter_by_type(axes: Axes, embedding: np.ndarray, cell_type: pd.Series, met
 
 
 def label_places(embedding: np.ndarray, names: np.ndarray, cell_types: list[str]) -> dict[str, np.ndarray]:
-    """Where the number of each type is written: a little above the cell nearest to the type's median.
-
-    The median itself may lie between two groups of cells. Cells closer to another number than a number's height are passed over.
-    """
+    """Where the number of each type is written: a little above the cell nearest to the type's median, not on another number."""
     height = 0.04 * np.ptp(embedding, axis=0).max()
     places: dict[str, np.ndarray] = {}
     for name in cell_types:
@@ -99,9 +102,7 @@ def label_places(embedding: np.ndarray, names: np.ndarray, cell_types: list[str]
     return places
 
 
-def scatter_by_source(
-    panels: Sequence[Axes], embedding: np.ndarray, is_generated: np.ndarray, method: str = "UMAP"
-) -> None:
+def scatter_by_source(panels: Sequence[Axes], embedding: np.ndarray, is_generated: np.ndarray, method: str) -> None:
     """Test cells, generated cells, and both, in one joint embedding (n_cells x 2): three panels."""
     size, colours = dot_size(len(embedding)), np.where(is_generated, GENERATED, REAL)
     order = np.random.default_rng(0).permutation(len(embedding))  # so that neither set is plotted on top of the other
@@ -138,15 +139,13 @@ def stacked_bars(axes: Axes, proportions: pd.DataFrame, rotation: int) -> None:
 
 def type_legend(figure: Figure | SubFigure, axes: Axes, top_down: bool = True) -> None:
     """The cell types of one panel, to the right of all panels; top_down = False: from the bottom up, as bars are stacked."""
-    handles, names = axes.get_legend_handles_labels()
     style: dict[str, Any] = {"frameon": False, "fontsize": 8, "title": "cell type", "reverse": not top_down}
-    figure.legend(handles, names, loc="outside right center", **style)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", **style)
 
 
 def umap_reference(umap: np.ndarray, cell_type: pd.Series, is_test: np.ndarray, path: Path) -> None:
     """Real cells by type and by split. umap: n_cells x 2."""
-    figure = Figure(figsize=(11.5, 4.8), layout="constrained")
-    by_type, by_split = figure.subplots(1, 2)
+    figure, (by_type, by_split) = new_figure(11.5, 4.8, 1, 2)
     scatter_by_type(by_type, umap, cell_type)
     by_type.set_title(f"cell types ({len(umap):,} cells)")
     type_legend(figure, by_type)
@@ -161,8 +160,8 @@ def umap_reference(umap: np.ndarray, cell_type: pd.Series, is_test: np.ndarray, 
 
 def original_vs_generated(embedding: np.ndarray, is_generated: np.ndarray, path: Path, method: str = "UMAP") -> None:
     """Test cells, generated cells, and both, in one joint embedding (n_cells x 2)."""
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
-    scatter_by_source(figure.subplots(1, 3), embedding, is_generated, method)
+    figure, panels = new_figure(13, 4.6, 1, 3)
+    scatter_by_source(panels, embedding, is_generated, method)
     save(figure, path)
 
 
@@ -170,8 +169,7 @@ def original_vs_generated_by_type(
     embedding: np.ndarray, is_generated: np.ndarray, cell_type: pd.Series, path: Path, method: str = "UMAP"
 ) -> None:
     """The same embedding, test and generated cells side by side, by type."""
-    figure = Figure(figsize=(11.5, 4.8), layout="constrained")
-    panels = figure.subplots(1, 2)
+    figure, panels = new_figure(11.5, 4.8, 1, 2)
     scatter_by_source_and_type(panels, embedding, is_generated, cell_type, method)
     type_legend(figure, panels[0])
     save(figure, path)
@@ -183,8 +181,7 @@ def four_stages(embeddings: dict[str, list[np.ndarray]], cell_types: list[pd.Ser
     embeddings: method (such as "UMAP") -> four arrays, n_cells x 2: one row of panels per method; cell_types: of the four stages.
     """
     titles = "input (test cells)", "latent (z of the input)", "reconstructed", "generated"
-    figure = Figure(figsize=(16, 4 * len(embeddings) + 0.3), layout="constrained")
-    panels = figure.subplots(len(embeddings), 4, squeeze=False)
+    figure, panels = new_figure(16, 4 * len(embeddings) + 0.3, len(embeddings), 4, squeeze=False)
     for row, (method, stages) in zip(panels, embeddings.items()):
         for axes, embedding, cell_type, title in zip(row, stages, cell_types, titles):
             scatter_by_type(axes, embedding, cell_type, method)
@@ -195,8 +192,7 @@ def four_stages(embeddings: dict[str, list[np.ndarray]], cell_types: list[pd.Ser
 
 def composition(proportions: pd.DataFrame, path: Path) -> None:
     """Stacked bars of the proportions of the types. proportions: sets of cells x cell types, from `metrics.type_proportions`."""
-    figure = Figure(figsize=(max(7, 3.5 + 0.45 * len(proportions)), 4.8), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_figure(max(7, 3.5 + 0.45 * len(proportions)), 4.8)
     stacked_bars(axes, proportions, rotation=90 if len(proportions) > 3 else 0)
     type_legend(figure, axes, top_down=False)
     save(figure, path)
@@ -204,13 +200,10 @@ def composition(proportions: pd.DataFrame, path: Path) -> None:
 
 def type_correlation(correlation: pd.DataFrame, n_genes: int, path: Path) -> None:
     """Heat map of the correlation between the mean expression of generated and real types, from `metrics.type_correlation`."""
-    n_rows, n_columns = correlation.shape
-    figure = Figure(figsize=(2.6 + 0.62 * n_columns, 2.2 + 0.5 * n_rows), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_figure(2.6 + 0.62 * correlation.shape[1], 2.2 + 0.5 * correlation.shape[0])
     bar = {"label": "Pearson's r, mean over types subtracted", "shrink": 0.8}
-    seaborn.heatmap(
-        correlation, ax=axes, cmap="RdBu_r", vmin=-1, vmax=1, annot=True, fmt=".2f", annot_kws={"size": 7}, cbar_kws=bar
-    )
+    numbers = {"annot": True, "fmt": ".2f", "annot_kws": {"size": 7}}
+    seaborn.heatmap(correlation, ax=axes, cmap="RdBu_r", vmin=-1, vmax=1, cbar_kws=bar, **numbers)
     axes.set(xlabel="test cells", ylabel="generated cells")
     axes.set_title(f"mean expression of the types, {n_genes:,} marker genes", fontsize=10)
     axes.tick_params(labelsize=8)
@@ -224,11 +217,9 @@ def fidelity(
     """Generated cells and train cells (the real reference), each compared with test cells.
 
     table: from `metrics.fidelity_table`; cells, genes, fold_changes: of "test", "train" and "generated" cells, from
-    `metrics.library_and_genes`, `gene_statistics` and `type_fold_changes`; mean_r: Pearson's r of the genes' means between test and
-    generated cells; cell_types: all of them, their places give the colours.
+    `metrics.library_and_genes`, `gene_statistics` and `type_fold_changes`; mean_r: of the genes' means in test and generated cells.
     """
-    figure = Figure(figsize=(16.5, 8), layout="constrained")
-    panels = figure.subplots(2, 4)
+    figure, panels = new_figure(16.5, 8, 2, 4)
     (classifiers, by_type, *histograms), (variance, zeros, means, changes) = panels
     whole = table[table["cells"] == "all"].set_index("figure").loc[["linear AUC", "forest AUC"]]
     _auc_bars(classifiers, whole.set_axis(["linear\n(genes)", "random forest\n(PCs)"]), "all types together")
@@ -244,19 +235,15 @@ def fidelity(
     histograms[1].legend(frameon=False, fontsize=8, loc="upper right")
 
     expression, style = "log(1 + counts per 10,000)", {"s": 2, "lw": 0, "alpha": 0.5, "rasterized": True}
-    positive = {
-        name: table.clip(lower=pd.Series({"mean": SMALLEST, "variance": SMALLEST, "zeros": 0}), axis=1)
-        for name, table in genes.items()
-    }
+    test, generated = (genes[name].clip(lower=SMALLEST) for name in ("test", "generated"))
     for axes, statistic in ((variance, "variance"), (zeros, "zeros")):
-        for name in ("test", "generated"):
-            axes.scatter(positive[name]["mean"], positive[name][statistic], color=colours[name], **style)
-            legend_dot(axes, colours[name], f"{name} cells")
+        axes.scatter(test["mean"], test[statistic], color=NEUTRAL, label="test cells", **style)
+        axes.scatter(generated["mean"], generated[statistic], color=GENERATED, label="generated cells", **style)
         axes.set(xscale="log", xlabel=f"mean {expression}", title=f"mean and {statistic} of each gene")
     variance.set(yscale="log", ylabel="variance over cells")
     zeros.set(ylabel="share of cells without a count")
-    zeros.legend(frameon=False, fontsize=8)
-    means.scatter(positive["test"]["mean"], positive["generated"]["mean"], color=GENERATED, **style)
+    zeros.legend(frameon=False, fontsize=8, markerscale=4)
+    means.scatter(test["mean"], generated["mean"], color=GENERATED, **style)
     means.set(xscale="log", yscale="log", xlabel=f"test cells, {expression}", ylabel=f"generated cells, {expression}")
     means.set_title(f"mean of each gene, r = {mean_r:.3f}")
     for name, colour in palette(cell_types).items():
@@ -275,9 +262,8 @@ def fidelity(
 def _auc_bars(axes: Axes, rows: pd.DataFrame, cells: str) -> None:
     """AUC of train and of generated cells, a pair of bars per row, from 0.5."""
     places = np.arange(len(rows))[::-1]
-    labels = {"real": "train cells", "generated": "generated cells"}
-    for shift, colour, (column, label) in zip((0.2, -0.2), (REAL, GENERATED), labels.items()):
-        axes.barh(places + shift, rows[column] - 0.5, 0.38, left=0.5, color=colour, label=label)
+    axes.barh(places + 0.2, rows["real"] - 0.5, 0.38, left=0.5, color=REAL, label="train cells")
+    axes.barh(places - 0.2, rows["generated"] - 0.5, 0.38, left=0.5, color=GENERATED, label="generated cells")
     axes.axvline(0.5, c="k", lw=0.8, ls="--")
     axes.set_yticks(places, list(rows.index), fontsize=8)
     lowest = rows[["real", "generated"]].min(axis=None)
@@ -292,8 +278,7 @@ def comparison(table: pd.DataFrame, reference: pd.Series, path: Path) -> None:
     """
     places = np.arange(table.shape[1])[::-1]
     colours = [GENERATED if name == "gmvae" else NEUTRAL for name in table]
-    figure = Figure(figsize=(13, 2.2 + 0.9 * len(places)), layout="constrained")
-    panels = figure.subplots(3, 4, sharey=True)
+    figure, panels = new_figure(13, 2.2 + 0.9 * len(places), 3, 4, sharey=True)
     for axes, metric in zip(panels.flat, COMPARED):
         bars = axes.barh(places, table.loc[metric], color=colours, height=0.7)
         axes.bar_label(bars, fmt="%.3f", padding=2, fontsize=8, path_effects=[WHITE_OUTLINE])
@@ -319,16 +304,15 @@ def loss_curves(history: pd.DataFrame, best_epoch: int, unit: str, path: Path) -
     parts = [c.removeprefix(prefix) for c in history if c.startswith(prefix) and c != f"{prefix}elbo"]
     n_columns = min(3, len(parts))
     n_rows = -(-len(parts) // n_columns)
-    figure = Figure(figsize=(4 * n_columns, 3 * n_rows), layout="constrained")
-    panels = np.ravel(figure.subplots(n_rows, n_columns, squeeze=False))
-    for axes, part in zip(panels, parts):
+    figure, panels = new_figure(4 * n_columns, 3 * n_rows, n_rows, n_columns, squeeze=False)
+    for axes, part in zip(panels.flat, parts):
         if f"train_{part}" in history:
             axes.plot(history["epoch"], history[f"train_{part}"], c=NEUTRAL, label="train")
         if has_held_out:
             axes.plot(history["epoch"], history[f"held_out_{part}"], c=REAL, label="held out")
             axes.axvline(best_epoch, c="k", lw=0.8, ls=":", label=f"best epoch ({best_epoch})")
         axes.set(title=part.replace("kl_", "KL divergence of ").replace("_", " "), xlabel="epoch", ylabel=unit)
-    for axes in panels[len(parts) :]:
+    for axes in panels.flat[len(parts) :]:
         axes.remove()
-    panels[0].legend(frameon=False, fontsize=8)
+    panels[0, 0].legend(frameon=False, fontsize=8)
     save(figure, path)

@@ -9,15 +9,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import dendrogram
 
-from lib.evaluation.plots_cells import (
-    NEUTRAL,
-    REAL,
-    dots,
-    save,
-    scatter_by_source,
-    scatter_by_source_and_type,
-    type_legend,
-)
+from lib.evaluation import plots_cells
+from lib.evaluation.plots_cells import NEUTRAL, REAL, dots, new_figure, save
 
 ARROW = {"arrowstyle": "-|>", "color": "#0B5A85", "lw": 1.4, "shrinkA": 4, "shrinkB": 4}
 HEATMAP_DPI = 220  # so that the names of single genes can be read
@@ -38,8 +31,7 @@ def figure_1(parts: dict[str, list[Network]], path: Path) -> None:
     """
     titles, networks = list(parts), list(parts.values())
     heights = [max(len(box) for box in row) for row in (networks[:2], networks[2:])]
-    figure = Figure(figsize=(13.5, 0.6 + 0.8 * sum(heights)), layout="constrained")
-    panels = figure.subplots(2, 2, height_ratios=heights)
+    figure, panels = new_figure(13.5, 0.6 + 0.8 * sum(heights), 2, 2, height_ratios=heights)
     colours = ("#E3E3E3", "#E3E3E3", "#DCE9F7", "#D8F0D0")
     for axes, title, box, height, colour in zip(panels.flat, titles, networks, np.repeat(heights, 2), colours):
         axes.set(xlim=(0, 1), ylim=(0, height), xticks=[], yticks=[], facecolor=colour)
@@ -63,14 +55,13 @@ def figure_3(
 ) -> None:  # fmt: skip
     """Proportions in the sum of the test cells, and the UMAP of test cells, generated cells and both, also by type.
 
-    proportions: cell types x (predicted, true) of the sum of all test cells, and `mae`, their mean absolute error; None if they were
-    not predicted. umap, is_generated, cell_type: of test and generated cells in one embedding, (n_cells, 2), (n_cells,), (n_cells,).
+    proportions: cell types x (predicted, true), None if they were not predicted; mae: their mean absolute error; umap, is_generated,
+    cell_type: of test and generated cells in one embedding, (n_cells, 2), (n_cells,), (n_cells,).
     """
-    figure = Figure(figsize=(15.5, 9.2), layout="constrained")
-    (scatter, both, test_types), (test, generated, generated_types) = figure.subplots(2, 3)
-    scatter_by_source((test, generated, both), umap, is_generated)
-    scatter_by_source_and_type((test_types, generated_types), umap, is_generated, cell_type)
-    type_legend(figure, test_types)
+    figure, ((scatter, both, test_types), (test, generated, generated_types)) = new_figure(15.5, 9.2, 2, 3)
+    plots_cells.scatter_by_source((test, generated, both), umap, is_generated, "UMAP")
+    plots_cells.scatter_by_source_and_type((test_types, generated_types), umap, is_generated, cell_type)
+    plots_cells.type_legend(figure, test_types)
     if proportions is None:
         scatter.text(0.5, 0.5, "the proportions of the test cells\nwere not predicted", ha="center", va="center")
         scatter.set(xticks=[], yticks=[])
@@ -78,9 +69,8 @@ def figure_3(
         limit = 1.08 * proportions.to_numpy().max()
         scatter.plot([0, limit], [0, limit], c=NEUTRAL, lw=1.2)
         dots(scatter, proportions[["predicted", "true"]].to_numpy(), REAL, 45, alpha=0.7)
-        scatter.set(
-            xlim=(0, limit), ylim=(0, limit), aspect="equal", xlabel="predicted proportion", ylabel="true proportion"
-        )
+        scatter.set(xlim=(0, limit), ylim=(0, limit), aspect="equal")
+        scatter.set(xlabel="predicted proportion", ylabel="true proportion")
         scatter.set_title(f"sum of all test cells, MAE: {mae:.4f}")
     save(figure, path)
 
@@ -90,9 +80,8 @@ def figure_4(
 ) -> None:  # fmt: skip
     """Heat maps of the correlations between genes in test cells and in generated cells, in the same order of genes.
 
-    test, generated: genes x genes, from `metrics.gene_correlation`; genes: their names; tree: their linkage, from
-    `metrics.cluster_tree` of the test cells' matrix; r_generated, r_reference: agreement with the test cells over all pairs of genes,
-    of generated cells and of train cells.
+    test, generated: genes x genes, from `metrics.gene_correlation`; genes: their names; tree: of the test cells, from
+    `metrics.cluster_tree`; r_generated, r_reference: agreement of generated and of train cells with the test cells.
     """
     figure = Figure(figsize=(20, 10.4))
     titles = ("Original", f"Generated: agreement r = {r_generated:.2f} (train cells: {r_reference:.2f})")
@@ -102,8 +91,8 @@ def figure_4(
         dendrogram(tree, ax=rows, orientation="left", **tree_style)
         order = dendrogram(tree, ax=columns, **tree_style)["leaves"]
         rows.invert_yaxis()
-        for axes in (rows, columns):
-            axes.axis("off")
+        rows.axis("off")
+        columns.axis("off")
         columns.set_title(title, fontsize=18)
         axes = figure.add_axes((left + 0.065, 0.06, 0.36, 0.74))
         ordered, names = matrix[np.ix_(order, order)], [genes[i] for i in order]

@@ -7,10 +7,9 @@
 Early stopping uses further cells, real or synthetic like those that are trained on. Precision, recall and F1 are means over types
 (macro) and over cells (weighted): for the types and, if a table maps types to coarse classes, for the classes.
 
-Source: the Generative genomics project (RodMcN/generative-genomics: README, configuration, sources). From there: the numbers of
-synthetic cells per type (1,000 to test on, 2,000 to train on, 100 for early stopping), the classifier's settings, cells weighted
-such that all types weigh the same, principal components of standardised genes as features, and classes_e_annd_5.csv, which maps the
-126 cell types of E-ANND-5 to coarse classes (25 in the source's README, 24 in its table).
+Source: the Generative genomics project (RodMcN/generative-genomics: README, configuration, sources): the numbers of synthetic cells,
+the classifier's settings and weights (all types weigh the same), principal components of standardised genes as features, and
+classes_e_annd_5.csv, which maps the 126 cell types of E-ANND-5 to coarse classes (25 in the source's README, 24 in its table).
 """
 
 from collections.abc import Callable
@@ -20,10 +19,10 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-from sklearn.metrics import precision_recall_fscore_support
+from sklearn.metrics import classification_report
 from sklearn.utils.class_weight import compute_sample_weight
 
-from lib.baselines.pca_cvae import fit_components, n_components
+from lib.baselines.pca_cvae import fit_components
 from lib.data.counts import hold_out, row_blocks
 from lib.data.tables import read_table
 
@@ -33,17 +32,13 @@ SETTINGS = {
     "subsample": 0.9, "colsample_bytree": 0.9, "reg_alpha": 1.0, "reg_lambda": 1.0,
 }  # fmt: skip
 ROUNDS, PATIENCE = 500, 10  # of boosting: at most, with a tree per type in each; without a lower error
-# Of the train cells of each type, for early stopping: 70/20/10 with 20 % test cells, as in the source
-STOPPING_FRACTION = 0.125
+STOPPING_FRACTION = 0.125  # of the train cells of each type: 70/20/10 with 20 % test cells, as in the source
 
 
 def read_classes(path: Path, cell_types: list[str]) -> list[str]:
     """The coarse class of each cell type, from a csv or tsv with a header and two columns, cell type and class.
 
-    Raises
-    ------
-    ValueError
-        If there are other columns, or a type has no class.
+    ValueError if there are other columns, or a type has no class.
     """
     table = read_table(path)
     if table.shape[1] != 2:
@@ -67,11 +62,10 @@ def train_classifier(x: np.ndarray, y: np.ndarray, stop_x: np.ndarray, stop_y: n
 
 def precision_recall_f1(true: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
     """Precision, recall and F1, macro and weighted, over the types that occur in either."""
-    scores: dict[str, float] = {}
-    for average in ("macro", "weighted"):
-        values = precision_recall_fscore_support(true, predicted, average=average, zero_division=0)
-        scores |= {f"{name} ({average})": value for name, value in zip(("precision", "recall", "F1"), values)}
-    return scores
+    report = classification_report(true, predicted, output_dict=True, zero_division=0)
+    names = {"precision": "precision", "recall": "recall", "F1": "f1-score"}
+    means = ("macro", "weighted")
+    return {f"{name} ({mean})": report[f"{mean} avg"][key] for mean in means for name, key in names.items()}
 
 
 def transfer_table(
@@ -80,19 +74,19 @@ def transfer_table(
 ) -> pd.DataFrame:  # fmt: skip
     """Precision, recall and F1 of the three tests: one row per test, for types and then for classes.
 
-    train, test: real cells in memory, all with a type; sample: the generator, types (n_cells,) and a seed -> counts of as many
-    synthetic cells; classes: of each type; n_test, n_train, n_stop: synthetic cells per type to test, train and stop on.
+    train, test: real cells in memory, all with a type; sample: types (n_cells,) and a seed -> counts of as many synthetic cells;
+    classes: of each type; n_test, n_train, n_stop: synthetic cells per type to test, train and stop on.
     """
     real, real_test = (cells.obs["cell_type"].cat.codes.to_numpy(dtype=np.int64) for cells in (train, test))
     known, real = np.unique(real, return_inverse=True)  # types that have train cells, and their numbers from 0
     is_stop = hold_out(real, STOPPING_FRACTION, np.random.default_rng(seed))
     fit = train.X[~is_stop]
-    pca = fit_components(lambda: (block for _, block in row_blocks(fit)), n_components(N_COMPONENTS, *fit.shape))
+    pca = fit_components(lambda: (block for _, block in row_blocks(fit)), N_COMPONENTS)
     types = [np.repeat(known, n) for n in (n_test, n_train, n_stop)]
     features = [pca.transform(sample(y, seed + i)) for i, y in enumerate(types)]
     by_real = train_classifier(pca.transform(fit), real[~is_stop], pca.transform(train.X[is_stop]), real[is_stop], seed)
-    numbers = [np.searchsorted(known, y) for y in types]
-    by_synthetic = train_classifier(features[1], numbers[1], features[2], numbers[2], seed)
+    numbers = [np.searchsorted(known, y) for y in types[1:]]
+    by_synthetic = train_classifier(features[1], numbers[0], features[2], numbers[1], seed)
     test_features = pca.transform(test.X)
     predictions = {
         ("real", "real"): (real_test, known[by_real.predict(test_features)]),
@@ -100,12 +94,10 @@ def transfer_table(
         ("synthetic", "real"): (real_test, known[by_synthetic.predict(test_features)]),
     }
     labels = {"cell types": test.obs["cell_type"].cat.categories.to_numpy()}
-    if classes is not None:
-        labels["classes"] = np.asarray(classes)
-    rows = [
-        {"labels": name, "trained on": trained, "tested on": tested}
-        | precision_recall_f1(label[true], label[predicted])
-        for name, label in labels.items()
-        for (trained, tested), (true, predicted) in predictions.items()
-    ]
+    labels |= {} if classes is None else {"classes": np.asarray(classes)}
+    rows = []
+    for name, label in labels.items():
+        for (trained, tested), (true, predicted) in predictions.items():
+            row = {"labels": name, "trained on": trained, "tested on": tested}
+            rows.append(row | precision_recall_f1(label[true], label[predicted]))
     return pd.DataFrame(rows)

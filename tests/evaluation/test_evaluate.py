@@ -6,7 +6,6 @@ import pandas as pd
 import pytest
 from helpers import CPU, FEW, STAGES, simulated_cells, simulated_dataset, trained_gmvae
 
-from lib.bulk.pseudobulk import largest_remainder
 from lib.data.batches import CellDataset
 from lib.data.counts import log_normalize
 from lib.evaluation import evaluate
@@ -21,9 +20,7 @@ def test_fig_1_collects_the_sizes_of_all_layers():
     encoder, decoder, deconvolution, generation = ({box.output: box.sizes for box in part} for part in ours.values())
     assert encoder["mean of $q(z|x,y)$"] == (1234 + 17 + 1, 21) and encoder["mean of $p(z|y)$"] == (17, 21)
     assert decoder["mean / library size"] == decoder["extra zeros"] == (21, 1234) and decoder["library size"] == (21, 1)
-    assert (
-        deconvolution == {} and "library size" in generation
-    )  # without a fitted prior, library sizes come from p(l|z,y)
+    assert deconvolution == {} and "library size" in generation  # without a fitted prior, from p(l|z,y)
     paper = PaperGMVAE(1234, 17)
     encoder, decoder, _, generation = evaluate.networks_of(paper, None).values()
     assert {box.output: box.sizes for box in encoder}["$q(y|x)$"] == (1234, 128, 17)
@@ -62,15 +59,11 @@ def test_generators_are_compared_with_the_same_cells_and_a_copying_one_is_caught
             rng, codes = np.random.default_rng(seed), train.obs["cell_type"].cat.codes.to_numpy()
             yield train.X[[rng.choice(np.flatnonzero(codes == k)) for k in cell_type_idx]]
 
-    new = ad.AnnData(
-        generate(model, types, 0), obs=test.obs.assign(sample="s"), var=test.var, uns={"generator": "gmvae"}
-    )
-    new.write_h5ad(tmp_path / "generated.h5ad")
+    output, counts = tmp_path / "generated.h5ad", generate(model, types, 0)
+    ad.AnnData(counts, obs=test.obs.assign(sample="s"), var=test.var, uns={"generator": "gmvae"}).write_h5ad(output)
     settings = evaluate.Settings(50, 100, 2000, 50, 15, 20, 20, False, True, False, (1, 1, 1), None, 0)
     others = {"paper_gmvae": Copying(60, 3)}
-    written = evaluate.evaluate(
-        model, None, train, test, tmp_path / "generated.h5ad", others, settings, tmp_path, tmp_path
-    )
+    written = evaluate.evaluate(model, None, train, test, output, others, settings, tmp_path, tmp_path)
     assert {path.name for path in written} == {
         "paper_fig1.png", "paper_fig3.png", "paper_fig4.png", "umap.csv", "umap_original_vs_generated.png", "umap_by_cell_type.png",
         "composition.png", "type_correlation.png", "four_stages.png", "fidelity.png", "metrics.csv", "comparison.png", "comparison.csv",
@@ -93,34 +86,11 @@ def test_reconstructed_cells_follow_their_own_input():
     model = trained_gmvae(counts, types, epochs=80)
     z, reconstructed = reconstruct(model, CellDataset(counts, types, CPU), seed=0)
     assert z.shape == (600, 4) and reconstructed.shape == counts.shape
-    values, ours = (log_normalize(cells, 1e4).toarray() for cells in (counts, reconstructed))
-    own = []
     for k in range(3):
-        x, y = values[types == k], ours[types == k]
+        x, y = (log_normalize(cells[types == k], 1e4).toarray() for cells in (counts, reconstructed))
         programme = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)[2][0]
-        own.append(np.corrcoef((x - x.mean(axis=0)) @ programme, (y - y.mean(axis=0)) @ programme)[0, 1])
-    assert min(own) > 0.4
+        assert np.corrcoef(x @ programme, y @ programme)[0, 1] > 0.4
     np.testing.assert_allclose(reconstructed.sum() / 600, counts.sum() / 600, rtol=0.05)
-
-
-@pytest.mark.slow
-def test_kept_proportions_are_used_again(pipeline, tmp_path):
-    kept = pd.read_csv(pipeline.data / "predicted_proportions.csv", index_col=0)
-    two = pd.concat([kept, kept.iloc[:, ::-1].set_axis(kept.columns, axis=1).rename(index=lambda _: "turned")])
-    two.drop(columns=two.columns[(two == 0).all()]).to_csv(tmp_path / "kept.csv")
-    options = FEW | {"OUTPUT": str(tmp_path / "cells.h5ad"), "FIG_DIR": str(tmp_path)}
-    options |= {"PROPORTIONS_FILE": str(tmp_path / "kept.csv")}
-    pipeline.main(STAGES[5], N_CELLS=80, **options)
-    obs = ad.read_h5ad(tmp_path / "cells.h5ad").obs
-    n_cells = pd.crosstab(obs["sample"], obs["cell_type"], dropna=False).loc[two.index, kept.columns]
-    np.testing.assert_array_equal(n_cells, largest_remainder(two.div(two.sum(axis=1), axis=0).to_numpy(), 80))
-    for edit, message in (
-        (lambda t: t * 2, "must hold proportions"),
-        (lambda t: t.rename(columns={t.columns[0]: "Unicorn"}), "unknown: Unicorn"),
-    ):
-        edit(two).to_csv(tmp_path / "kept.csv")
-        with pytest.raises(ValueError, match=message):
-            pipeline.main(STAGES[5], **options)
 
 
 @pytest.mark.slow

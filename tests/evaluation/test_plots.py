@@ -7,6 +7,7 @@ from helpers import simulated_dataset
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import leaves_list
+from scipy.spatial.distance import pdist
 
 from lib.evaluation import metrics, plots_bulk, plots_cells, plots_paper
 from lib.evaluation.plots_cells import COMPARED, palette
@@ -18,10 +19,9 @@ COLOURS = [colour.lower() for colour in palette(TYPES).values()]
 @pytest.fixture
 def saved(monkeypatch) -> list[Figure]:
     """The figures that were written."""
-    figures, write = [], Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda figure, *args, **kw: (figures.append(figure), write(figure, *args, **kw))
-    )
+    figures, write = [], plots_cells.save
+    for module in (plots_cells, plots_bulk, plots_paper):
+        monkeypatch.setattr(module, "save", lambda figure, *more: (figures.append(figure), write(figure, *more)))
     return figures
 
 
@@ -33,14 +33,12 @@ def labels(texts) -> list[str]:
     return [text.get_text() for text in texts]
 
 
-def test_stacked_bars_have_the_heights_and_colours_of_the_types():
-    axes = Figure().subplots()
+def test_stacked_bars_have_the_heights_and_colours_of_the_types(saved, tmp_path):
     table = pd.DataFrame([[0.2, 0.3, 0.5], [0.6, 0.1, 0.3]], index=["s_1", "s_2"], columns=TYPES)
-    plots_cells.stacked_bars(axes, table, rotation=0)
-    heights = np.array([[bar.get_height() for bar in bars] for bars in axes.containers])
-    np.testing.assert_allclose(heights.T, table)
-    bottoms = np.array([[bar.get_y() for bar in bars] for bars in axes.containers])
-    np.testing.assert_allclose(bottoms.T, table.cumsum(axis=1) - table, atol=1e-12)
+    plots_cells.composition(table, tmp_path / "composition.png")
+    axes = saved[0].axes[0]
+    tops = np.array([[bar.get_y() + bar.get_height() for bar in bars] for bars in axes.containers])
+    np.testing.assert_allclose(tops.T, table.cumsum(axis=1))
     assert [to_hex(bars[0].get_facecolor()) for bars in axes.containers] == COLOURS
     assert labels(axes.get_xticklabels()) == ["s 1", "s 2"]
 
@@ -50,8 +48,7 @@ def test_a_type_keeps_its_colour_where_other_types_have_no_cells():
     cell_type = pd.Series(pd.Categorical(["T"] * 5, categories=TYPES))
     plots_cells.scatter_by_type(axes, np.arange(10.0).reshape(5, 2), cell_type)
     assert {to_hex(colour) for colour in axes.collections[0].get_facecolors()} == {COLOURS[2]}
-    assert labels(axes.texts) == ["3"]
-    assert axes.get_legend_handles_labels()[1] == ["1  B", "2  NK", "3  T"]
+    assert labels(axes.texts) == ["3"] and axes.get_legend_handles_labels()[1] == ["1  B", "2  NK", "3  T"]
 
 
 def test_numbers_of_types_do_not_overlap_where_cells_are_mixed():
@@ -60,15 +57,12 @@ def test_numbers_of_types_do_not_overlap_where_cells_are_mixed():
     embedding = rng.normal(size=(400, 2))
     places = plots_cells.label_places(embedding, names, ["a", "b", "c", "d", "absent"])
     assert list(places) == ["a", "b", "c", "d"]
-    distances = [np.linalg.norm(places[x] - places[y]) for x in places for y in places if x < y]
-    assert min(distances) >= 0.04 * np.ptp(embedding, axis=0).max()
+    assert pdist(list(places.values())).min() >= 0.04 * np.ptp(embedding, axis=0).max()
 
 
 def test_loss_curves_have_a_panel_for_each_part(saved, tmp_path):
-    history = pd.DataFrame(
-        {"epoch": [1, 2], "train_loss": [3.0, 2.0], "held_out_loss": [4.0, 3.5], "train_kl_z": [1.0, 1.0]}
-        | {"held_out_kl_z": [1.0, 1.0], "held_out_stopping_criterion": [4.0, 3.0], "held_out_elbo": [-4.0, -3.5]}
-    )
+    names = "epoch train_loss held_out_loss train_kl_z held_out_kl_z held_out_stopping_criterion held_out_elbo"
+    history = pd.DataFrame([[1, 3.0, 4.0, 1, 1, 4, -4.0], [2, 2.0, 3.5, 1, 1, 3, -3.5]], columns=names.split())
     plots_cells.loss_curves(history, 2, "nats per cell", tmp_path / "loss.png")
     assert titles(saved[0]) == "loss|KL divergence of z|stopping criterion"
     train, held_out, best = saved[0].axes[0].lines
@@ -85,7 +79,7 @@ def test_proportions_of_the_mixtures_and_of_the_bulk(saved, tmp_path):
     plots_bulk.proportions(true, estimate, agreement, 0.25, bulk.iloc[:2], tmp_path / "proportions.png")
     scatter, bars = saved[0].axes[0], saved[0].axes[-1]
     np.testing.assert_allclose(scatter.collections[0].get_offsets(), np.column_stack([true["B"], estimate["B"]]))
-    assert scatter.get_title() == "B\nr {r:.2f}, CCC {CCC:.2f}".format(**agreement.loc["B"])
+    assert "CCC {CCC:.2f}".format(**agreement.loc["B"]) in scatter.get_title()
     assert labels(bars.get_xticklabels()) == ["s1", "s2"]
     plots_bulk.proportions(true, estimate, agreement, 0.25, bulk, tmp_path / "proportions.png")
     assert saved[1].axes[-1].get_title() == "first 40 of 60 samples"
@@ -99,8 +93,7 @@ def test_intervals_of_shares_of_cells_and_of_rna(saved, tmp_path):
         without = rna[:n], np.nan * rna[:n], np.nan * rna[:n]
         plots_bulk.intervals({"cells": with_interval, "RNA": without}, tmp_path / "bulk.png")
     by_sample, by_type = (figure.axes for figure in saved)
-    assert [axes.get_title() for axes in by_sample] == ["s0", "s1"]
-    assert [axes.get_title() for axes in by_type] == TYPES
+    assert titles(saved[0]) == "s0|s1" and titles(saved[1]) == "B|NK|T"
     assert labels(by_sample[0].get_yticklabels()) == TYPES
     cell_lines, cell_dots, _, rna_dots = by_type[1].collections[:4]
     np.testing.assert_allclose(cell_dots.get_offsets()[:, 0], cells["NK"])
@@ -110,15 +103,6 @@ def test_intervals_of_shares_of_cells_and_of_rna(saved, tmp_path):
     assert "95 % intervals" in saved[0].get_supxlabel()
     plots_bulk.intervals({"cells": without}, tmp_path / "bulk.png")
     assert "no intervals" in saved[2].get_supxlabel()  # and not lines that are not there
-
-
-def test_signature_has_a_row_per_type_and_a_column_per_marker(saved, tmp_path):
-    table = pd.DataFrame(np.eye(3), TYPES, ["CD19", "NKG7", "CD3D"])
-    plots_bulk.signature(table, table / 2, tmp_path / "signature.png")
-    single_cells, bulk = (axes for axes in saved[0].axes if axes.get_title())
-    np.testing.assert_array_equal(single_cells.images[0].get_array(), table)
-    np.testing.assert_array_equal(bulk.images[0].get_array(), table / 2)
-    assert labels(bulk.get_xticklabels()) == list(table) and labels(bulk.get_yticklabels()) == TYPES
 
 
 def test_fidelity_shows_auc_below_one_half_and_every_type(saved, tmp_path):
@@ -136,6 +120,8 @@ def test_fidelity_shows_auc_below_one_half_and_every_type(saved, tmp_path):
     assert within.get_xlim()[0] < 0.3 and labels(within.get_yticklabels()) == [types[1]]
     colours = {to_hex(dots.get_facecolors()[0]) for dots in saved[0].axes[7].collections}
     assert colours == {colour.lower() for colour in palette(types).values()}
+    plots_cells.fidelity(table[:2], *tables, 0.5, types, tmp_path / "fidelity.png")
+    assert not labels(saved[1].axes[1].get_yticklabels())  # too few cells of any type
 
 
 def test_figure_1_shows_each_network_with_the_sizes_of_its_layers(saved, tmp_path):
@@ -143,11 +129,9 @@ def test_figure_1_shows_each_network_with_the_sizes_of_its_layers(saved, tmp_pat
     boxes = {"encoder": [network("x", (1234, 128, 17), "q(y|x)"), network("y", (17, 21), "p(z|y)")], "decoder": []}
     boxes |= {"deconvolution": [network("bulk", (48, 17), "proportions")], "generation": []}
     plots_paper.figure_1(boxes, tmp_path / "paper_fig1.png")
-    encoder, decoder, deconvolution, _ = saved[0].axes
-    assert labels(encoder.texts)[:2] == ["y", "p(z|y)"] and len(encoder.collections) == 2
-    shown = labels(encoder.texts)
-    assert [text for text in shown if text.replace(",", "").isdigit()] == ["17", "21", "1,234", "128", "17"]
-    assert not decoder.texts and labels(deconvolution.texts)[:4] == ["bulk", "proportions", "48", "17"]
+    encoder, decoder, deconvolution, _ = ([text for text in labels(axes.texts) if text] for axes in saved[0].axes)
+    assert encoder == ["y", "p(z|y)", "17", "21", "x", "q(y|x)", "1,234", "128", "17"]
+    assert not decoder and deconvolution == ["bulk", "proportions", "48", "17"]
 
 
 def test_figure_3_shows_each_type_once_and_all_cells(saved, tmp_path):
@@ -157,8 +141,6 @@ def test_figure_3_shows_each_type_once_and_all_cells(saved, tmp_path):
     plots_paper.figure_3(shares, 0.0667, umap, is_generated, cell_type, tmp_path / "paper_fig3.png")
     scatter, both, _, test, generated, _ = saved[0].axes
     np.testing.assert_array_equal(scatter.collections[0].get_offsets(), shares[["predicted", "true"]])
-    line = scatter.lines[0].get_xydata()
-    np.testing.assert_array_equal(line[:, 0], line[:, 1])
     assert "MAE: 0.0667" in scatter.get_title() and scatter.get_xlabel() == "predicted proportion"
     for axes, shown in ((test, umap[:12]), (generated, umap[12:]), (both, umap)):
         np.testing.assert_array_equal(np.sort(axes.collections[1].get_offsets(), axis=0), np.sort(shown, axis=0))
@@ -172,8 +154,7 @@ def test_figure_4_shows_both_sets_in_the_order_of_one_tree_with_all_names(saved,
     tree = metrics.cluster_tree(a)
     plots_paper.figure_4(a, b, list("ABCDE"), tree, 0.5, 0.75, tmp_path / "paper_fig4.png")
     order = leaves_list(tree)
-    maps = [axes for axes in saved[0].axes if axes.images]
-    for axes, matrix in zip(maps, (a, b), strict=True):
+    for axes, matrix in zip((axes for axes in saved[0].axes if axes.images), (a, b), strict=True):
         np.testing.assert_array_equal(axes.images[0].get_array(), matrix[order][:, order])
         assert axes.images[0].get_clim() == (-1, 1)
         assert labels(axes.get_xticklabels()) == labels(axes.get_yticklabels()) == ["ABCDE"[i] for i in order]
@@ -189,20 +170,22 @@ def test_comparison_shows_each_generator_and_the_reference_and_says_what_is_miss
     plots_cells.comparison(table, reference, tmp_path / "comparison.png")
     axes = dict(zip(COMPARED, saved[0].axes, strict=True))
     first, missing, membership = (axes[name] for name in ("forest AUC", "marker overlap", "membership AUC"))
-    assert labels(first.get_yticklabels()) == ["gmvae", "beta_vae"]
-    assert [bar.get_width() for bar in first.patches] == [0.6, -0.1] and first.lines[0].get_xdata()[0] == 0.5
-    assert first.get_xlim()[0] < -0.1 and labels(first.texts) == ["0.600", "-0.100"]
+    assert labels(first.get_yticklabels()) == ["gmvae", "beta_vae"] and first.lines[0].get_xdata()[0] == 0.5
+    assert [bar.get_width() for bar in first.patches] == [0.6, -0.1] and first.get_xlim()[0] < -0.1
     assert "too few cells" in missing.get_title() and labels(missing.texts) == ["", ""]
     assert labels(membership.texts) == ["0.600", "-0.100"] and np.isfinite(membership.get_xlim()).all()
 
 
-def test_type_correlation_and_composition_show_their_tables(saved, tmp_path):
+def test_heat_maps_show_their_tables(saved, tmp_path):
     table = pd.DataFrame([[0.9, -0.2, 0.1]], index=["B"], columns=TYPES)
     plots_cells.type_correlation(table, 30, tmp_path / "type_correlation.png")
-    assert labels(saved[0].axes[0].texts) == ["0.90", "-0.20", "0.10"]
-    assert "30 marker genes" in titles(saved[0])
-    plots_cells.composition(table.abs() / 1.2, tmp_path / "composition.png")
-    assert len(saved[1].axes[0].patches) == 3
+    assert labels(saved[0].axes[0].texts) == ["0.90", "-0.20", "0.10"] and "30 marker genes" in titles(saved[0])
+    markers = pd.DataFrame(np.eye(3), TYPES, ["CD19", "NKG7", "CD3D"])
+    plots_bulk.signature(markers, markers / 2, tmp_path / "signature.png")
+    single_cells, bulk = (axes for axes in saved[1].axes if axes.get_title())
+    np.testing.assert_array_equal(single_cells.images[0].get_array(), markers)
+    np.testing.assert_array_equal(bulk.images[0].get_array(), markers / 2)
+    assert labels(bulk.get_xticklabels()) == list(markers) and labels(bulk.get_yticklabels()) == TYPES
 
 
 def test_embeddings_have_a_title_with_the_number_of_cells(saved, tmp_path):
