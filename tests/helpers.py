@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,14 +49,21 @@ class Workplace:
         self.path = path
         self.data, self.models, self.fig = path / "data", path / "models", path / "fig"
 
+    def copy(self, path: Path) -> "Workplace":
+        shutil.copytree(self.path, path)
+        return Workplace(path)
+
+    def cells(self, name: str) -> ad.AnnData:
+        return ad.read_h5ad(self.data / f"{name}.h5ad")
+
+    def table(self, name: str) -> pd.DataFrame:
+        return pd.read_csv(self.data / f"{name}.csv", index_col=0, comment="#")
+
     def folders(self, stage: str) -> list[str]:
         """Options that name these folders, as far as the stage has them."""
-        folders = {
-            "--data-dir": (self.data, "012345"),
-            "--models-dir": (self.models, "345"),
-            "--fig-dir": (self.fig, "1345"),
-        }
-        return [word for name, (path, stages) in folders.items() if stage[1] in stages for word in (name, str(path))]
+        folders = {"--data-dir": "012345", "--models-dir": "345", "--fig-dir": "1345"}  # numbers of the stages
+        paths = zip(folders.items(), (self.data, self.models, self.fig))
+        return [word for (name, stages), path in paths if stage[1] in stages for word in (name, str(path))]
 
     def process(self, stage: str, *options: str, program: tuple[str, ...] = (sys.executable,)) -> str:
         """What a stage prints in a process of its own, started from another folder, as a user starts it."""
@@ -89,10 +97,8 @@ class Workplace:
         script.main()
 
 
-def simulated_cells(
-    n_cells: int = 300, n_genes: int = 60, n_types: int = 3, seed: int = 0
-) -> tuple[sp.csr_matrix, np.ndarray]:
-    """Counts of a mixture of negative binomials with one latent programme inside each type, and the cells' types."""
+def simulated_cells(n_cells: int = 300, n_genes: int = 60, n_types: int = 3, seed: int = 0) -> tuple:
+    """Counts of a mixture of negative binomials with one latent programme inside each type (CSR), and the cells' types."""
     rng = np.random.default_rng(seed)
     cell_type_idx = np.sort(rng.integers(0, n_types, n_cells))
     profiles = rng.lognormal(0, 1.5, (n_types, n_genes))
@@ -106,15 +112,13 @@ def simulated_cells(
 
 def simulated_dataset(**arguments) -> ad.AnnData:
     counts, cell_type_idx = simulated_cells(**arguments)
-    genes = [f"GENE{i}" for i in range(counts.shape[1])]
-    obs = pd.DataFrame(
-        {"cell_type": pd.Categorical([f"type {k}" for k in cell_type_idx])},
-        index=[f"cell_{i}" for i in range(len(cell_type_idx))],
-    )
-    return ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=genes))
+    types = pd.Categorical([f"type {k}" for k in cell_type_idx])
+    obs = pd.DataFrame({"cell_type": types}, index=[f"cell_{i}" for i in range(len(types))])
+    return ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=[f"GENE{i}" for i in range(counts.shape[1])]))
 
 
 def split_only(tmp_path, adata: ad.AnnData, **constants) -> Workplace:
+    """Stages 0 and 1 on these cells."""
     place = Workplace(tmp_path)
     tmp_path.mkdir(exist_ok=True)
     adata.write_h5ad(tmp_path / "source.h5ad")

@@ -1,6 +1,5 @@
 """Faults of files, disks, signals and options: each ends in one line that says what to do, and no complete file is lost."""
 
-import gzip
 import os
 import shutil
 import signal
@@ -29,8 +28,7 @@ SMALL = {
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Workplace:
     """All six stages on simulated cells, as runs of this process."""
-    place = Workplace(tmp_path_factory.mktemp("faults") / "place")
-    place.path.mkdir()
+    place = Workplace(tmp_path_factory.mktemp("faults"))
     simulated_dataset(n_cells=150).write_h5ad(place.path / "source.h5ad")
     place.run(STAGES[0], "--dataset", str(place.path / "source.h5ad"))
     for stage in STAGES[1:]:
@@ -40,8 +38,7 @@ def whole(tmp_path_factory) -> Workplace:
 
 @pytest.fixture
 def place(whole, tmp_path) -> Workplace:
-    shutil.copytree(whole.path, tmp_path / "place")
-    return Workplace(tmp_path / "place")
+    return whole.copy(tmp_path / "place")
 
 
 def contents(place: Workplace) -> dict[str, bytes]:
@@ -59,11 +56,7 @@ def refused(place: Workplace, stage: str, *options: str) -> str:
     return done.stderr
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-READ_BY = [
+READ_BY = [  # file, stage that makes it, stage that reads it
     ("data/counts.h5ad", 0, 1), ("data/train.h5ad", 1, 2), ("data/train.h5ad", 1, 3), ("data/pseudobulk_train.h5ad", 2, 4),
     ("data/test.h5ad", 1, 5), ("models/gmvae.pt", 3, 5), ("models/sctape.pt", 4, 5),
 ]  # fmt: skip
@@ -73,11 +66,13 @@ READ_BY = [
 @pytest.mark.parametrize(("file", "maker", "reader"), READ_BY)
 def test_a_file_between_the_stages_that_is_missing_or_damaged_is_named(place, file, maker, reader, damage):
     path = place.path / file
-    path.unlink() if damage == "deleted" else cut(path) if damage == "cut" else path.write_text(
-        "text" * (damage == "text")
-    )
+    content = path.read_bytes()
+    if damage == "deleted":
+        path.unlink()
+    else:
+        path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "text": b"text"}[damage])
     message = refused(place, STAGES[reader])
-    assert f"{path} is missing: run {STAGES[maker]}" in message if damage == "deleted" else str(path) in message
+    assert (f"{path} is missing: run {STAGES[maker]}" if damage == "deleted" else str(path)) in message
 
 
 class RunsCode:
@@ -85,9 +80,7 @@ class RunsCode:
         return os.system, ("touch bulk2sc_code_was_run",)
 
 
-@pytest.mark.parametrize(
-    "content", [[1, 2], {"weights": {}}, {"format": 3, "stage": STAGES[3]}, 5, RunsCode(), "sctape.pt"]
-)
+@pytest.mark.parametrize("content", [[1, 2], {"format": 3, "stage": STAGES[3]}, RunsCode(), "sctape.pt"])
 def test_a_checkpoint_of_another_kind_is_refused_and_runs_no_code(place, content):
     path = place.models / "gmvae.pt"
     shutil.copy(place.models / content, path) if isinstance(content, str) else torch.save(content, path)
@@ -96,28 +89,10 @@ def test_a_checkpoint_of_another_kind_is_refused_and_runs_no_code(place, content
     assert not (place.path / "bulk2sc_code_was_run").exists()
 
 
-def set_value(name: str, index: int, value: float):
-    def edit(file: h5py.File) -> None:
-        file[name][index] = value
-
-    return edit
-
-
-def too_few_pointers(file: h5py.File) -> None:
-    pointers = file["X/indptr"][:-3]
-    del file["X/indptr"]
-    file["X/indptr"] = pointers
-
-
-H5_EDITS = {
+H5_EDITS = {  # more of them: tests/data/test_readers.py
     "lacks obs": lambda file: file.__delitem__("obs"),
-    "lacks var": lambda file: file.__delitem__("var"),
-    "an index beyond the genes": set_value("X/indices", 3, 10_000),
-    "a negative index": set_value("X/indices", 3, -1),
-    "falling pointers": set_value("X/indptr", 5, 0),
-    "too few pointers": too_few_pointers,
-    "a count that is NaN": set_value("X/data", 0, np.nan),
-    "a negative count": set_value("X/data", 0, -1),
+    "an index beyond the genes": lambda file: file["X/indices"].__setitem__(3, 10_000),
+    "a count that is NaN": lambda file: file["X/data"].__setitem__(0, np.nan),
 }
 
 
@@ -140,36 +115,18 @@ def test_labels_that_label_no_cell(place):
     assert "cell_type" not in ad.read_h5ad(place.data / "counts.h5ad").obs
 
 
-def test_tables_of_counts_that_are_cut_or_no_text_are_refused(place, tmp_path):
-    whole = simulated_dataset(n_cells=40).to_df().astype(int).to_csv().encode()
-    packed = gzip.compress(whole)
-    cases = {
-        "cut.csv.gz": packed[: len(packed) // 2],
-        "flipped.csv.gz": packed[:400] + bytes([packed[400] ^ 8]) + packed[401:],
-        "zeros.csv": whole[:500] + b"\0" * 50 + whole[500:],
-        "utf16.csv": whole.decode().encode("utf-16"),
-    }
-    for name, content in cases.items():
-        (tmp_path / name).write_bytes(content)
-        options = ("--dataset", str(tmp_path / name), "--orientation", "cells_in_rows")
-        assert str(tmp_path / name) in refused(place, STAGES[0], *options), name
-
-
 @pytest.mark.parametrize(
     ("option", "content", "message"),
     [
         ("--cell-counts", "sample,type 0,type 1\na,3,4\nb,5\n", "2 fields"),
         ("--cell-counts", "sample,type 0,type 0\na,3,4\n", "two columns called 'type 0'"),
         ("--cell-counts", "sample,type 0\na,3\na,4\n", "two rows called a"),
-        ("--cell-counts", "", "table.csv"),
         ("--cell-counts", "sample,type 0\na,inf\n", "must hold numbers of cells"),
         ("--proportions-file", "sample,type 0,type 1\na,0.5,0.5\nb,0.5,", "must hold proportions"),
-        ("--proportions-file", "sample,type 0\na,nan\n", "must hold proportions"),
         ("--proportions-file", "", "table.csv"),
         ("--bulk-file", "gene,a,b\nGENE1,1,2\nGENE2,3\n", "2 fields"),
         ("--bulk-file", "gene,a\nGENE1,inf\n", "missing or not numbers"),
         ("--bulk-file", "gene\nGENE1\n", "table.csv"),
-        ("--bulk-file", "", "table.csv"),
     ],
 )
 def test_tables_of_a_user_that_are_damaged(place, tmp_path, option, content, message):
@@ -190,19 +147,18 @@ for limit in limits:
     except SystemExit as ended:
         print("exit", ended.code)
 """
+OUTPUTS = ["data/counts.h5ad", "data/train.h5ad", "data/pseudobulk_train.h5ad", "models/gmvae_last.pt", "models/sctape_last.pt",
+           "data/generated.h5ad"]  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(6))
-def test_a_file_that_the_disk_does_not_take_ends_in_one_line(place, number):
+@pytest.mark.parametrize(("stage", "output"), list(zip(STAGES, OUTPUTS)))
+def test_a_file_that_the_disk_does_not_take_ends_in_one_line(place, stage, output):
     """A limit of the file size is met in the same way as a full disk, and needs no disk of its own."""
-    target = place.path / ["data/counts.h5ad", "data/train.h5ad", "data/pseudobulk_train.h5ad", "models/gmvae_last.pt",
-                           "models/sctape_last.pt", "data/generated.h5ad"][number]  # fmt: skip
-    options = [str(ROOT / STAGES[number]), *place.folders(STAGES[number]), *SMALL.get(STAGES[number], [])]
-    options += ["--dataset", str(place.path / "source.h5ad")] if number == 0 else []
-    before = contents(place)
-    limits = ",".join(str(int(share * target.stat().st_size)) for share in (0.02, 0.5, 0.97))  # one run after the other
-    command = [sys.executable, "-c", LIMITED, limits, *options]
+    size, before = (place.path / output).stat().st_size, contents(place)
+    options = [*place.folders(stage), *SMALL.get(stage, ["--dataset", str(place.path / "source.h5ad")])]
+    limits = ",".join(str(int(share * size)) for share in (0.02, 0.5, 0.97))  # one run after the other
+    command = [sys.executable, "-c", LIMITED, limits, str(ROOT / stage), *options]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert done.stdout.count("exit 1\n") == 3, done.stdout
@@ -230,13 +186,13 @@ def test_a_signal_ends_training_with_a_message_and_a_checkpoint(place, monkeypat
         return real(self, *arguments, **options)
 
     monkeypatch.setattr(torch.optim.Adam, "step", step)
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    handler = signal.getsignal(number)
     shutil.rmtree(place.models)
     done = place.run(STAGES[3], *SMALL[STAGES[3]], "--epochs", "50", "--batch-size", "40", check=False)
     assert done.returncode == status and "stopped by signal" in done.stderr and "Traceback" not in done.stderr
     assert "continue with RESUME (--resume)" in done.stdout
     assert 1 <= len(torch.load(place.models / "gmvae_last.pt", weights_only=True)["history"]) <= 2
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert signal.getsignal(number) == handler
 
 
 def test_too_little_memory_is_said_in_one_line_and_errors_of_the_program_keep_their_traceback(place, monkeypatch):

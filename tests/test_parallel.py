@@ -2,20 +2,17 @@
 
 import sys
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import STAGES, Workplace, simulated_dataset
+from helpers import CPU, STAGES, Workplace, simulated_dataset
 
 from lib.data.counts import write_h5ad
 from lib.parallel import in_threads
 
 pytestmark = pytest.mark.slow
 SMALL = "--hidden 16 --n-latent 4 --batch-size 64 --epochs 4 --learning-rate 0.01 --device cpu".split()
-
-
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
@@ -23,7 +20,7 @@ def cells(path) -> Workplace:
     place = Workplace(path)
     place.data.mkdir(parents=True)
     for name, seed in (("train", 0), ("test", 1)):
-        adata = simulated_dataset(n_cells=300, n_genes=60, seed=seed)
+        adata = simulated_dataset(seed=seed)
         adata.uns |= {"dataset": "simulated", "split_id": "s"}
         write_h5ad(adata, place.data / f"{name}.h5ad")
     return place
@@ -44,16 +41,7 @@ def test_two_processes_train_the_gmvae_that_one_trains(tmp_path, options):
 
 def test_two_processes_train_sctape(tmp_path):
     one, two = cells(tmp_path / "one"), cells(tmp_path / "two")
-    options = [
-        "--epochs",
-        "6",
-        "--dropout",
-        "0",
-        "--platform-sd",
-        "0",
-        "--batch-size",
-        "50",
-    ]  # no noise of a process's own
+    options = "--epochs 6 --dropout 0 --platform-sd 0 --batch-size 50".split()  # no noise of a process's own
     for place in (one, two):
         place.run(STAGES[2], "--n-train-samples", "400", "--cells-per-sample", "200")
     one.run(STAGES[4], *options)
@@ -69,7 +57,7 @@ def test_generated_cells_do_not_depend_on_the_number_of_processes(tmp_path):
     place.run(STAGES[5], *options, "--output", "one.h5ad")
     output = place.process(STAGES[5], *options, "--output", "two.h5ad", program=TORCHRUN)
     assert output.count("stage 5 wrote") == 1
-    one, two = (ad.read_h5ad(place.data / f"{name}.h5ad") for name in ("one", "two"))
+    one, two = place.cells("one"), place.cells("two")
     assert one.shape == (1200, 60) and (one.X != two.X).nnz <= 2  # rounding may change a count
     pd.testing.assert_frame_equal(one.obs[["cell_type", "sample"]], two.obs[["cell_type", "sample"]])
     np.testing.assert_allclose(two.obs["library_size"], np.asarray(two.X.sum(axis=1)).ravel())
@@ -86,9 +74,8 @@ def test_threads_keep_the_order_and_work_only_a_little_ahead():
 
     torch.set_num_threads(2)
     try:
-        for number, (item, threads) in enumerate(
-            in_threads(lambda item: (item, torch.get_num_threads()), items(), torch.device("cpu")), start=1
-        ):
+        results = in_threads(lambda item: (item, torch.get_num_threads()), items(), CPU)
+        for number, (item, threads) in enumerate(results, start=1):
             assert item == number and threads == 1
             assert len(begun) <= number + 4  # two results per thread wait
         assert number == 100 and torch.get_num_threads() == 2

@@ -43,15 +43,14 @@ def test_commands_are_found_in_blocks_lines_and_text():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_knows_its_file_and_its_options(command, tmp_path):
+def test_a_command_knows_its_file_and_its_options(command):
     words = shlex.split(command)
     script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
     if script is None:
         assert "-m venv" in command or "-m pytest" in command
     elif words[script] in STAGES:
-        from_command_line(
-            runpy.run_path(str(ROOT / words[script])), words[script + 1 :]
-        )  # ends the process if one is unknown
+        module = runpy.run_path(str(ROOT / words[script]))
+        from_command_line(module, words[script + 1 :])  # ends the process if one is unknown
     else:
         text = (ROOT / words[script]).read_text() + (ROOT / "tests/benchmarks/shared.py").read_text()
         for option in (word for word in words[script + 1 :] if word.startswith("--")):

@@ -10,7 +10,7 @@ import pytest
 from helpers import ROOT, STAGES, Workplace, simulated_dataset
 
 import lib.run
-from lib.run import LOG, check_same_names, check_same_split, detail, folder, replacing, require, started, user_path
+from lib.run import LOG, check_same_names, check_same_split, detail, folder, replacing, started, user_path
 
 
 @pytest.fixture
@@ -29,20 +29,12 @@ def test_the_file_is_replaced_when_the_block_ends(old):
     assert old.read_text() == "new" and os.listdir(old.parent) == [old.name]
 
 
-@pytest.mark.parametrize(
-    ("error", "raised", "message"),
-    [
-        (
-            OSError(errno.ENOSPC, "No space left"),
-            OSError,
-            r"counts.h5ad could not be written \(No space left\); the old",
-        ),
-        (KeyboardInterrupt(), KeyboardInterrupt, None),
-        (ValueError("bad data"), ValueError, "^bad data$"),
-    ],
-)
-def test_an_error_keeps_the_old_file_and_leaves_nothing_behind(old, error, raised, message):
-    with pytest.raises(raised, match=message), replacing(old) as temporary:
+NO_SPACE = OSError(errno.ENOSPC, "No space left"), r"counts.h5ad could not be written \(No space left\); the old"
+
+
+@pytest.mark.parametrize(("error", "message"), [NO_SPACE, (KeyboardInterrupt(), None), (ValueError("bad"), "^bad$")])
+def test_an_error_keeps_the_old_file_and_leaves_nothing_behind(old, error, message):
+    with pytest.raises(type(error), match=message), replacing(old) as temporary:
         temporary.write_text("half of the new")
         raise error
     assert old.read_text() == "old" and os.listdir(old.parent) == [old.name]
@@ -61,10 +53,8 @@ with replacing(pathlib.Path(sys.argv[1])) as temporary:
     assert old.read_text() == "old" and len(list(old.parent.glob(".half-written-*"))) == 1
     with started("a stage", dict, old.parent):
         folder(str(old.parent))
-    assert (
-        not list(old.parent.glob(".half-written-*"))
-        and "which a run that was killed has left" in capsys.readouterr().out
-    )
+    assert not list(old.parent.glob(".half-written-*"))
+    assert "which a run that was killed has left" in capsys.readouterr().out
 
 
 def test_two_runs_in_one_folder_are_noticed(tmp_path):
@@ -87,12 +77,6 @@ with started("another stage", dict, Path(sys.argv[1])):
         assert folder(str(tmp_path)) == tmp_path
 
 
-def test_require_names_the_stage_to_run(tmp_path, old):
-    assert require(old, "_0_download_data.py") == old
-    with pytest.raises(FileNotFoundError, match=r"train.h5ad is missing: run _1_split_train_test.py first"):
-        require(tmp_path / "train.h5ad", "_1_split_train_test.py")
-
-
 def test_a_users_path_is_looked_for_in_the_shells_folder_then_in_the_project(tmp_path, monkeypatch):
     project, shell, home = (tmp_path / name for name in ("project", "shell", "home"))
     for place in (project, shell, home):
@@ -110,14 +94,13 @@ def test_a_users_path_is_looked_for_in_the_shells_folder_then_in_the_project(tmp
 
 
 def test_what_does_not_belong_together_is_named():
-    with pytest.raises(
-        ValueError, match=r"m.pt has 2 genes, d.h5ad has 2, and they differ \(unexpected: C; missing: B\); run it"
+    for names, expected, message in (
+        ("AC", "AB", r"m.pt has 2 genes, d.h5ad has 2, and they differ \(unexpected: C; missing: B\); run it"),
+        ("BA", "AB", "another order"),
+        ("ABC", "VWXYZ", r"\(unexpected: A, B, C; missing: V, W, X and 2 more\)"),
     ):
-        check_same_names(["A", "C"], "m.pt", ["A", "B"], "d.h5ad", "genes", "it")
-    with pytest.raises(ValueError, match="another order"):
-        check_same_names(["B", "A"], "m.pt", ["A", "B"], "d.h5ad", "genes", "it")
-    with pytest.raises(ValueError, match=r"\(unexpected: A, B, C; missing: V, W, X and 2 more\)"):
-        check_same_names(list("ABC"), "m.pt", list("VWXYZ"), "d.h5ad", "genes", "it")
+        with pytest.raises(ValueError, match=message):
+            check_same_names(list(names), "m.pt", list(expected), "d.h5ad", "genes", "it")
     with pytest.raises(ValueError, match="m.pt does not belong to d.h5ad: it comes from split a, expected split b"):
         check_same_split("a", "m.pt", "b", "d.h5ad", "_3_train_gmvae.py")
 
@@ -128,7 +111,7 @@ def test_what_is_printed_is_logged_and_details_are_only_in_the_log(tmp_path, cap
         detail("a table\nin two lines")
         raise ValueError("no cells")
     assert capsys.readouterr().out == "for everybody\nin two lines\n"
-    first, *lines = [line[21:] for line in (tmp_path / LOG).read_text().splitlines()]
+    first, *lines = [line[21:] for line in (tmp_path / LOG).read_text().splitlines()]  # without the time
     assert "stage.py" in first
     assert lines == ["for everybody", "in two lines", "a table", "in two lines", "ended by ValueError: no cells"]
     detail("outside of a run")

@@ -13,7 +13,6 @@ import anndata as ad
 import jinja2
 import numpy as np
 import pandas as pd
-from bokeh.core.properties import value
 from bokeh.embed import components
 from bokeh.models import BooleanFilter, CDSView, ColumnDataSource, HoverTool, Range1d
 from bokeh.plotting import figure
@@ -23,16 +22,16 @@ from bokeh.transform import factor_cmap
 from lib import options
 from lib.bulk.deconvolution import Deconvolution, scaled_reference, signature_coverage
 from lib.evaluation.plots_cells import GENERATED, REAL, label_places, palette
-from lib.report import programmes, sentences
+from lib.report import sentences
 from lib.run import ROOT, description, git, replacing
 
 TEMPLATES, GLOSSARY = Path(__file__).with_name("templates"), Path(__file__).with_name("glossary.csv")
 FOLDERS = {"DATA_DIR", "MODELS_DIR", "FIG_DIR", "OUTPUT"}  # constants that change no number
 MAX_CELLS = 10_000  # in the map, of both sets, so that the page stays small
 MAX_FILE = 700_000  # bytes of a picture or table inside the page
-STILL = "umap_by_cell_type.png"  # the map for browsers that run no scripts
-PICTURES = {  # in this order while they fit; section, caption
+PICTURES = {  # section, caption
     "proportions.png": ("bulk", "Estimated against true proportions on mixtures of test cells; on the dashed line both are equal."),
+    "umap_by_cell_type.png": ("cells", "Test cells and generated cells in one UMAP, by cell type: the map above as a picture."),
     "fidelity.png": ("cells", "AUC of all cells and of each type, library sizes, genes detected, and statistics of single genes."),
     "type_correlation.png": ("cells", "Mean expression of each generated type against each real type; the diagonal should be largest."),
     "signature.png": ("bulk", "Marker genes of the cell types in the reference, and as the platform of the bulk measures them."),
@@ -41,6 +40,14 @@ TOOLTIPS = [
     ("cell type", "@cell_type"), ("set", "@source"), ("sample", "@sample"), ("counts", "@library_size{0,0}"),
     ("genes detected", "@genes_detected{0,0}"),
 ]  # fmt: skip
+PANEL: dict[str, Any] = {
+    "sizing_mode": "stretch_width", "height": 340, "min_border": 4, "tools": "pan,wheel_zoom,box_zoom,reset",
+    "toolbar_location": "below", "background_fill_color": "#FFFFFF", "border_fill_color": "#FFFFFF", "outline_line_color": None,
+}  # fmt: skip
+NUMBER: dict[str, Any] = {
+    "text_align": "center", "text_baseline": "middle", "text_font_size": "12px", "text_font_style": "bold", "text_color": "#000000",
+    "background_fill_color": "#FFFFFF", "background_fill_alpha": 0.75,
+}  # fmt: skip
 
 
 class Results(NamedTuple):
@@ -52,17 +59,14 @@ class Results(NamedTuple):
     cells: tuple[ad.AnnData, ad.AnnData] | None  # train and test
     generated: pd.DataFrame  # samples x types: numbers of generated cells
     made_by: list[dict[str, Any]]  # `run.description` of every stage before this one, as far as it is known
-    histories: list[
-        Path
-    ]  # <name>_history.csv, losses by epoch: of the generator, then of the deconvolution's checkpoint
+    histories: list[Path]  # <name>_history.csv: losses by epoch of the generator, then of the deconvolution's network
     written: list[Path]  # files of this run, the only ones that the page shows
 
 
 def write(results: Results, path: Path) -> Path:
     """Write the page; returns its path."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )  # fmt: skip
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, lstrip_blocks=True)
+    environment.undefined = jinja2.StrictUndefined
     environment.filters |= {"percent": sentences.percent, "between": sentences.between}
     html = environment.get_template("page.html").render(contents(results))
     with replacing(path) as temporary:
@@ -83,23 +87,19 @@ def contents(results: Results) -> dict[str, Any]:
         "colours": palette(cell_types),
         "glossary": pd.read_csv(GLOSSARY).to_dict("records"),
         "sentences": sentences,
-        "programmes": programmes,
         "stages": [(made_by["stage"], *changed_constants(made_by)) for made_by in stages],
         "last": stages[-1] if stages else {"versions": {}, "commit": None},
         "bulk": None if results.deconvolution is None else bulk_section(results, results.deconvolution, files),
         "good": None if results.cells is None else cells_section(results.cells[0], cell_types, files),
         "losses": loss_curves(results),
-        "axes": programmes.axes_of(results.generator),
+        "axes": sentences.axes_of(results.generator),
         "pictures": [(*PICTURES[name], _data_uri(small[name], "image/png")) for name in PICTURES if name in small],
         "downloads": {name: _data_uri(path, "text/csv") for name, path in small.items() if path.suffix == ".csv"},
     }
 
 
 def changed_constants(made_by: dict[str, Any]) -> tuple[str, list[tuple[str, str, str, str]]]:
-    """A command with the constants of a run, and those that differ from the script at its commit: name, value, default, comment.
-
-    A constant that was set on the command line, by a preset, or by editing the script is therefore listed.
-    """
+    """A command with the constants of a run, and those that differ from the script at its commit: name, value, default, comment."""
     script, commit, words, changed = made_by["stage"], made_by.get("commit"), ["python", made_by["stage"]], []
     text = git("show", f"{commit.split()[0]}:{script}") if commit else None
     for name, (default, comment) in options.defaults(text or (ROOT / script).read_text(encoding="utf-8")).items():
@@ -123,17 +123,19 @@ def _words(constant: Any) -> list[str]:
 
 def bulk_section(results: Results, deconvolution: Deconvolution, files: dict[str, Path]) -> dict[str, Any]:
     """Proportions with intervals, their summary, and warnings. files: of this run, by name."""
-    estimate, bulk_file, coverage = deconvolution.estimate, deconvolution.bulk_file, None
-    shares, accuracy = estimate.proportions, _table(files, "mixtures.csv")
-    table = pd.DataFrame({"sample": shares.index.astype(str).repeat(shares.shape[1])})
-    table["cell_type"] = [*shares.columns] * len(shares)
-    columns = {"cells": [shares, *estimate.interval()]}
+    estimate, bulk_file, coverage, errors = deconvolution.estimate, deconvolution.bulk_file, None, None
+    shares, mixtures = estimate.proportions, _table(files, "mixtures.csv")
+    columns = dict(zip(("cells", "cells_low", "cells_high"), (shares, *estimate.interval())))
     if estimate.signature is not None:
-        columns["rna"] = [estimate.rna_proportions, *estimate.rna_interval()]
-    for name, parts in columns.items():
-        table[[name, f"{name}_low", f"{name}_high"]] = np.stack([part.to_numpy().ravel() for part in parts], axis=1)
+        columns |= zip(("rna", "rna_low", "rna_high"), (estimate.rna_proportions, *estimate.rna_interval()))
+    rows = pd.MultiIndex.from_product([shares.index.astype(str), shares.columns], names=["sample", "cell_type"])
+    table = pd.DataFrame({name: part.to_numpy().ravel() for name, part in columns.items()}, rows).reset_index()
     if bulk_file is None and results.cells is not None:
         table["true"] = list(results.cells[1].obs["cell_type"].value_counts(normalize=True)[shares.columns])
+    if mixtures is not None:
+        is_random = mixtures["mixtures of test cells"].str.startswith("dirichlet")
+        error = 100 * mixtures[is_random].set_index("deconvolution")["MAE"]
+        errors = error[[deconvolution.method, "constant: train frequencies"]].to_list()
     if "reference" in deconvolution.checkpoint:
         coverage = signature_coverage(scaled_reference(deconvolution.checkpoint), deconvolution.bulk, 0.0)
     return {
@@ -142,7 +144,7 @@ def bulk_section(results: Results, deconvolution: Deconvolution, files: dict[str
         "method": deconvolution.method,
         "n_samples": len(shares),
         "summary": sentences.bulk_summary(estimate),
-        "accuracy": "" if accuracy is None else sentences.mixture_sentence(accuracy, deconvolution.method),
+        "errors": errors,
         "advice": sentences.advice(estimate, coverage, deconvolution.content),
         "rows": table.to_dict("records"),
         "has_rna": "rna" in table,
@@ -157,29 +159,18 @@ def cells_section(train: ad.AnnData, cell_types: list[str], files: dict[str, Pat
     if metrics is None or umap is None:
         return None
     readings = sentences.metric_readings(metrics)
-    n_train = train.obs["cell_type"].value_counts().reindex(cell_types, fill_value=0)
-    verdicts = sentences.type_verdicts(metrics, n_train)
+    verdicts = sentences.type_verdicts(metrics, train.obs["cell_type"].value_counts()[cell_types])
     return {
         "summary": sentences.cells_sentence(readings, verdicts),
         "readings": readings.to_dict("records"),
         "verdicts": verdicts,
         "n_compared": int(metrics.loc[metrics["cells"] == "all", "n_cells"].iloc[0]),
         "plot": embedding_plot(umap, cell_types),
-        "still": _data_uri(files[STILL], "image/png") if STILL in files else None,
     }
 
 
 def embedding_plot(cells: pd.DataFrame, cell_types: list[str]) -> dict[str, Any]:
-    """Three linked panels of Bokeh; the page's own buttons set the filters "shown_<panel>" to hide types.
-
-    Parameters
-    ----------
-    cells
-        umap.csv: one row per cell; columns source ("test" or "generated"), cell_type, sample, library_size, genes_detected, umap_1,
-        umap_2.
-    cell_types
-        In the order of their colours.
-    """
+    """Three linked panels of Bokeh from fig/umap.csv; the page's own buttons set the filters "shown_<panel>" to hide types."""
     columns = ["source", "cell_type", "sample", "library_size", "genes_detected", "umap_1", "umap_2"]
     # in random order, so that no type is plotted on top of all others
     cells = cells[columns].sample(min(len(cells), MAX_CELLS), random_state=0)
@@ -190,63 +181,43 @@ def embedding_plot(cells: pd.DataFrame, cell_types: list[str]) -> dict[str, Any]
     x_range, y_range = (Range1d(start=float(a), end=float(b)) for a, b in zip(low - margin, high + margin))
     # the number of each type beside its median cell: types are told apart without colours
     labels = label_places(places, cells["cell_type"].to_numpy(dtype=object), cell_types)
-    numbers = [(str(i), *map(float, labels[name])) for i, name in enumerate(cell_types, start=1) if name in labels]
+    rows = [(str(i), *map(float, labels[name])) for i, name in enumerate(cell_types, start=1) if name in labels]
+    numbers = ColumnDataSource(pd.DataFrame(rows, columns=["number", "x", "y"]))
     by_type = factor_cmap("cell_type", list(palette(cell_types).values()), cell_types, nan_color="#888888")
     by_source = factor_cmap("source", [REAL, GENERATED], ["test", "generated"])
-    number_style: dict[str, Any] = {
-        "text_align": "center", "text_baseline": "middle", "text_font": value("sans-serif"), "text_font_size": "12px",
-        "text_font_style": "bold", "text_color": "#000000", "background_fill_color": "#FFFFFF", "background_fill_alpha": 0.75,
-        "padding": 1,
-    }  # fmt: skip
+    dots: dict[str, Any] = {"size": float(np.clip(160 / np.sqrt(len(cells)), 2, 7)), "line_color": None, "alpha": 0.8}
     panels: dict[str, Any] = {}
-    for name in ("test", "generated", "both"):
-        panel = figure(
-            name=name, x_range=x_range, y_range=y_range, sizing_mode="stretch_width", height=340, min_border=4,
-            tools="pan,wheel_zoom,box_zoom,reset", toolbar_location="below", background_fill_color="#FFFFFF",
-            border_fill_color="#FFFFFF", outline_line_color=None,
-        )  # fmt: skip
+    for name, colours in (("test", by_type), ("generated", by_type), ("both", by_source)):
+        panel = panels[name] = figure(name=name, x_range=x_range, y_range=y_range, **PANEL)
         panel.axis.visible, panel.grid.visible = False, False
         panel.toolbar.logo, panel.toolbar.active_drag = None, None  # a finger on the plot scrolls the page
         is_shown = [name in (one, "both") for one in cells["source"]]
-        dots = panel.scatter(
-            "umap_1", "umap_2", source=source, view=CDSView(filter=BooleanFilter(booleans=is_shown, name=f"shown_{name}")),
-            size=float(np.clip(160 / np.sqrt(len(cells)), 2, 7)), color=by_source if name == "both" else by_type,
-            line_color=None, alpha=0.8,
-        )  # fmt: skip
-        panel.add_tools(HoverTool(tooltips=TOOLTIPS, renderers=[dots]))
+        view = CDSView(filter=BooleanFilter(booleans=is_shown, name=f"shown_{name}"))
+        drawn = panel.scatter("umap_1", "umap_2", source=source, view=view, color=colours, **dots)
+        panel.add_tools(HoverTool(tooltips=TOOLTIPS, renderers=[drawn]))
         if name != "both":
-            source_of_numbers = ColumnDataSource(pd.DataFrame(numbers, columns=["number", "x", "y"]))
-            panel.text("x", "y", "number", source=source_of_numbers, **number_style)
-        panels[name] = panel
+            panel.text("x", "y", "number", source=numbers, **NUMBER)
     script, divs = components(panels, wrap_script=False)
-    n_cells = cells["source"].value_counts().reindex(["test", "generated"], fill_value=0)
     library = "\n".join(Resources(mode="inline", components=["bokeh"]).js_raw)
-    return {"library": library, "script": script, "panels": divs, "n_cells": n_cells}
+    return {"library": library, "script": script, "panels": divs, "n_cells": cells["source"].value_counts()}
 
 
 def loss_curves(results: Results) -> list[dict[str, Any]]:
-    """Losses by epoch of the models in use, as lines of an SVG of 320 x 160, and the epoch whose weights are used.
-
-    The y axis ends at the 98th percentile, so that the first epochs do not fill it.
-    """
+    """Losses by epoch of the models, as lines of an SVG of 320 x 160, and the epoch whose weights are used."""
     checkpoints = [results.generator] + ([results.deconvolution.checkpoint] if results.deconvolution else [])
     curves = []
     for path, checkpoint in zip(results.histories, checkpoints):
         if path.exists():
             history = pd.read_csv(path).rename(columns={"train_loss": "train", "held_out_loss": "held-out"})
             loss = history.filter(["train", "held-out"])
-            low, high = loss.min(axis=None), np.quantile(loss, 0.98)
+            low, high = loss.min(axis=None), np.quantile(loss, 0.98)  # the first epochs do not fill the y axis
             x = np.linspace(0, 320, len(loss))
             y = 160 * (high - loss.clip(low, high)) / max(high - low, 1e-12)
             criterion = history.get("held_out_stopping_criterion", history.get("held-out"))
             curves.append({
                 "name": path.name.removesuffix("_history.csv"),
                 "lines": {name: " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y[name])) for name in loss},
-                "low": low,
-                "high": high,
-                "last": loss.iloc[-1],
-                "n_epochs": len(loss),
-                "used": checkpoint["epoch"],
+                "low": low, "high": high, "last": loss.iloc[-1], "n_epochs": len(loss), "used": checkpoint["epoch"],
                 "best": None if criterion is None else int(criterion.argmin()) + 1,
             })  # fmt: skip
     return curves

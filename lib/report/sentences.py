@@ -1,4 +1,4 @@
-"""Numbers of the evaluation and of the deconvolution in words. Every threshold stands at the top, and the page states it.
+"""Cells, proportions and axes of variation in words. Every threshold stands at the top, and the page states it.
 
 A verdict compares generated cells with test cells, and real train cells with the same test cells: what real cells do not reach, no
 generator is asked to reach.
@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy.stats import false_discovery_control, hypergeom
 
 from lib.bulk.deconvolution import FAR_ABOVE, MIN_R, Estimate
 from lib.bulk.rna_content import KINDS, UNKNOWN_LOG_SD, kind_of
 
-METRICS = Path(__file__).with_name("metrics.csv")  # titles and sentences of the metrics in fig/metrics.csv
-ADVICE = Path(__file__).with_name("advice.csv")  # sentences of the warnings about a bulk
+FOLDER = Path(__file__).parent  # of metrics.csv, advice.csv (warnings about a bulk), programmes.csv (of genes)
 
 # Generated cells
 MIN_TRAIN_CELLS = 30  # of a type, for a verdict: the paper drops smaller clusters
@@ -35,8 +35,14 @@ FEW_SHARED = 0.8  # share of the reference's signature genes below which the bul
 ABSENT = 0.001  # largest share of a type that is called absent (ours)
 WIDE = 0.5  # standard deviation relative to the share, from which an estimate is called uncertain (ours)
 COMMON = 0.05  # mean share from which an uncertain type is worth a warning (ours)
-CONSTANT = "constant: train frequencies"  # row of mixtures.csv: one guess for all mixtures
 N_HINT = 2  # unexplained genes that are markers of a kind of cell, for a hint (ours)
+
+# Axes of variation
+MIN_SHARE = 2e-5  # of all RNA, mean over cells: less expressed genes do not name an axis (ours)
+N_TOP = 40  # genes of each end of an axis that are compared with the programmes (ours)
+MIN_RELATIVE = 0.15  # loading of such a gene, relative to the largest of the axis (ours)
+MIN_GENES, MAX_FDR = 3, 1e-3  # of a programme among these genes; false discovery rate of the names (ours)
+N_SHOWN = 8  # genes of each end on the page
 
 
 def percent(share: float, digits: int = 0) -> str:
@@ -77,11 +83,10 @@ def level(generated: float, real: float, best: float, worst: float) -> str:
 def metric_readings(metrics: pd.DataFrame) -> pd.DataFrame:
     """The metrics over all cells in words: columns title, generated, real, sentence, level. metrics: fig/metrics.csv."""
     values = metrics[metrics["cells"] == "all"].set_index("figure")[["generated", "real"]].dropna(subset="generated")
-    table = pd.read_csv(METRICS).join(values, on="figure", how="inner")
+    table = pd.read_csv(FOLDER / "metrics.csv").join(values, on="figure", how="inner")
     table["level"] = [level(row.generated, row.real, row.best, row.worst) for row in table.itertuples()]
     for name in ("generated", "real"):
-        shares = table["is_share"]
-        table[name] = [percent(x) if is_share else f"{x:.3g}" for x, is_share in zip(table[name], shares)]
+        table[name] = table[name].map(percent).where(table["is_share"], table[name].map("{:.3g}".format))
     table["sentence"] = [row.sentence.format(generated=row.generated, real=row.real) for row in table.itertuples()]
     return table
 
@@ -143,19 +148,17 @@ def verdict(cell_type: str, generated: float, real: float, n_train: int, n_cells
 
 def cells_sentence(readings: pd.DataFrame, verdicts: list[Verdict]) -> str:
     """The answer to "are the generated cells good?" in a few sentences."""
-    names = {key: [one.cell_type for one in verdicts if one.level == key] for key in LEVELS}
-    good, small, large, unknown = names["good"], names["small"], names["clear"] + names["bad"], names["unknown"]
-    n_good, n_small, n_large = (
-        (readings["level"].isin(keys)).sum() for keys in (["good"], ["small"], ["clear", "bad"])
-    )
-    n_judged, n_metrics = len(verdicts) - len(unknown), n_good + n_small + n_large
+    types = {key: [one.cell_type for one in verdicts if one.level == key] for key in LEVELS}
+    unknown, differ = types["unknown"], types["clear"] + types["bad"]
+    n_judged, n = len(verdicts) - len(unknown), readings["level"].value_counts().reindex(LEVELS, fill_value=0)
+    n_metrics = n.drop("unknown").sum()
     parts = {
-        f"Generated cells cannot be told from real cells in {len(good)} of {n_judged} types that could be judged.": n_judged,
-        f"They differ a little in {joined(small)}.": small,
-        f"They differ clearly in {joined(large)}.": large,
+        f"Generated cells cannot be told from real cells in {len(types['good'])} of {n_judged} types that could be judged.": n_judged,
+        f"They differ a little in {joined(types['small'])}.": types["small"],
+        f"They differ clearly in {joined(differ)}.": differ,
         f"{len(unknown)} of {len(verdicts)} types could not be judged: {joined(unknown)}.": unknown,
-        f"Over all cells, {n_good} of {n_metrics} metrics are as good as those of real cells, {n_small} slightly worse, "
-        f"{n_large} clearly or much worse.": n_metrics,
+        f"Over all cells, {n['good']} of {n_metrics} metrics are as good as those of real cells, {n['small']} slightly worse, "
+        f"{n['clear'] + n['bad']} clearly or much worse.": n_metrics,
     }
     return " ".join(text for text, applies in parts.items() if applies)
 
@@ -179,24 +182,19 @@ def bulk_summary(estimate: Estimate) -> str:
 
 
 def advice(estimate: Estimate, coverage: float | None, content: pd.DataFrame | None) -> list[Any]:
-    """Everything that a reader must know before using the proportions, the most serious first: rows of `ADVICE`.
+    """Everything that a reader must know before using the proportions, the most serious first: rows of advice.csv.
 
-    Parameters
-    ----------
-    coverage
-        Share of the signature genes of the reference that the bulk has; None: not known.
-    content
-        Table of `rna_content.rna_per_cell`; None if the shares of RNA were not turned into shares of cells by it.
+    coverage: share of the signature genes of the reference that the bulk has, None if not known; content: table of
+    `rna_content.rna_per_cell`, None if the shares of RNA were not turned into shares of cells by it.
     """
     columns = ["is_unlike_reference", "reference_r", "unexplained_genes"]  # NaN where the method does not give them
     samples, mean = estimate.samples.reindex(columns=columns), estimate.proportions.mean()
     unlike = samples[samples["is_unlike_reference"].eq(True)]
-    r = unlike["reference_r"]
     n_samples = samples["unexplained_genes"].explode().value_counts()
     genes = list(n_samples.index[n_samples >= len(samples) / 2])
     present = {kind_of(str(name)) for name in mean.index}
-    markers = {name: set(kind.markers) for name, kind in KINDS.items() if name not in present}
-    missing = [name for name in markers if len(markers[name].intersection(genes)) >= N_HINT]
+    n_markers = {name: len(set(kind.markers).intersection(genes)) for name, kind in KINDS.items()}
+    missing = [name for name, n in n_markers.items() if n >= N_HINT and name not in present]
     which = {  # names that a case applies to; none: the case does not apply
         "unlike the reference": list(unlike.index.astype(str)),
         "few shared genes": [percent(coverage)] if coverage is not None and coverage < FEW_SHARED else [],
@@ -207,9 +205,10 @@ def advice(estimate: Estimate, coverage: float | None, content: pd.DataFrame | N
         "uncertain": list(mean.index[(mean >= COMMON) & (estimate.spread.mean() >= WIDE * mean)]),
         "absent": list(mean.index[estimate.proportions.max() <= ABSENT]),
     }
+    r = unlike["reference_r"]
     values = {"MIN_R": MIN_R, "FAR_ABOVE": FAR_ABOVE, "missing": joined(missing), "n_samples": len(samples)}
     values |= {"n_unlike": len(unlike), "lowest_r": r.min(), "highest_r": r.max()}
-    rows = [row for row in pd.read_csv(ADVICE).itertuples() if which[row.case]]
+    rows = [row for row in pd.read_csv(FOLDER / "advice.csv").itertuples() if which[row.case]]
     return [row._replace(what=row.what.format(which=joined(which[row.case]), **values)) for row in rows]
 
 
@@ -219,12 +218,72 @@ def merged_types(merged: pd.DataFrame) -> list[str]:
     return [f"{' from '.join(row.Index)} (sum {percent(row.proportion)}, {between(row.low, row.high)})" for row in rows]
 
 
-def mixture_sentence(accuracy: pd.DataFrame, method: str) -> str:
-    """How exact the method is on mixtures of test cells. accuracy: fig/mixtures.csv."""
-    is_random = accuracy["mixtures of test cells"].str.startswith("dirichlet")
-    error = 100 * accuracy[is_random].set_index("deconvolution")["MAE"]
-    return (
-        f"On mixtures of test cells with known, random proportions, an estimated share is off by {error[method]:.1f} percentage points on "
-        f"average; the proportions of the train cells, as a guess for all mixtures, are off by {error[CONSTANT]:.1f} percentage points. A "
-        "real bulk was measured with another technology, so expect larger errors there."
-    )
+# --- axes of variation
+
+
+class End(NamedTuple):
+    """One end of an axis."""
+
+    programme: str | None  # None: no known gene programme fits
+    source: str  # of the programme
+    genes: list[str]  # those of the programme first, then the largest loadings
+
+
+def axes_of(checkpoint: dict[str, Any]) -> list[tuple[int, list[End]]]:
+    """Number and ends of every axis of a GMVAE, the strongest first; none for other models. checkpoint: models/gmvae.pt.
+
+    The end with the larger loadings comes first, and an end without clear genes is left out.
+    """
+    weights = checkpoint["weights"]
+    if "log_profiles" not in weights:
+        return []
+    loadings = weights["p_x_zyl_log_mean.weight"].double().numpy()
+    share = (weights["type_frequency"].double() @ weights["log_profiles"].double().softmax(dim=1)).numpy()
+    is_expressed = share >= MIN_SHARE
+    loadings, share = loadings[is_expressed], share[is_expressed] / share[is_expressed].sum()
+    # the end with the larger loadings becomes the positive one
+    loadings *= np.where(loadings.max(axis=0) >= -loadings.min(axis=0), 1, -1)
+    strength = np.sqrt(share @ loadings**2)  # of the log fold changes per unit of z, root mean square over the RNA
+    axes = [int(j) for j in np.argsort(-strength, kind="stable") if strength[j] > 0]
+    if not axes:
+        return []
+    tops = [top_genes(side) for j in axes for side in (loadings[:, j], -loadings[:, j])]
+    ends = named_ends(tops, np.array(checkpoint["gene_names"])[is_expressed])
+    return [(j + 1, [end for end in pair if end.genes]) for j, pair in zip(axes, zip(ends[::2], ends[1::2]))]
+
+
+def top_genes(loadings: np.ndarray) -> np.ndarray:
+    """Indices of the genes with the largest positive loadings, at most `N_TOP`."""
+    top = np.argsort(-loadings, kind="stable")[:N_TOP]
+    return top[loadings[top] >= MIN_RELATIVE * np.abs(loadings).max()]
+
+
+def named_ends(tops: list[np.ndarray], gene_names: np.ndarray) -> list[End]:
+    """The programme, if any, that has more of the genes of each end than chance explains.
+
+    Chance: as many genes selected at random from all, P(at least so many of the programme) (hypergeometric), corrected for all
+    programmes and all ends together (Benjamini and Hochberg 1995). tops: indices into `gene_names`, largest loadings first.
+    """
+    table, names = pd.read_csv(FOLDER / "programmes.csv"), pd.Series(gene_names)
+    patterns = table["genes"].str.replace(" ", "|")  # regular expressions for whole names in capitals
+    is_member = np.array([names.str.upper().str.fullmatch(pattern) for pattern in patterns])  # programmes x genes
+    n_hits = np.array([is_member[:, top].sum(axis=1) for top in tops])  # ends x programmes
+    n_top = np.array([[len(top)] for top in tops])
+    p = hypergeom.sf(n_hits - 1, len(names), is_member.sum(axis=1), n_top)
+    fdr = false_discovery_control(p.ravel()).reshape(p.shape)
+    p[(n_hits < MIN_GENES) | (fdr > MAX_FDR)] = np.inf
+    ends = []
+    for top, best, lowest in zip(tops, p.argmin(axis=1), p.min(axis=1)):
+        programme, source = table.loc[best, ["programme", "source"]] if lowest < np.inf else (None, "")
+        genes = top if programme is None else top[np.argsort(~is_member[best, top], kind="stable")]
+        ends.append(End(programme, source, list(names[genes[:N_SHOWN]])))
+    return ends
+
+
+def axis_sentence(ends: list[End]) -> str:
+    """Such as "interferon response (ISG15, IFI6, ...), opposite RPL3, RPS2, ..."."""
+    if not ends:
+        return "no gene stands out"
+    lists = [(end.programme, ", ".join(end.genes)) for end in ends]
+    words = [genes if programme is None else f"{programme} ({genes})" for programme, genes in lists]
+    return "no known programme; " * all(end.programme is None for end in ends) + ", opposite ".join(words)
