@@ -22,7 +22,7 @@ from lib.baselines import registry
 from lib.data.batches import CellDataset
 from lib.data.counts import hold_out, n_entries, read_counts
 from lib.evaluation.plots_cells import loss_curves
-from lib.models.conditions import condition_column, read_conditions
+from lib.models.conditions import condition_column
 from lib.models.gmvae import GMVAE
 from lib.models.profiles import GeneMarginals, find_outliers, gene_marginals, nb_baseline, nb_per_type_log_likelihood
 from lib.models.sampling import fit_prior
@@ -89,8 +89,7 @@ def main() -> None:
     if CONDITION is not None:
         if GENERATOR != "gmvae" or PRIOR != "posterior":
             raise ValueError(
-                f"CONDITION is {CONDITION!r}, but GENERATOR is {GENERATOR} and PRIOR is {PRIOR}; expected gmvae and posterior: "
-                "set CONDITION to none"
+                f"CONDITION is {CONDITION!r}, GENERATOR {GENERATOR}, PRIOR {PRIOR}; expected gmvae and posterior, or CONDITION none"
             )
         condition = condition_column(adata.obs, CONDITION, MIN_CONDITION_CELLS)
         about["conditions"] = {"column": CONDITION, "values": list(condition.categories)}
@@ -110,9 +109,7 @@ def set_generator() -> tuple[dict[str, Any], dict[str, Any]]:
         options.apply_preset(globals(), {"GENERATOR": ("gmvae", "paper_gmvae")})
     settings, arguments = dict[str, Any](), dict[str, Any]()
     if GENERATOR == "gmvae" and GENERATOR_SETTINGS:
-        raise ValueError(
-            f"GENERATOR_SETTINGS is {GENERATOR_SETTINGS}, but gmvae has constants of its own; set these instead"
-        )
+        raise ValueError(f"GENERATOR_SETTINGS is {GENERATOR_SETTINGS}, but gmvae has constants of its own: set these")
     if GENERATOR != "gmvae":
         settings, arguments = registry.parse_settings(GENERATOR, GENERATOR_SETTINGS)
         published = {
@@ -165,35 +162,38 @@ def train_generator(
     train: CellDataset, held_out: CellDataset | None, about: dict[str, Any], arguments: dict[str, Any], models: Path,
     condition_idx: np.ndarray | None,
 ) -> Trainer:  # fmt: skip
-    """Train a generator with early stopping, then fit what its new cells are sampled from.
-
-    arguments: of the model of another generator; condition_idx: CONDITION of each cell of data/train.h5ad, or None.
+    """Train a generator with early stopping, then fit what its new cells are sampled from. arguments: of another generator's model;
+    condition_idx: CONDITION of each cell of data/train.h5ad, or None.
     """
     torch.manual_seed(SEED)
-    settings, generator = about["settings"], torch.Generator(train.device).manual_seed(SEED)
+    settings, n_cell_types = about["settings"], len(about["cell_types"])
+    generator = torch.Generator(train.device).manual_seed(SEED)
     model: Any
-    if GENERATOR == "gmvae":
-        outliers = find_outliers(train, len(about["cell_types"]), SEED)
-        assert held_out is not None
-        train, held_out = train.corrected(outliers.replace), held_out.corrected(outliers.replace)
-        print(f"outlier counts: up to {outliers.rate.max() * 1e4:.1f} of 10,000 counted molecules; replaced")
-        model = make_model(train, gene_marginals(train, len(about["cell_types"]))).to(train.device)
-        for name in ("group", "rate", "sizes"):
-            getattr(model, f"outlier_{name}").copy_(torch.from_numpy(getattr(outliers, name)))
-        optimizer: torch.optim.Optimizer = torch.optim.Adam(parameter_groups(model), lr=LEARNING_RATE, fused=True)
-    else:
-        model = registry.make(GENERATOR, train.n_genes, len(about["cell_types"]), arguments)
-        model.initialise(train)
-        optimizer = registry.make_optimizer(model.to(train.device), settings)
-    print(f"{GENERATOR}: {sum(p.numel() for p in model.parameters()):,} parameters")
 
     def gmvae_batches(epoch: int) -> Iterable[Minibatch]:
         return cell_batches(train, model, BATCH_SIZE, generator)
 
+    def gmvae_held_out() -> Iterable[Minibatch]:
+        return cell_batches(held_out, model, 2 * BATCH_SIZE, torch.Generator(train.device).manual_seed(SEED))
+
     batches: Callable[[int], Iterable[Minibatch]] = gmvae_batches
-    if GENERATOR != "gmvae":
+    validation: Callable[[], Iterable[Minibatch]] | None = gmvae_held_out
+    if GENERATOR == "gmvae":
+        assert held_out is not None  # `split_train`
+        outliers = find_outliers(train, n_cell_types, SEED)
+        train, held_out = train.corrected(outliers.replace), held_out.corrected(outliers.replace)
+        print(f"outlier counts: up to {outliers.rate.max() * 1e4:.1f} of 10,000 counted molecules; replaced")
+        model = make_model(train, gene_marginals(train, n_cell_types)).to(train.device)
+        for name in ("group", "rate", "sizes"):
+            getattr(model, f"outlier_{name}").copy_(torch.from_numpy(getattr(outliers, name)))
+        optimizer: torch.optim.Optimizer = torch.optim.Adam(parameter_groups(model), lr=LEARNING_RATE, fused=True)
+    else:
+        model = registry.make(GENERATOR, train.n_genes, n_cell_types, arguments)
+        model.initialise(train)
+        optimizer = registry.make_optimizer(model.to(train.device), settings)
         batches = registry.train_batches(train, model, optimizer, settings, generator)
-    validation = None if held_out is None else registry.held_out_batches(held_out, model, settings, SEED)
+        validation = None if held_out is None else registry.held_out_batches(held_out, model, settings, SEED)
+    print(f"{GENERATOR}: {sum(p.numel() for p in model.parameters()):,} parameters")
     # while the weight of the KL rises, the held-out loss at full weight need not improve
     patience = None if PATIENCE is None else PATIENCE + settings.get("kl_warmup_epochs", 0)
     trainer = Trainer(GENERATOR, model, optimizer, generator, about | {"arguments": model.arguments}, models)
@@ -214,18 +214,14 @@ def finish(
     if GENERATOR != "gmvae":
         model.fit_prior(train, SEED)
     elif PRIOR == "posterior":
-        conditions = None
-        if condition_idx is not None:
-            conditions = read_conditions(condition_idx, train, held_out, model.n_cell_types)
-        fit_prior(model, train, held_out, SEED, conditions)
+        fit_prior(model, train, held_out, SEED, condition_idx)
     trainer.save_best(prior=model.prior)
     if GENERATOR == "gmvae" and held_out is not None:
         rows = np.sort(np.random.default_rng(SEED).permutation(len(held_out))[:MAX_LIKELIHOOD_CELLS])
         cells, baseline = held_out.subset(rows), nb_baseline(train, model.n_cell_types)
         ours, theirs = model.log_likelihood(cells).mean(), nb_per_type_log_likelihood(baseline, cells).mean()
-        print(
-            f"held-out log-likelihood, nats per cell: GMVAE {ours:.1f}; one negative binomial per gene and type {theirs:.1f}"
-        )
+        print(f"held-out log-likelihood, nats per cell: GMVAE {ours:.1f}; ", end="")
+        print(f"one negative binomial per gene and type {theirs:.1f}")
 
 
 def make_model(train: CellDataset, marginals: GeneMarginals) -> GMVAE:
@@ -240,10 +236,9 @@ def make_model(train: CellDataset, marginals: GeneMarginals) -> GMVAE:
 
 def parameter_groups(model: GMVAE) -> list[dict]:
     """theta and the loading ratios have their own learning rate."""
-    names = [name for name, _ in model.named_parameters()]
-    own = [name for name in names if name.startswith(("log_theta", "log_loading"))]
-    others = [model.get_parameter(name) for name in names if name not in own]
-    return [{"params": others}, {"params": list(map(model.get_parameter, own)), "lr": DISPERSION_LEARNING_RATE}]
+    parameters = dict(model.named_parameters())
+    own = [parameters.pop(name) for name in list(parameters) if name.startswith(("log_theta", "log_loading"))]
+    return [{"params": list(parameters.values())}, {"params": own, "lr": DISPERSION_LEARNING_RATE}]
 
 
 if __name__ == "__main__":

@@ -1,17 +1,13 @@
 """How the cells of one condition, such as a donor or a batch, differ from the other cells of their type.
 
-The GMVAE is trained on the cells of all conditions together. After training, each condition c gets a shift of z and log library
-size, s(c,y), and a log ratio of mean counts per gene, r(c,y), and its cells are sampled from
+The GMVAE is trained on all conditions together. After training, each condition c gets a shift of z and log library size, s(c,y), and
+a log ratio of mean counts per gene, r(c,y), and its cells are sampled from
 
     z, log l = sample for y + s(c,y);        p(x|z,y,l) with logits + r(c,y).
 
-Both are sums of an effect of the condition on all types and one on each type alone, each shrunk by empirical Bayes: shifts
-towards 0, by the variance between the conditions that cells of the same condition do not explain; ratios towards 1 as in
-`lib.models.profiles.posterior_ratio`. A condition with few cells of a type so borrows from its other types, and where these
-are few as well, from the other conditions.
-
-A condition that the train cells lack is sampled from a normal distribution between the known ones (`add_new`). Its covariance is that of
-the estimated effects, plus the posterior variance of each, which shrunk estimates lack.
+Both are sums of an effect on all types and one on each type, shrunk by empirical Bayes: a condition with few cells of a type borrows from
+its other types, and where these are few as well, from the other conditions. A condition that the train cells lack is sampled from a
+normal distribution (`add_new`): its covariance is that of the estimated effects, plus their posterior variance, which these lack.
 """
 
 from typing import Any, NamedTuple
@@ -26,20 +22,17 @@ from lib.models.profiles import counts_per_type, posterior_ratio, type_means
 
 
 class Conditions(NamedTuple):
-    """The conditions of the train cells."""
-
-    idx: np.ndarray  # (n_cells,) condition of each cell that is trained on
     counts: np.ndarray  # (n_conditions, n_cell_types, n_genes) sums over all train cells, with those held out
     n_cells: np.ndarray  # (n_conditions, n_cell_types) their numbers
 
     def frequency(self) -> torch.Tensor:
-        """Share of each condition in each type's cells, conditions x types; in all cells for a type without cells."""
+        """Share of each condition in the cells of each type, or in all cells where a type has none: conditions x types."""
         n_cells = np.where(self.n_cells.any(axis=0), self.n_cells, self.n_cells.sum(axis=1, keepdims=True))
         return torch.from_numpy(n_cells / n_cells.sum(axis=0)).float()
 
 
 def condition_column(obs: pd.DataFrame, column: str, min_cells: int) -> pd.Categorical:
-    """The conditions of the train cells, from a column of `obs`: refused without `min_cells` cells of each, on average."""
+    """The conditions of the train cells, a column of `obs`; ValueError unless it has `min_cells` cells of each on average."""
     usable = [name for name in obs if name not in ("cell_type", "sample", "library_size")]
     if column not in usable:
         raise ValueError(
@@ -66,7 +59,7 @@ def read_conditions(
         groups[dataset.cell_type_idx < 0] = -1
         counts += counts_per_type(dataset, n_cells.size, groups).reshape(counts.shape)
         n_cells += np.bincount(groups[groups >= 0], minlength=n_cells.size).reshape(shape)
-    return Conditions(condition_idx[train.cells], counts, n_cells)
+    return Conditions(counts, n_cells)
 
 
 class Effects(NamedTuple):
@@ -80,26 +73,22 @@ class Effects(NamedTuple):
         return {name: torch.from_numpy(self.mean).float(), f"{name}_variance": torch.from_numpy(self.variance).float()}
 
 
-def fit_shift(points: np.ndarray, cell_type_idx: np.ndarray, conditions: Conditions) -> Effects:
-    """Estimate s(c,y): shift of z and log library size from the mean of the type's cells.
-
-    points: cells x dimensions, z and, as the last column, log library size of each train cell; cell_type_idx: (n_cells,).
-    """
-    n_conditions, n_cell_types = conditions.n_cells.shape
-    deviations = points - type_means(points, cell_type_idx, n_cell_types)[cell_type_idx]
-    on_all, variance_on_all = shrunken_means(deviations, conditions.idx, n_conditions)
-    groups = conditions.idx * n_cell_types + cell_type_idx
-    on_type, variance = shrunken_means(deviations - on_all[conditions.idx], groups, n_conditions * n_cell_types)
+def fit_shift(
+    points: np.ndarray, types: np.ndarray, condition_idx: np.ndarray, n_conditions: int, n_cell_types: int
+) -> Effects:
+    """Estimate s(c,y): shift from the mean of the type's cells. points: cells x dimensions, z and, as the last column, log library size."""
+    deviations = points - type_means(points, types, n_cell_types)[types]
+    on_all, variance_on_all = shrunken_means(deviations, condition_idx, n_conditions)
+    groups = condition_idx * n_cell_types + types
+    on_type, variance = shrunken_means(deviations - on_all[condition_idx], groups, n_conditions * n_cell_types)
     return _combined(on_all, variance_on_all, on_type, variance)
 
 
 def shrunken_means(x: np.ndarray, groups: np.ndarray, n_groups: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of each group, shrunk towards 0: mean x between / (between + within / n).
+    """Mean of each group, shrunk towards 0: mean x between / (between + within / n); its posterior variance; each groups x dimensions.
 
-    `between` is the variance of the groups' true means and `within` the variance of cells in a group, by the moments of the
-    one-way analysis of variance (Searle, Casella and McCulloch, "Variance Components", 1992, ch. 3).
-
-    x: cells x dimensions, with mean 0; groups: (n_cells,). Returns shrunken means and their posterior variances, groups x dimensions.
+    `between` is the variance of the groups' true means and `within` that of cells in a group, by the moments of the one-way analysis of
+    variance (Searle, Casella and McCulloch, "Variance Components", 1992, ch. 3). x: cells x dimensions, with mean 0; groups: (n_cells,).
     """
     n = np.bincount(groups, minlength=n_groups)
     mean = np.zeros((n_groups, x.shape[1]))
@@ -116,9 +105,8 @@ def shrunken_means(x: np.ndarray, groups: np.ndarray, n_groups: int) -> tuple[np
 def fit_log_ratio(conditions: Conditions, profiles: np.ndarray, theta: np.ndarray) -> Effects:
     """Estimate r(c,y): log ratio of the mean counts of a condition's cells to those that the model expects.
 
-    profiles: conditions x types x genes, mean expression of new cells with shift s(c,y), as fractions of their counts; theta:
-    (n_genes,) or types x genes, inverse dispersion within the types. As in `lib.models.profiles.type_profiles`, counts are
-    divided by the ratio of variance to mean, so that one outlier cell cannot make a ratio.
+    profiles: conditions x types x genes, mean expression of new cells with shift s(c,y), as fractions of their counts; theta: (n_genes,)
+    or types x genes. Counts are divided by the ratio of variance to mean, as in `lib.models.profiles.type_profiles`.
     """
     counts, n_cells = conditions.counts, conditions.n_cells[:, :, None]
     expected = profiles * counts.sum(axis=2, keepdims=True)
@@ -126,13 +114,10 @@ def fit_log_ratio(conditions: Conditions, profiles: np.ndarray, theta: np.ndarra
     observed, expected = counts / overdispersion, expected / overdispersion + 1e-9
     on_all, variance_on_all = posterior_ratio(observed.sum(axis=1), expected.sum(axis=1))
     expected = expected * on_all[:, None]
-    rows = (-1, observed.shape[2])
-    on_type, variance = posterior_ratio(observed.reshape(rows), expected.reshape(rows))
-    of_log_on_all, of_log = (
-        np.log1p(variance_on_all / on_all**2),
-        np.log1p(variance / on_type**2),
-    )  # as of log-normal ratios
-    return _combined(np.log(on_all), of_log_on_all, np.log(on_type), of_log)
+    on_type, variance = posterior_ratio(*(x.reshape(-1, x.shape[2]) for x in (observed, expected)))
+    # variances of the logs, as of log-normal ratios
+    variance_on_all, variance = np.log1p(variance_on_all / on_all**2), np.log1p(variance / on_type**2)
+    return _combined(np.log(on_all), variance_on_all, np.log(on_type), variance)
 
 
 def _combined(on_all: np.ndarray, variance_on_all: np.ndarray, on_type: np.ndarray, variance: np.ndarray) -> Effects:
@@ -150,9 +135,8 @@ def assign(prior: Prior, cell_type_idx: np.ndarray, seed: int) -> np.ndarray:
 
 
 def choose(model: Any, values: list[str], wanted: str | None, cell_type_idx: np.ndarray, seed: int) -> pd.Categorical:
-    """The condition of each new cell: the wanted one, "new" for one that the train cells lack, None for random ones (`assign`).
-
-    A new condition is added to `model.prior`. ValueError for a condition that the model does not know.
+    """The condition of each new cell: the wanted one; "new" for one that the train cells lack, which is added to `model.prior`; None for
+    random ones (`assign`). ValueError for a condition that the model does not know.
     """
     if wanted not in (None, "new", *values):
         raise ValueError(f"GENERATE_CONDITION is {wanted!r}; expected {', '.join(values)}, new or none")

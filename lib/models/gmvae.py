@@ -1,25 +1,14 @@
-"""The Gaussian-mixture VAE (after bulk2sc_GMVAE, fig. 1): its layers, its densities, the bound that trains them, the likelihood of cells.
-
-One cell has a type y, a library size l and counts x. Generative model:
+"""The Gaussian-mixture VAE (after bulk2sc_GMVAE, fig. 1) of a cell with type y, library size l and counts x without outliers.
 
     p(y)          Categorical(frequency of the types)
     p(z|y)        Normal(mean(y), variance(y))
     p(l|z,y)      log l ~ Normal(mean(z), scale(y)^2)
     p(x|z,y,l)    NB or ZINB, mean l softmax(log(ELU(a(y) f(z)) + 1) + log profile(y)), inverse dispersion theta(y)
-
-Inference model:
-
     q(y|x)        Categorical, a network with one hidden layer; only where train cells lack labels
     q(z|x,y)      Normal(mean(x,y,l), variance(y,l)); mean and log-variance are linear
 
-Counts are those without outliers, which new cells get back (`lib.models.profiles`).
-
-f is linear and each type has its own mean profile, so that z describes how cells of one type differ. Training starts on the axes of
-that variation (`lib.models.start`); the loading ratio a(y), near 1, is how strongly a gene follows z in a type. ELU + 1, as in the
-paper, is exponential where a gene falls, and linear where it rises, so that upper tails are not heavier than real ones.
-
-A labelled cell is trained on the bound of its own type. A cell without a label is trained on the sum over all types, weighted
-by q(y|x) (Kingma et al. 2014, "Semi-supervised learning with deep generative models", eqs. 6-7), which is K times the work.
+f is linear; the loading ratio a(y), near 1, is how strongly a gene follows z in a type. The README of this folder has the reasons. A cell
+without a label is trained on the sum over all types, weighted by q(y|x) (Kingma et al. 2014, arXiv:1406.5298, eqs. 6-7): K times the work.
 """
 
 import math
@@ -28,17 +17,17 @@ from itertools import pairwise
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from lib.data.batches import Batch, CellDataset, transposed
-from lib.models.likelihoods import Likelihood, gaussian_kl, gaussian_log_prob, importance_sample
+from lib.models.likelihoods import Densities, Likelihood, gaussian_kl, gaussian_log_prob, importance_weighted
 from lib.models.profiles import LOG_THETA_RATIO_SD, N_GROUPS, N_SIZES
 
 LOG_THETA_RANGE = (math.log(1e-3), math.log(1e6))
 LOG_THETA_SD = 1.5  # prior standard deviation of log theta of a gene about the mean over genes
 LOG_LOADING_RATIO_SD = 0.5  # prior standard deviation of log a(y)
 
-Prior = dict[str, torch.Tensor]  # what new cells are sampled from (`lib.models.sampling`)
+Prior = dict[str, Tensor]  # what new cells are sampled from (`lib.models.sampling`)
 
 
 class SparseProduct(torch.autograd.Function):
@@ -54,12 +43,18 @@ class SparseProduct(torch.autograd.Function):
         return None, _product(transposed(ctx.x), upstream)
 
 
-def _product(x: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+def _product(x: Tensor, dense: Tensor) -> Tensor:
     """x @ dense for a sparse x (CSR). On a CPU as a sum of rows of `dense`, which takes a fifth of the time of torch's product."""
     if x.device.type == "cpu":
         rows, starts, weights = x.col_indices(), x.crow_indices(), x.values()
         return F.embedding_bag(rows, dense, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
     return dense.new_empty(x.shape[0], dense.shape[1]).addmm_(x, dense, beta=0)
+
+
+def sparse_product(x: Tensor, *weights: Tensor) -> Tensor:
+    """x @ weight for a sparse x (CSR), of several weights side by side: (n_rows, sum of n_out)."""
+    with torch.autocast(x.device.type, enabled=False):  # sparse products lack half precision on some devices
+        return SparseProduct.apply(x, torch.cat(weights, dim=1) if len(weights) > 1 else weights[0])
 
 
 class SparseLinear(nn.Module):
@@ -69,15 +64,8 @@ class SparseLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(n_genes, n_out) / math.sqrt(n_genes))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return sparse_linear(x, self)
-
-
-def sparse_linear(x: torch.Tensor, *layers: SparseLinear) -> torch.Tensor:
-    """Outputs of several layers, concatenated, computed as one product: (n_rows, sum of n_out)."""
-    with torch.autocast(x.device.type, enabled=False):  # sparse products lack half precision on some devices
-        weight = torch.cat([layer.weight for layer in layers], dim=1) if len(layers) > 1 else layers[0].weight
-        return SparseProduct.apply(x, weight)
+    def forward(self, x: Tensor) -> Tensor:
+        return sparse_product(x, self.weight)
 
 
 class LogEluPlusOne(torch.autograd.Function):
@@ -95,7 +83,7 @@ class LogEluPlusOne(torch.autograd.Function):
         return upstream / (1 + positive)
 
 
-def scaled_columns(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+def scaled_columns(x: Tensor, factors: Tensor) -> Tensor:
     """A sparse matrix (CSR) with each column times its factor. factors: (n_columns,)."""
     values = x.values() * factors[x.col_indices()]
     return torch.sparse_csr_tensor(x.crow_indices(), x.col_indices(), values, x.shape, check_invariants=False)
@@ -112,18 +100,8 @@ def mlp(sizes: tuple[int, ...], dropout: float = 0.0) -> nn.Sequential:
 class GMVAE(nn.Module):
     """n_latent: dimensions of z; likelihood: "nb" or "zinb"; dispersion: one theta per "gene" or per gene and type ("gene-type");
     with_classifier: whether the model has q(y|x), which cells without a label need; hidden: units of its hidden layer.
-
-    After training, `lib.models.sampling.fit_prior` sets `prior`; without it new cells come from p(z|y) and p(l|z,y).
     """
 
-    log_profiles: torch.Tensor  # (n_cell_types, n_genes) mean profiles
-    log_theta_mean: torch.Tensor  # mean of log theta over genes
-    n_train_cells: torch.Tensor
-    library_median: torch.Tensor  # of the train cells
-    type_frequency: torch.Tensor  # (n_cell_types,) p(y)
-    outlier_group: torch.Tensor  # of new cells: `group`, `rate` and `sizes` of `lib.models.profiles.Outliers`
-    outlier_rate: torch.Tensor
-    outlier_sizes: torch.Tensor
     mixed_precision = True  # trained in bfloat16 on a GPU (`lib.training.Trainer`)
 
     def __init__(
@@ -150,63 +128,64 @@ class GMVAE(nn.Module):
         self.log_theta_ratio = nn.Parameter(torch.zeros(n_cell_types, n_genes)) if dispersion == "gene-type" else None
         self.p_l_zy_mean = nn.Linear(n_latent, 1)
         self.p_l_zy_log_scale = nn.Parameter(torch.zeros(n_cell_types))
+        self.log_profiles = nn.Buffer(torch.zeros(n_cell_types, n_genes))  # mean profiles
+        self.log_theta_mean = nn.Buffer(torch.tensor(0.0))  # over genes
+        self.n_train_cells = nn.Buffer(torch.tensor(1.0))
+        self.library_median = nn.Buffer(torch.tensor(1.0))  # of the train cells
+        self.type_frequency = nn.Buffer(torch.full((n_cell_types,), 1 / n_cell_types))  # p(y)
+        self.outlier_group = nn.Buffer(torch.zeros(n_genes, dtype=torch.int64))  # of `lib.models.profiles.Outliers`
+        self.outlier_rate = nn.Buffer(torch.zeros(N_GROUPS))
+        self.outlier_sizes = nn.Buffer(torch.zeros(N_GROUPS, N_SIZES))
+        # set after training by `lib.models.sampling.fit_prior`; without it new cells come from p(z|y) and p(l|z,y)
         self.prior: Prior | None = None
-        self.register_buffer("log_profiles", torch.zeros(n_cell_types, n_genes))
-        self.register_buffer("log_theta_mean", torch.tensor(0.0))
-        self.register_buffer("n_train_cells", torch.tensor(1.0))
-        self.register_buffer("library_median", torch.tensor(1.0))
-        self.register_buffer("type_frequency", torch.full((n_cell_types,), 1 / n_cell_types))
-        self.register_buffer("outlier_group", torch.zeros(n_genes, dtype=torch.int64))
-        self.register_buffer("outlier_rate", torch.zeros(N_GROUPS))
-        self.register_buffer("outlier_sizes", torch.zeros(N_GROUPS, N_SIZES))
 
     @property
     def device(self) -> torch.device:
         return self.library_median.device
 
-    def log_library(self, library_size: torch.Tensor) -> torch.Tensor:
+    def log_library(self, library_size: Tensor) -> Tensor:
         """log(l / median l of the train cells), (n_cells, 1)."""
         return (library_size / self.library_median).log()[:, None]
 
-    def one_hot(self, cell_type_idx: torch.Tensor) -> torch.Tensor:
+    def one_hot(self, cell_type_idx: Tensor) -> Tensor:
         return F.one_hot(cell_type_idx, self.n_cell_types).float()
 
-    def encode_genes(self, batch: Batch) -> torch.Tensor:
+    def encode_genes(self, batch: Batch) -> Tensor:
         """Position on the axes of q(z|x,y) and, with a classifier, input of the hidden layer of q(y|x): (n_cells, n_latent [+ hidden])."""
         layers = [self.q_z_xy_axes] if self.q_y_x is None else [self.q_z_xy_axes, self.q_y_x_genes]
-        return sparse_linear(batch.log_normalized(self.library_median), *layers)
+        return sparse_product(batch.log_normalized(self.library_median), *(layer.weight for layer in layers))
 
-    def q_y(self, encoded: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def q_y(self, encoded: Tensor, batch: Batch) -> Tensor:
         """q(y|x) as logits, (n_cells, n_cell_types). encoded: from `encode_genes`."""
         assert self.q_y_x is not None, "cells without a label need a model with_classifier"
         return self.q_y_x(encoded[:, self.n_latent :] + self.q_y_x_library(self.log_library(batch.library_size)))
 
-    def q_z(self, encoded: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def q_z(self, encoded: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """q(z|x,y): mean and log-variance, each (n_cells, n_latent). encoded: from `encode_genes`."""
         known = torch.cat([self.one_hot(batch.cell_type_idx), self.log_library(batch.library_size)], dim=1)
         mean = encoded[:, : self.n_latent] + self.q_z_xy_mean(known).float()
         return mean, self.q_z_xy_log_var(known).float().clamp(-10, 6)
 
-    def p_z(self, cell_type_idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def p_z(self, cell_type_idx: Tensor) -> tuple[Tensor, Tensor]:
         """p(z|y): mean and log-variance, each (n_cells, n_latent)."""
         return self.p_z_y_mean[cell_type_idx], self.p_z_y_log_var[cell_type_idx].clamp(-10, 6)
 
-    def p_l(self, z: torch.Tensor, cell_type_idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def p_l(self, z: Tensor, cell_type_idx: Tensor) -> tuple[Tensor, Tensor]:
         """p(l|z,y): mean and log-variance of log(l / median l), each (n_cells,)."""
         return self.p_l_zy_mean(z)[:, 0].float(), 2 * self.p_l_zy_log_scale[cell_type_idx]
 
-    def p_x(self, z: torch.Tensor, library_size: torch.Tensor, cell_type_idx: torch.Tensor) -> Likelihood:
+    def p_x(self, z: Tensor, library_size: Tensor, cell_type_idx: Tensor) -> Likelihood:
         """p(x|z,y,l). z: (n_cells, n_latent); library_size, cell_type_idx: (n_cells,)."""
         y = self.one_hot(cell_type_idx)
         f = self.p_x_zyl_log_mean(z).float() * (y @ self.log_loading_ratio.exp())
         logits = LogEluPlusOne.apply(f) + self.log_profiles[cell_type_idx]
-        log_theta: torch.Tensor = self.log_theta
+        log_theta: Tensor = self.log_theta
         if self.log_theta_ratio is not None:
             log_theta = log_theta + y @ self.log_theta_ratio
         zi_logits = None if self.p_x_zyl_zi_logits is None else self.p_x_zyl_zi_logits(z).float()
         return Likelihood(logits, library_size.log(), log_theta.clamp(*LOG_THETA_RANGE), zi_logits)
 
-    def shrinkage_penalty(self) -> torch.Tensor:
+    def shrinkage_penalty(self) -> Tensor:
         """-log of the normal priors of log theta and log a(y), in nats per train cell: rare genes and types stay near the others."""
         penalty = ((self.log_theta - self.log_theta_mean) / LOG_THETA_SD).square().sum()
         if self.log_theta_ratio is not None:
@@ -214,23 +193,22 @@ class GMVAE(nn.Module):
         penalty = penalty + (self.log_loading_ratio / LOG_LOADING_RATIO_SD).square().sum()
         return 0.5 * penalty / self.n_train_cells
 
-    def elbo_terms(self, encoded: torch.Tensor, batch: Batch, epsilon: torch.Tensor) -> dict[str, torch.Tensor]:
+    def elbo_terms(self, encoded: Tensor, batch: Batch, epsilon: Tensor) -> dict[str, Tensor]:
         """The parts of the bound on log p(x,l|y) of cells whose type is given; each (n_cells,), in nats.
 
         `reconstruction_loss` = -log p(x|z,y,l), `library_loss` = -log p(l|z,y), `kl_z` = KL(q(z|x,y) || p(z|y)), at
         z = mean + standard deviation x epsilon of q(z|x,y); epsilon: (n_cells, n_latent), standard normal.
         """
-        q_mean, q_log_var = self.q_z(encoded, batch)
-        p_mean, p_log_var = self.p_z(batch.cell_type_idx)
-        z = q_mean + (0.5 * q_log_var).exp() * epsilon
-        l_mean, l_log_var = self.p_l(z, batch.cell_type_idx)
+        y, (mean, log_var) = batch.cell_type_idx, self.q_z(encoded, batch)
+        z = mean + (0.5 * log_var).exp() * epsilon
+        log_l, p_l = self.log_library(batch.library_size)[:, 0], self.p_l(z, y)
         return {
-            "reconstruction_loss": -self.p_x(z, batch.library_size, batch.cell_type_idx).log_prob(batch),
-            "library_loss": -gaussian_log_prob(self.log_library(batch.library_size)[:, 0], l_mean, l_log_var),
-            "kl_z": gaussian_kl(q_mean, q_log_var, p_mean, p_log_var),
+            "reconstruction_loss": -self.p_x(z, batch.library_size, y).log_prob(batch),
+            "library_loss": -gaussian_log_prob(log_l, *p_l),
+            "kl_z": gaussian_kl((mean, log_var), self.p_z(y)),
         }
 
-    def forward(self, batch: Batch, epsilon: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, batch: Batch, epsilon: Tensor) -> dict[str, Tensor]:
         """Mean loss per cell and its parts, in nats; `loss` is minimised. epsilon: as in `elbo_terms`.
 
         Labelled cells: reconstruction + library + kl_z (the negative bound, `stopping_criterion`) and, with a classifier,
@@ -251,16 +229,15 @@ class GMVAE(nn.Module):
         means = {name: value.sum() / max(1, batch.n_cells) for name, value in terms.items()}
         negative_elbo = means["reconstruction_loss"] + means["library_loss"] + means["kl_z"]
         loss = negative_elbo + means.get("kl_y", 0) + self.shrinkage_penalty()
-        parts_of_loss = {name: value.detach() for name, value in means.items()}
-        return {"loss": loss, "stopping_criterion": negative_elbo.detach()} | parts_of_loss
+        return {"loss": loss, "stopping_criterion": negative_elbo} | means
 
-    def _labelled_terms(self, encoded: torch.Tensor, batch: Batch, epsilon: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _labelled_terms(self, encoded: Tensor, batch: Batch, epsilon: Tensor) -> dict[str, Tensor]:
         terms = self.elbo_terms(encoded, batch, epsilon)
         if self.q_y_x is not None:
             terms["kl_y"] = F.cross_entropy(self.q_y(encoded, batch).float(), batch.cell_type_idx, reduction="none")
         return terms
 
-    def _unlabelled_terms(self, encoded: torch.Tensor, batch: Batch, epsilon: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _unlabelled_terms(self, encoded: Tensor, batch: Batch, epsilon: Tensor) -> dict[str, Tensor]:
         log_q_y = F.log_softmax(self.q_y(encoded, batch).float(), dim=1)
         q_y = log_q_y.exp()
         by_type = [self.elbo_terms(encoded, batch.of_type(k), epsilon) for k in range(self.n_cell_types)]
@@ -268,36 +245,20 @@ class GMVAE(nn.Module):
         return terms | {"kl_y": (q_y * (log_q_y - self.type_frequency.log())).sum(dim=1)}
 
     @torch.no_grad()
-    def get_latent_representation(
-        self, dataset: CellDataset, batch_size: int = 512
-    ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    def get_latent_representation(self, dataset: CellDataset) -> tuple[Tensor, Tensor, np.ndarray]:
         """q(z|x,y) of all labelled cells in order: means and log-variances, each (n_labelled, n_latent), and types, on the CPU."""
         parts = []
-        for batch in dataset.in_order(batch_size):
+        for batch in dataset.in_order(512):
             labelled = batch.select(batch.cell_type_idx >= 0)
             parts.append(torch.stack(self.q_z(self.encode_genes(labelled), labelled)).cpu())
         mean, log_var = torch.cat(parts, dim=1)
         return mean, log_var, dataset.cell_type_idx[dataset.cell_type_idx >= 0]
 
-    @torch.no_grad()
-    def log_likelihood(
-        self, dataset: CellDataset, n_samples: int = 50, batch_size: int = 128, seed: int = 0
-    ) -> np.ndarray:
-        """log p(x|y,l) of every cell of known type, in nats, (n_cells,): the integral of p(x|z,y,l) p(z|y) over z.
+    def log_likelihood(self, dataset: CellDataset, n_samples: int = 50, seed: int = 0) -> np.ndarray:
+        """log p(x|y,l) of every cell of known type, in nats, (n_cells,), as `importance_weighted` estimates it."""
 
-        The importance-weighted bound (Burda et al. 2016, eq. 8), which rises to the likelihood with n_samples:
+        def densities(batch: Batch) -> Densities:
+            q, y = self.q_z(self.encode_genes(batch), batch), batch.cell_type_idx
+            return q, self.p_z(y), lambda z: self.p_x(z, batch.library_size, y)
 
-        log 1/S sum_s p(x|z_s,y,l) p(z_s|y) / q(z_s|x,y), z_s ~ q(z|x,y).
-        """
-        generator = torch.Generator(dataset.device).manual_seed(seed)
-        parts = []
-        for batch in dataset.in_order(batch_size):
-            batch = batch.select(batch.cell_type_idx >= 0)
-            q, p = self.q_z(self.encode_genes(batch), batch), self.p_z(batch.cell_type_idx)
-            log_weights = []
-            for _ in range(n_samples):
-                z, log_ratio = importance_sample(q, p, generator)
-                log_p_x = self.p_x(z, batch.library_size, batch.cell_type_idx).log_prob(batch)
-                log_weights.append(log_p_x + log_ratio)
-            parts.append(torch.logsumexp(torch.stack(log_weights), dim=0) - math.log(n_samples))
-        return torch.cat(parts).cpu().numpy()
+        return importance_weighted(dataset, densities, n_samples, seed)

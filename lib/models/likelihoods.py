@@ -8,61 +8,29 @@ difference lgamma(x + theta) - lgamma(theta) loses 0.9 nats per entry at theta =
 part then reads and writes each entry only a few times, in blocks of cells that fit the processor's cache.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from lib.data.batches import Batch
+from lib.data.batches import Batch, CellDataset
 
+Gaussian = tuple[Tensor, Tensor]  # mean and log-variance, of one shape
 CACHED_ENTRIES = 2**18  # entries of a dense matrix processed at a time on a CPU: 1 MB, about the size of a core's cache
 
 
-def nb_log_prob(
-    batch: Batch,
-    logits: torch.Tensor,
-    log_library: torch.Tensor | None,
-    log_theta: torch.Tensor,
-    zi_logits: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """log NB(x; mu, theta), or log ZINB with `zi_logits`, per cell, summed over genes; mu = library x softmax(logits).
-
-    With r = mu / theta, log NB of one entry is
-
-        -theta log(1 + r) + [lgamma(x + theta) - lgamma(theta) - lgamma(x + 1) + x log(r / (1 + r))],
-
-    where the bracket is 0 for x = 0. ZINB: log(pi + (1 - pi) NB(0)) for x = 0, else log(1 - pi) + log NB(x).
-
-    Parameters
-    ----------
-    logits
-        (n_cells, n_genes).
-    log_library
-        (n_cells,) log of the sum of mu over genes; None: `logits` are log mu.
-    log_theta
-        (n_genes,) or (n_cells, n_genes).
-    zi_logits
-        (n_cells, n_genes); pi = sigmoid(zi_logits) is the probability of an extra zero.
-
-    Returns
-    -------
-    (n_cells,) in nats, float64; as precise as float32 inputs allow.
-    """
-    return _LogProb.apply(logits, log_library, log_theta, zi_logits, batch, torch.is_grad_enabled())
-
-
 class _LogProb(torch.autograd.Function):
-    """log NB, or log ZINB where `zi_logits` is given, with its gradient.
-
-    Dense part, the log-likelihood of a zero count at every entry: nb_zero = -theta log(1 + r), and for ZINB
+    """Dense part, the log-likelihood of a zero count at every entry: nb_zero = -theta log(1 + r), and for ZINB
     log(exp(zi) + exp(nb_zero)) - softplus(zi). Sparse part (`gain`): the difference to it at the non-zero entries.
     """
 
     @staticmethod
-    def forward(ctx, logits, log_library, log_theta, zi_logits, batch, with_gradient):
+    def forward(ctx, logits, log_library, log_theta, zi_logits, batch):
         theta, library = log_theta.exp(), None if log_library is None else log_library.exp()
         theta_of_cells, ratio = theta.expand_as(logits), torch.empty_like(logits)
         log_prob = -batch.log_factorials
@@ -93,18 +61,15 @@ class _LogProb(torch.autograd.Function):
             over = zi_logits.reshape(-1)[entries] + theta_x * r_x.log1p()  # zi - nb_zero
             gain -= F.softplus(over)  # = log(exp(zi) + exp(nb_zero)) - nb_zero
             p_extra_x = torch.sigmoid(over)
-        if with_gradient:
-            ctx.save_for_backward(theta, library, ratio, zi_logits, p_extra_x, entries, at_theta, s_x, theta_x)
-            ctx.batch, ctx.above_one = batch, above_one
+        ctx.save_for_backward(theta, library, ratio, zi_logits, p_extra_x, entries, at_theta, s_x, theta_x)
+        ctx.batch, ctx.above_one = batch, above_one
         return log_prob.index_add_(0, batch.cells, gain)
 
     @staticmethod
     def backward(ctx, upstream):
-        """Gradients with respect to log mu and log theta, and of these to logits.
+        """With s = r / (1 + r): d nb_zero / d log mu = -theta s, d nb_zero / d log theta = theta (s - log(1 + r)).
 
         With a library, d / d logits = d / d log mu - softmax(logits) x its sum over genes.
-
-        With s = r / (1 + r): d nb_zero / d log mu = -theta s, d nb_zero / d log theta = theta (s - log(1 + r)).
         """
         theta, library, ratio, zi_logits, p_extra_x, entries, at_theta, s_x, theta_x = ctx.saved_tensors
         cells, counts = ctx.batch.cells, ctx.batch.counts.to(ratio.dtype)
@@ -113,9 +78,8 @@ class _LogProb(torch.autograd.Function):
         grad_mu_x = counts * (1 - s_x)
         grad_lgamma = torch.ones_like(theta_x)  # theta (digamma(1 + theta) - digamma(theta)) = 1
         x, theta_above = counts[above_one].double(), theta_x[above_one].double()
-        grad_lgamma[above_one] = (theta_above * (torch.digamma(x + theta_above) - torch.digamma(theta_above))).to(
-            ratio.dtype
-        )
+        digammas = torch.digamma(x + theta_above) - torch.digamma(theta_above)
+        grad_lgamma[above_one] = (theta_above * digammas).to(ratio.dtype)
         grad_theta_x = grad_lgamma - grad_mu_x
         if zi_logits is not None:  # a non-zero count is no extra zero: cancel the gradient of the dense part here
             grad_mu_x = grad_mu_x - p_extra_x * theta_x * s_x
@@ -151,64 +115,64 @@ class _LogProb(torch.autograd.Function):
             grad_zi.view(-1)[entries] -= g_x * p_extra_x
         grad_logits.view(-1)[entries] += g_x * grad_mu_x
         grad_theta.view(-1).index_add_(0, at_theta, g_x * grad_theta_x)
-        return grad_logits, grad_library, grad_theta, grad_zi, None, None
+        return grad_logits, grad_library, grad_theta, grad_zi, None
 
 
-def _row_blocks(dense: torch.Tensor) -> list[slice]:
+def _row_blocks(dense: Tensor) -> list[slice]:
     """Slices of rows to process at a time: blocks that fit the cache on a CPU, all rows on a GPU."""
     size = max(1, CACHED_ENTRIES // dense.shape[1]) if dense.device.type == "cpu" else max(1, len(dense))
     return [slice(start, start + size) for start in range(0, len(dense), size)]
 
 
-def gaussian_kl(
-    q_mean: torch.Tensor, q_log_var: torch.Tensor, p_mean: torch.Tensor, p_log_var: torch.Tensor
-) -> torch.Tensor:
+def gaussian_kl(q: Gaussian, p: Gaussian) -> Tensor:
     """KL(q || p) of two Gaussians with diagonal covariance, summed over the last dimension, in nats."""
-    variance_ratio = (q_log_var - p_log_var).exp()
-    shift = (q_mean - p_mean).square() * (-p_log_var).exp()
-    return 0.5 * (p_log_var - q_log_var + variance_ratio + shift - 1).sum(dim=-1)
+    variance_ratio = (q[1] - p[1]).exp()
+    shift = (q[0] - p[0]).square() * (-p[1]).exp()
+    return 0.5 * (p[1] - q[1] + variance_ratio + shift - 1).sum(dim=-1)
 
 
-def standard_normal_kl(q_mean: torch.Tensor, q_log_var: torch.Tensor) -> torch.Tensor:
+def standard_normal_kl(mean: Tensor, log_var: Tensor) -> Tensor:
     """KL(q || Normal(0, 1)) of a Gaussian with diagonal covariance, summed over the last dimension, in nats."""
-    return gaussian_kl(q_mean, q_log_var, torch.zeros_like(q_mean), torch.zeros_like(q_mean))
+    return gaussian_kl((mean, log_var), (torch.zeros_like(mean), torch.zeros_like(mean)))
 
 
-def gaussian_log_prob(x: torch.Tensor, mean: torch.Tensor, log_var: torch.Tensor) -> torch.Tensor:
+def gaussian_log_prob(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
     """log N(x; mean, exp(log_var)), elementwise."""
     return -0.5 * ((x - mean).square() * (-log_var).exp() + log_var + float(np.log(2 * np.pi)))
 
 
-def importance_sample(
-    q: tuple[torch.Tensor, torch.Tensor], p: tuple[torch.Tensor, torch.Tensor], generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """z ~ q, (n_cells, n_latent), and log p(z) / q(z), (n_cells,). q, p: mean and log-variance, each (n_cells, n_latent)."""
+def importance_sample(q: Gaussian, p: Gaussian, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """z ~ q and log p(z) / q(z), summed over the last dimension."""
     z = q[0] + (0.5 * q[1]).exp() * torch.randn(q[0].shape, generator=generator, device=q[0].device)
     return z, (gaussian_log_prob(z, *p) - gaussian_log_prob(z, *q)).sum(dim=1)
 
 
 @dataclass
 class Likelihood:
-    """Parameters of p(x|z,y,l), or of p(x|z) of a model without library sizes, for some cells."""
+    """p(x|z,y,l), or p(x|z) of a model without library sizes, of some cells."""
 
-    logits: torch.Tensor  # (n_cells, n_genes), mu = library x softmax(logits), or exp(logits) without a library
-    log_library: torch.Tensor | None  # (n_cells,) log of the sum of mu over genes; None: no library
-    log_theta: torch.Tensor  # (n_genes,), or (n_cells, n_genes) where theta depends on the cell
-    zi_logits: torch.Tensor | None  # (n_cells, n_genes); None for NB
+    logits: Tensor  # (n_cells, n_genes), mu = library x softmax(logits), or exp(logits) without a library
+    log_library: Tensor | None  # (n_cells,) log of the sum of mu over genes; None: no library
+    log_theta: Tensor  # (n_genes,), or (n_cells, n_genes) where theta depends on the cell
+    zi_logits: Tensor | None  # (n_cells, n_genes), sigmoid: probability of an extra zero; None for NB
 
-    def log_prob(self, batch: Batch) -> torch.Tensor:
-        """log p(x|...) per cell, summed over genes, in nats."""
-        return nb_log_prob(batch, self.logits, self.log_library, self.log_theta, self.zi_logits)
+    def log_prob(self, batch: Batch) -> Tensor:
+        """log p(x|...) per cell, summed over genes: (n_cells,) in nats, float64. With r = mu / theta, log NB of one entry is
+
+            -theta log(1 + r) + [lgamma(x + theta) - lgamma(theta) - lgamma(x + 1) + x log(r / (1 + r))],
+
+        where the bracket is 0 for x = 0. ZINB, with probability pi of an extra zero: log(pi + (1 - pi) NB(0)) for x = 0, else
+        log(1 - pi) + log NB(x).
+        """
+        return _LogProb.apply(self.logits, self.log_library, self.log_theta, self.zi_logits, batch)
 
     def sample(self, generator: torch.Generator) -> sp.csr_matrix:
         """Sample counts, n_cells x n_genes."""
         return sample_counts([self], generator)
 
-    def above_zero(self, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-        """Sample which entries are above 0, by a uniform number u below P(x > 0).
-
-        P(x > 0) is at most mu, so it is computed only where u < mu. Returns cell, gene, mu / theta, theta of each such entry, and
-        u / P(x > 0), which is uniform in (0, 1).
+    def above_zero(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Sample which entries are above 0, where a uniform number u is below P(x > 0): cell, gene, mu / theta, theta of each, and
+        u / P(x > 0), which is uniform in (0, 1). P(x > 0) is at most mu, so it is computed only where u < mu.
         """
         u = _uniform(self.logits.shape, generator)
         candidates = []
@@ -247,7 +211,7 @@ def sample_counts(likelihoods: Iterable[Likelihood], generator: torch.Generator)
     return sp.csr_matrix((counts.float().cpu().numpy(), genes.int().cpu().numpy(), indptr), shape=(n_cells, n_genes))
 
 
-def _uniform(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+def _uniform(shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Uniform numbers in [0, 1), float32; on a CPU by numpy's SFC64, which takes half the time of torch's generator."""
     if generator.device.type != "cpu":
         return torch.rand(shape, generator=generator, device=generator.device)
@@ -255,15 +219,12 @@ def _uniform(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     return torch.from_numpy(np.random.Generator(np.random.SFC64(seed)).random(tuple(shape), np.float32))
 
 
-def sample_positive_nb(
-    ratio: torch.Tensor, theta: torch.Tensor, quantile: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
-    """Sample one count from each negative binomial, conditional on a count above 0: (n_entries,).
+def sample_positive_nb(ratio: Tensor, theta: Tensor, quantile: Tensor, generator: torch.Generator) -> Tensor:
+    """Sample one count from each negative binomial, conditional on a count above 0. ratio: mu / theta; quantile: uniform in (0, 1]; all
+    tensors (n_entries,), float64.
 
     Where zeros are the minority: rate ~ Gamma, x ~ Poisson(rate), repeated until x > 0. Elsewhere the distribution function
     is inverted: the smallest x = 1, 2, ... with P(X > x) <= quantile x P(X > 0).
-
-    ratio, theta: mu / theta and theta, (n_entries,) float64; quantile: (n_entries,) uniform in (0, 1].
     """
     counts = torch.ones_like(ratio)
     log_zero = -theta * ratio.log1p()
@@ -287,3 +248,29 @@ def sample_positive_nb(
         more = (threshold < tail).nonzero()[:, 0]
         left, theta, q, probability, tail, threshold = (v[more] for v in (left, theta, q, probability, tail, threshold))
     return counts
+
+
+Densities = tuple[Gaussian, Gaussian, Callable[[Tensor], Likelihood]]  # q(z|x,y), p(z|y), and p(x|z,...) of a z
+
+
+@torch.no_grad()
+def importance_weighted(
+    dataset: CellDataset, densities: Callable[[Batch], Densities], n_samples: int, seed: int
+) -> np.ndarray:
+    """log p(x|y) of every cell of known type, in nats, (n_cells,): the integral of p(x|z,y) p(z|y) over z.
+
+    The importance-weighted bound (Burda et al. 2016, eq. 8), which rises to the likelihood with n_samples:
+
+    log 1/S sum_s p(x|z_s,y) p(z_s|y) / q(z_s|x,y), z_s ~ q(z|x,y).
+    """
+    generator = torch.Generator(dataset.device).manual_seed(seed)
+    parts = []
+    for batch in dataset.in_order(128):
+        batch = batch.select(batch.cell_type_idx >= 0)
+        q, p, p_x = densities(batch)
+        log_weights = []
+        for _ in range(n_samples):
+            z, log_ratio = importance_sample(q, p, generator)
+            log_weights.append(p_x(z).log_prob(batch) + log_ratio)
+        parts.append(torch.logsumexp(torch.stack(log_weights), dim=0) - math.log(n_samples))
+    return torch.cat(parts).cpu().numpy()

@@ -1,21 +1,12 @@
 """The Gaussian-mixture VAE as published (bulk2sc_GMVAE, fig. 1), without any change of ours. `PRESET = "paper"` trains it.
 
-    q(y|x)      Categorical                             genes-128-K
-    q(z|x,y)    Normal(mean(x,y), variance(x,y))        two towers (genes + K)-128-64-32
-    p(z|y)      Normal(mean(y), variance(y))            two towers K-128-32
-    p(x|z)      ZINB(mean(z), theta(z), extra zeros(z)) 32-64, then three towers 64-128-genes
+    q(y|x), q(z|x,y)    Categorical, genes-128-K; Normal, two towers (genes + K)-128-64-32 for mean and log-variance
+    p(z|y), p(x|z)      Normal, two towers K-128-32; ZINB, 32-64, then three towers 64-128-genes for mean, theta and extra zeros
 
-x are raw counts; there is no library size. Layers are followed by ReLU; mean and theta are ELU + 1 of their towers, and the
-probability of an extra zero is the sigmoid of its own. The loss of a cell with label c is the exact sum over all K types
-
-    sum over y of q(y|x) [KL(q(z|x,y) || p(z|y)) - log p(x|z_y)] + KL(q(y|x) || c),   one sample z_y ~ q(z|x,y) for each type.
-
-In KL(q(y|x) || c), the label has probability 1 and every other type 1e-10 (the constant that the published loss adds in its
-logarithms). The published loss adds the same constant to mean and theta; here they are at least 1e-10. It is summed over the
-cells of a batch, here it is their mean: Adam takes the same steps for both.
-
-Facts that the paper's text leaves open (ReLU, ELU + 1, one sample, 1e-10) are those of the authors' ZINB sources (wdnlotm/
-bulk2sc_GMVAE_NB). Sources that describe the method: Kingma et al. 2014 (arXiv:1406.5298) and Jiang et al. 2017 (VaDE).
+x are raw counts; there is no library size. Layers are followed by ReLU; mean and theta are ELU + 1 of their towers, and the probability
+of an extra zero is the sigmoid of its own. The facts that the paper's text leaves open (ReLU, ELU + 1, one sample of z for each type,
+1e-10) are those of the authors' ZINB sources (wdnlotm/bulk2sc_GMVAE_NB). The published loss is summed over the cells of a batch, here
+it is their mean: Adam takes the same steps for both. Kingma et al. 2014 (arXiv:1406.5298) and Jiang et al. 2017 (VaDE) describe the method.
 """
 
 import math
@@ -26,11 +17,11 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from lib.data.batches import Batch, CellDataset
 from lib.models.gmvae import LogEluPlusOne, Prior, SparseLinear
-from lib.models.likelihoods import Likelihood, gaussian_kl, importance_sample
+from lib.models.likelihoods import Densities, Likelihood, gaussian_kl, importance_weighted
 from lib.models.sampling import random_streams
 
 SETTINGS = {
@@ -57,49 +48,50 @@ class PaperGMVAE(nn.Module):
         for parameter in (self.q_genes.weight, self.q_y_x_bias, *self.q_z_xy_types.parameters()):
             nn.init.uniform_(parameter, -(n_genes**-0.5), n_genes**-0.5)  # torch's start of a dense layer
         self.q_y_x = nn.Linear(wide, n_cell_types)
-        self.q_z_xy_mean = tower(wide, narrow, n_latent)
-        self.q_z_xy_log_var = tower(wide, narrow, n_latent)
-        self.p_z_y_mean = tower(n_cell_types, wide, n_latent)
-        self.p_z_y_log_var = tower(n_cell_types, wide, n_latent)
+        self.q_z_xy_mean, self.q_z_xy_log_var = (tower(wide, narrow, n_latent) for _ in range(2))
+        self.p_z_y_mean, self.p_z_y_log_var = (tower(n_cell_types, wide, n_latent) for _ in range(2))
         self.p_x_z_trunk = nn.Sequential(nn.Linear(n_latent, narrow), nn.ReLU())
-        self.p_x_z_zeros = tower(narrow, wide, n_genes)
-        self.p_x_z_mean = tower(narrow, wide, n_genes)
-        self.p_x_z_theta = tower(narrow, wide, n_genes)
+        self.p_x_z_zeros, self.p_x_z_mean, self.p_x_z_theta = (tower(narrow, wide, n_genes) for _ in range(3))
         self.prior: Prior = {}  # nothing: new cells come from p(z|y)
 
-    def q(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def q(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """log q(y|x), (n_cells, K), and mean and log-variance of q(z|x,y) for every type y, each (n_cells, K, n_latent)."""
         for_y, for_z = self.q_genes(batch.raw()).split([len(self.q_y_x_bias), 2 * len(self.q_y_x_bias)], dim=1)
         log_q_y = F.log_softmax(self.q_y_x(F.relu(for_y + self.q_y_x_bias)), dim=1)
         for_mean, for_log_var = (for_z[:, None] + self.q_z_xy_types(self.types)).relu().chunk(2, dim=2)
         return log_q_y, self.q_z_xy_mean(for_mean), self.q_z_xy_log_var(for_log_var)
 
-    def p_z(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def p_z(self) -> tuple[Tensor, Tensor]:
         """p(z|y) of every type: mean and log-variance, each (K, n_latent)."""
         return self.p_z_y_mean(self.types), self.p_z_y_log_var(self.types)
 
-    def p_x(self, z: torch.Tensor) -> Likelihood:
+    def p_x(self, z: Tensor) -> Likelihood:
         """p(x|z). z: (n_cells, n_latent)."""
         h = self.p_x_z_trunk(z)
-        log_mean, log_theta = (
-            LogEluPlusOne.apply(net(h).clamp(min=LOG_EPSILON)) for net in (self.p_x_z_mean, self.p_x_z_theta)
-        )
+        of_mean, of_theta = self.p_x_z_mean(h), self.p_x_z_theta(h)
+        log_mean, log_theta = (LogEluPlusOne.apply(x.clamp(min=LOG_EPSILON)) for x in (of_mean, of_theta))
         return Likelihood(log_mean, None, log_theta, self.p_x_z_zeros(h))
 
     @property
-    def types(self) -> torch.Tensor:
+    def types(self) -> Tensor:
         """One-hot vectors of the types, (K, K)."""
         return torch.eye(self.n_cell_types, dtype=self.q_y_x_bias.dtype, device=self.q_y_x_bias.device)
 
-    def forward(self, batch: Batch, epsilon: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, batch: Batch, epsilon: Tensor) -> dict[str, Tensor]:
         """Mean loss per cell and its parts, in nats. epsilon: (n_cells, K, n_latent), standard normal.
 
-        The published code decodes every type. Here a type is decoded for a cell only if its weight q(y|x) is at least `NEGLIGIBLE`;
-        the others count as the weighted mean of the decoded ones. Neither the loss nor its gradient change in float32.
+        The loss of a cell with label c is the exact sum over all types, with one sample z_y ~ q(z|x,y) for each,
+
+            sum over y of q(y|x) [KL(q(z|x,y) || p(z|y)) - log p(x|z_y)] + KL(q(y|x) || c).
+
+        In the last KL, c has probability 1 and every other type 1e-10 (the constant that the published loss adds in its logarithms, and
+        to mean and theta; here they are at least 1e-10). The published code decodes every type. Here a type is decoded for a cell only
+        if its weight q(y|x) is at least `NEGLIGIBLE`; the others count as the weighted mean of the decoded ones. Neither the loss nor
+        its gradient change in float32.
         """
         log_q_y, q_mean, q_log_var = self.q(batch)
         q_y = log_q_y.exp()
-        kl_z = (q_y * gaussian_kl(q_mean, q_log_var, *self.p_z())).sum(dim=1)
+        kl_z = (q_y * gaussian_kl((q_mean, q_log_var), self.p_z())).sum(dim=1)
         z = q_mean + (0.5 * q_log_var).exp() * epsilon
         cells, types = (q_y >= NEGLIGIBLE).nonzero(as_tuple=True)
         weights = q_y[cells, types] / torch.zeros_like(kl_z).index_add(0, cells, q_y[cells, types])[cells]
@@ -109,8 +101,7 @@ class PaperGMVAE(nn.Module):
         terms = {"reconstruction_loss": -weights * log_p_x, "kl_z": kl_z, "kl_y": kl_y}
         # a process whose share of a batch has no cell adds 0
         means = {name: value.sum() / max(1, batch.n_cells) for name, value in terms.items()}
-        loss = means["reconstruction_loss"] + means["kl_z"] + means["kl_y"]
-        return {"loss": loss} | {name: value.detach() for name, value in means.items()}
+        return {"loss": means["reconstruction_loss"] + means["kl_z"] + means["kl_y"]} | means
 
     def initialise(self, dataset: CellDataset) -> None:
         """Nothing: the weights start at random."""
@@ -122,9 +113,8 @@ class PaperGMVAE(nn.Module):
     def sample(
         self, cell_type_idx: np.ndarray, seed: int, latent_spread: float = 1.0, blocks: range | None = None
     ) -> Iterator[sp.csr_matrix]:
-        """New cells of the given types: z ~ p(z|y), x ~ p(x|z). Parameters and yields as in `lib.models.sampling.sample`.
-
-        latent_spread is the factor of the standard deviation of z that is published as noise factor.
+        """New cells of the given types: z ~ p(z|y), x ~ p(x|z). Parameters and yields as in `lib.models.sampling.sample`; the factor
+        latent_spread of the standard deviation of z is published as noise factor.
         """
         mean, log_var = self.p_z()
         for rows, generator in random_streams(len(cell_type_idx), seed, blocks, mean.device):
@@ -132,24 +122,15 @@ class PaperGMVAE(nn.Module):
             noise = torch.randn(len(y), self.n_latent, generator=generator, device=mean.device)
             yield self.p_x(mean[y] + latent_spread * (0.5 * log_var[y]).exp() * noise).sample(generator)
 
-    @torch.no_grad()
-    def log_likelihood(
-        self, dataset: CellDataset, n_samples: int = 50, batch_size: int = 128, seed: int = 0
-    ) -> np.ndarray:
-        """log p(x|y) of every cell of known type, in nats, (n_cells,), as in `GMVAE.log_likelihood`."""
-        generator = torch.Generator(dataset.device).manual_seed(seed)
-        parts = []
-        for batch in dataset.in_order(batch_size):
-            batch = batch.select(batch.cell_type_idx >= 0)
-            y, rows = batch.cell_type_idx, torch.arange(batch.n_cells, device=dataset.device)
+    def log_likelihood(self, dataset: CellDataset, n_samples: int = 50, seed: int = 0) -> np.ndarray:
+        """log p(x|y) of every cell of known type, in nats, (n_cells,), as `importance_weighted` estimates it."""
+
+        def densities(batch: Batch) -> Densities:
+            y, cells = batch.cell_type_idx, torch.arange(batch.n_cells, device=dataset.device)
             (_, q_mean, q_log_var), (p_mean, p_log_var) = self.q(batch), self.p_z()
-            q, p = (q_mean[rows, y], q_log_var[rows, y]), (p_mean[y], p_log_var[y])
-            log_weights = []
-            for _ in range(n_samples):
-                z, log_ratio = importance_sample(q, p, generator)
-                log_weights.append(self.p_x(z).log_prob(batch) + log_ratio)
-            parts.append(torch.logsumexp(torch.stack(log_weights), dim=0) - math.log(n_samples))
-        return torch.cat(parts).cpu().numpy()
+            return (q_mean[cells, y], q_log_var[cells, y]), (p_mean[y], p_log_var[y]), self.p_x
+
+        return importance_weighted(dataset, densities, n_samples, seed)
 
 
 def tower(*sizes: int) -> nn.Sequential:

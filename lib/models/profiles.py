@@ -16,7 +16,7 @@ import torch
 from scipy.special import gammaln
 
 from lib.data.batches import CellDataset
-from lib.models.likelihoods import nb_log_prob
+from lib.models.likelihoods import Likelihood
 
 # squared coefficients of variation of a gene's expression over the types: the grid of the prior
 PROFILE_VARIATION = np.array([0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000])
@@ -50,7 +50,7 @@ def gene_marginals(dataset: CellDataset, n_cell_types: int) -> GeneMarginals:
 
 
 def nb_baseline(dataset: CellDataset, n_cell_types: int) -> GeneMarginals:
-    """One negative binomial per gene and type, theta by maximum likelihood, from the labelled cells: the baseline of the GMVAE."""
+    """One negative binomial per gene and type by penalised maximum likelihood, from the labelled cells: the baseline of the GMVAE."""
     profiles = type_profiles(dataset, n_cell_types)
     return GeneMarginals(profiles, log_theta_by_likelihood(dataset, profiles))
 
@@ -75,9 +75,8 @@ def type_profiles(dataset: CellDataset, n_cell_types: int) -> np.ndarray:
 def posterior_ratio(x: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Posterior mean and variance of the ratio of true to expected counts, by empirical Bayes. All arrays: cell types x genes.
 
-    Model: ratio ~ Gamma(mean 1, squared coefficient of variation c), x ~ Poisson(ratio x expected). Given c, the posterior mean
-    of the ratio is (x + 1/c) / (expected + 1/c). The prior of c is learned by EM over a grid from all genes of similar
-    expression. A marker keeps its ratio even in a type of ten cells; a gene counted there by chance is shrunk to 1.
+    Model: ratio ~ Gamma(mean 1, squared coefficient of variation c), x ~ Poisson(ratio x expected). The prior of c is learned from all
+    genes of similar expression. A marker keeps its ratio even in a type of ten cells; a gene counted there by chance is shrunk to 1.
     """
     shapes = 1 / PROFILE_VARIATION  # 1/c
     log_evidence = np.stack([gamma_poisson_log_prob(x, expected, shape).sum(axis=0) for shape in shapes])
@@ -85,17 +84,22 @@ def posterior_ratio(x: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np
     weights = np.empty_like(evidence)
     by_expression = np.array_split(np.argsort(expected.sum(axis=0), kind="stable"), min(10, max(1, x.shape[1] // 100)))
     for genes in by_expression:
-        prior = np.full(len(shapes), 1 / len(shapes))
-        for _ in range(100):
-            posterior = prior[:, None] * evidence[:, genes]
-            posterior /= posterior.sum(axis=0)
-            prior = posterior.mean(axis=1)
-        weights[:, genes] = posterior
+        weights[:, genes] = mixture_posterior(evidence[:, genes].T).T
     mean, square = np.zeros_like(expected), np.zeros_like(expected)
     for weight, shape in zip(weights, shapes):
         mean += weight * (x + shape) / (expected + shape)
         square += weight * (x + shape) * (x + shape + 1) / (expected + shape) ** 2
     return mean, square - mean**2
+
+
+def mixture_posterior(density: np.ndarray) -> np.ndarray:
+    """Probability of each component of a mixture whose weights are fitted by EM. density: items x components, as what is returned."""
+    weights = np.full(density.shape[1], 1 / density.shape[1])
+    for _ in range(100):
+        posterior = weights * density
+        posterior /= posterior.sum(axis=1, keepdims=True)
+        weights = posterior.mean(axis=0)
+    return posterior
 
 
 def type_means(x: np.ndarray, cell_type_idx: np.ndarray, n_cell_types: int) -> np.ndarray:
@@ -145,23 +149,22 @@ def gamma_poisson_log_prob(x: np.ndarray, mean: np.ndarray, shape: np.ndarray | 
 
 
 def log_theta_by_moments(dataset: CellDataset, profiles: np.ndarray) -> np.ndarray:
-    """Estimate log theta of every gene by the method of moments, from the variance within the types: (n_genes,).
+    """Log theta of every gene by the method of moments, from the variance within the types: (n_genes,).
 
-    1 / theta = sum((x - mu)^2 - mu) / sum(mu^2) over cells, with mu = library size x profile of the cell's type. Genes with few
-    counts are uninformative, so each estimate is averaged with the estimate over all genes: the weights are the gene's sum of
-    mu^2 and `PRIOR_SUM_MU2`.
+    1 / theta = sum((x - mu)^2 - mu) / sum(mu^2) over cells, with mu = library size x profile of the cell's type, averaged with the same
+    over all genes: the weights are the gene's sum of mu^2, which is small where counts are few, and `PRIOR_SUM_MU2`.
     """
     n_cell_types, n_genes = profiles.shape
     sum_l, sum_l2 = np.zeros(n_cell_types), np.zeros(n_cell_types)
     sum_x_mu, sum_x2 = np.zeros(n_genes), np.zeros(n_genes)
     for counts, cell_type_idx in dataset.blocks():
-        labelled = cell_type_idx >= 0
         library_size = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
-        sum_l += np.bincount(cell_type_idx[labelled], library_size[labelled], n_cell_types)
-        sum_l2 += np.bincount(cell_type_idx[labelled], library_size[labelled] ** 2, n_cell_types)
+        by_type = _per_type(library_size, cell_type_idx, n_cell_types)
+        sum_l += by_type @ np.ones(len(library_size))
+        sum_l2 += by_type @ library_size
         # sum (x - mu)^2 = sum x^2 - 2 sum x mu + sum mu^2, the first two over the non-zero counts only
-        sum_x_mu += np.sum((_per_type(library_size, cell_type_idx, n_cell_types) @ counts).toarray() * profiles, axis=0)
-        sum_x2 += labelled.astype(np.float64) @ counts.astype(np.float64).power(2)
+        sum_x_mu += np.sum((by_type @ counts).toarray() * profiles, axis=0)
+        sum_x2 += (cell_type_idx >= 0).astype(np.float64) @ counts.astype(np.float64).power(2)
     sum_mu, sum_mu2 = sum_l @ profiles, sum_l2 @ profiles**2
     excess = sum_x2 - 2 * sum_x_mu + sum_mu2 - sum_mu
     overall = max(excess.sum() / sum_mu2.sum(), 1e-4)
@@ -172,25 +175,24 @@ def log_theta_by_moments(dataset: CellDataset, profiles: np.ndarray) -> np.ndarr
 def log_theta_by_likelihood(dataset: CellDataset, profiles: np.ndarray) -> np.ndarray:
     """Log theta of every gene and type by penalised maximum likelihood given mu = library size x profile: cell types x genes.
 
-    First log theta of the gene in all types, by maximum likelihood. Then that of each type, with the prior
-    Normal(log theta of the gene, `LOG_THETA_RATIO_SD`^2): without it, the ten cells of a rare type decide alone. The likelihood
-    needs sums over cells only: how often each count occurs, and cells and counts in bins of similar library size.
+    First log theta of the gene in all types, by maximum likelihood; then that of each type, with the prior Normal(log theta of the gene,
+    `LOG_THETA_RATIO_SD`^2), so that the ten cells of a rare type do not decide alone. The likelihood needs sums over cells only: how
+    often each count occurs, and cells and counts in bins of similar library size.
     """
-    n_cell_types, n_genes = profiles.shape
-    types, n_bins = dataset.cell_type_idx, n_cell_types * LIBRARY_BINS
-    rank = pd.Series(dataset.library_size).groupby(types).rank(method="first", pct=True).to_numpy()
-    bins = np.where(types < 0, -1, types * LIBRARY_BINS + np.ceil(rank * LIBRARY_BINS).astype(int) - 1)
-    n_cells = np.bincount(bins[types >= 0], minlength=n_bins)
-    sum_l = np.bincount(bins[types >= 0], dataset.library_size[types >= 0], n_bins)
-    library_size = (sum_l / np.maximum(n_cells, 1)).reshape(n_cell_types, LIBRARY_BINS, 1)
-    n_cells = n_cells.reshape(library_size.shape)
-    totals = counts_per_type(dataset, n_bins, bins).reshape(n_cell_types, LIBRARY_BINS, n_genes)
+    (n_cell_types, n_genes), n_bins = profiles.shape, len(profiles) * LIBRARY_BINS
+    cells = dataset.subset(np.flatnonzero(dataset.cell_type_idx >= 0))
+    rank = pd.Series(cells.library_size).groupby(cells.cell_type_idx).rank(method="first", pct=True).to_numpy()
+    bins = cells.cell_type_idx * LIBRARY_BINS + np.ceil(rank * LIBRARY_BINS).astype(int) - 1
+    n_cells = np.bincount(bins, minlength=n_bins).reshape(n_cell_types, LIBRARY_BINS, 1)
+    sum_l = np.bincount(bins, cells.library_size, n_bins).reshape(n_cells.shape)
+    library_size = sum_l / np.maximum(n_cells, 1)
+    totals = counts_per_type(cells, n_bins, bins).reshape(n_cell_types, LIBRARY_BINS, n_genes)
     # (cell types x genes) x counts: number of cells with this count
-    n_with_count = sp.csr_matrix((n_cell_types * n_genes, 2**31 - 1))
-    for counts, cell_type_idx in dataset.blocks():
-        row, x = np.repeat(cell_type_idx * n_genes, np.diff(counts.indptr)) + counts.indices, counts.data.astype(int)
-        n_with_count += sp.csr_matrix((np.ones((row >= 0).sum()), (row[row >= 0], x[row >= 0])), n_with_count.shape)
-    row, x = np.repeat(np.arange(n_with_count.shape[0]), np.diff(n_with_count.indptr)), n_with_count.indices
+    n_with_count = sp.csr_matrix((profiles.size, 2**31 - 1))
+    for counts, cell_type_idx in cells.blocks():
+        row = np.repeat(cell_type_idx * n_genes, np.diff(counts.indptr)) + counts.indices
+        n_with_count += sp.csr_matrix((np.ones(len(row)), (row, counts.data.astype(int))), n_with_count.shape)
+    row, x = n_with_count.tocoo().coords
     n_above_zero = np.bincount(row, n_with_count.data, profiles.size).reshape(profiles.shape)
 
     def log_likelihood(log_theta: np.ndarray) -> np.ndarray:
@@ -220,16 +222,15 @@ def _maximise(function: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ..
 
 
 @torch.no_grad()
-def nb_per_type_log_likelihood(marginals: GeneMarginals, test: CellDataset, batch_size: int = 256) -> np.ndarray:
+def nb_per_type_log_likelihood(marginals: GeneMarginals, test: CellDataset) -> np.ndarray:
     """log p(x|y,l) of each test cell, in nats, summed over genes: x ~ NB(mu = l x profile(y), theta); (n_test_cells,)."""
-    log_theta = torch.from_numpy(marginals.log_theta).float().to(test.device)
     log_profiles = torch.from_numpy(np.log(marginals.profiles)).float().to(test.device)
-    log_theta = log_theta.expand_as(log_profiles)
-    per_batch = [
-        nb_log_prob(batch, log_profiles[batch.cell_type_idx], batch.library_size.log(), log_theta[batch.cell_type_idx])
-        for batch in test.in_order(batch_size)
-    ]
-    return torch.cat(per_batch).cpu().numpy()
+    log_theta = torch.from_numpy(marginals.log_theta).float().to(test.device).expand_as(log_profiles)
+    parts = []
+    for batch in test.in_order(256):
+        y = batch.cell_type_idx
+        parts.append(Likelihood(log_profiles[y], batch.library_size.log(), log_theta[y], None).log_prob(batch))
+    return torch.cat(parts).cpu().numpy()
 
 
 class Outliers(NamedTuple):
@@ -244,9 +245,9 @@ class Outliers(NamedTuple):
     def replace(self, counts: sp.csr_matrix, cell_type_idx: np.ndarray) -> sp.csr_matrix:
         """The counts, cells x genes, each outlier replaced by the gene's expected count in the cell, at least 1.
 
-        An outlier is the sum of an NB(mu, theta) and a size, taken as an NB of the same mean and variance. A gene of a cell has one
-        with probability 1 - exp(-rate x mu). Rate and sizes are those of the group of genes that shows most outliers. Other counts
-        are NB(mu, theta) with the mean of the cell's type or, rarely, of the type in which the gene is highest.
+        An outlier, with probability 1 - exp(-rate x mu), is the sum of an NB(mu, theta) and a size, taken as an NB of the same mean and
+        variance; rate and sizes are those of the group of genes that shows most outliers. Other counts are NB(mu, theta) with the mean
+        of the cell's type or, rarely, of the type in which the gene is highest.
         """
         entries = np.flatnonzero(counts.data >= MIN_COUNT)
         cells, genes = np.searchsorted(counts.indptr, entries, side="right") - 1, counts.indices[entries]
@@ -313,8 +314,7 @@ def add_outliers(
         return
     seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
     rng = np.random.Generator(np.random.SFC64(seed))
-    # expected number of outliers up to each entry
-    expected = (counts.data * rate[group[counts.indices]]).cumsum(dtype=np.float64)
+    expected = (counts.data * rate[group[counts.indices]]).cumsum(dtype=np.float64)  # outliers up to each entry
     entries = np.searchsorted(expected, rng.uniform(0, expected[-1], rng.poisson(expected[-1])), side="right")
     entries = np.minimum(entries, counts.nnz - 1)
     size = sizes[group[counts.indices[entries]], rng.integers(0, sizes.shape[1], len(entries))]

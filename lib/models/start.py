@@ -13,11 +13,10 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from scipy.linalg import eigh
-from torch import nn
 
 from lib.data.batches import CellDataset
 from lib.models.gmvae import GMVAE
-from lib.models.profiles import GeneMarginals, type_means
+from lib.models.profiles import GeneMarginals, mixture_posterior, type_means
 
 MAX_CELLS = 10_000  # random cells used at most
 N_GENES = 1500  # genes of largest overdispersion, used to find the axes; loadings are estimated for all genes
@@ -41,16 +40,22 @@ class Axes(NamedTuple):
 def within_type_axes(dataset: CellDataset, marginals: GeneMarginals, max_axes: int, seed: int) -> Axes:
     """Find the axes within the types that held-out cells confirm: at most `max_axes`; where there are none, one whose loadings are 0.
 
-    dataset: train cells, of which those without a label are left out; marginals: of the same cells.
+    dataset: train cells, of which at most `MAX_CELLS` random labelled ones are used; marginals: of the same cells.
     """
     n_cell_types = len(marginals.profiles)
     rng = np.random.default_rng(seed)
-    counts, types = _select_cells(dataset, rng)
+    cells = dataset.subset(np.sort(rng.permutation(np.flatnonzero(dataset.cell_type_idx >= 0))[:MAX_CELLS]))
+    counts = sp.vstack([block for block, _ in cells.blocks()], format="csr", dtype=np.float64)
+    types = cells.cell_type_idx
     library_size = np.asarray(counts.sum(axis=1)).ravel()
     target = np.median(dataset.library_size)
     logs = counts.copy()
     logs.data = np.log1p(logs.data * np.repeat(target / library_size, np.diff(counts.indptr)))
-    genes = np.sort(np.argsort(-_excess_variance(marginals, target, types))[:N_GENES])
+    # variance within types beyond Poisson, over the mean, of each gene's counts; 0 for genes with a mean of at most 0.02
+    share = np.bincount(types, minlength=n_cell_types) / len(types)
+    mu, square = target * (share @ marginals.profiles), target**2 * (share @ marginals.profiles**2)
+    excess = np.where(mu > 0.02, square / mu / np.exp(marginals.log_theta), 0)
+    genes = np.sort(np.argsort(-excess)[:N_GENES])
     logs = logs[:, genes].toarray()
     mean = type_means(logs, types, n_cell_types)
     logs -= mean[types]
@@ -61,7 +66,7 @@ def within_type_axes(dataset: CellDataset, marginals: GeneMarginals, max_axes: i
         nothing = np.zeros((dataset.n_genes, 1))
         return Axes(nothing, nothing, np.zeros((n_cell_types, 1)), np.ones(1))
 
-    loadings = _loadings(counts, types, library_size, marginals, scores)
+    loadings = _loadings(counts, types, marginals, scores)
     n_cells, n_axes = scores.shape
     # z given a cell: Bayesian linear regression of the standardised logs (residual variance 1) on standard normal z
     standard_error = np.broadcast_to(np.sqrt((scores**2).mean(axis=0) / n_cells), (len(genes), n_axes))
@@ -72,26 +77,9 @@ def within_type_axes(dataset: CellDataset, marginals: GeneMarginals, max_axes: i
     return Axes(loadings, projection, -(mean @ projection[genes]), np.diag(variance))
 
 
-def _select_cells(dataset: CellDataset, rng: np.random.Generator) -> tuple[sp.csr_matrix, np.ndarray]:
-    """Select at most `MAX_CELLS` random labelled cells: counts and types."""
-    labelled = np.flatnonzero(dataset.cell_type_idx >= 0)
-    cells = dataset.subset(np.sort(rng.permutation(labelled)[:MAX_CELLS]))
-    counts = sp.vstack([block for block, _ in cells.blocks()], format="csr")
-    return counts.astype(np.float64), cells.cell_type_idx
-
-
-def _excess_variance(marginals: GeneMarginals, target: float, types: np.ndarray) -> np.ndarray:
-    """Variance within types beyond Poisson, over the mean, of each gene's counts; 0 for genes with a mean of at most 0.02."""
-    share = np.bincount(types, minlength=len(marginals.profiles)) / len(types)
-    mean, square = target * (share @ marginals.profiles), target**2 * (share @ marginals.profiles**2)
-    return np.where(mean > 0.02, square / mean / np.exp(marginals.log_theta), 0)
-
-
 def _cross_fitted_scores(deviations: np.ndarray, max_axes: int, rng: np.random.Generator) -> np.ndarray:
-    """Score of each cell on the axes found in the other folds: cells x axes, scaled so that the signal has variance 1.
-
-    An axis is kept if the held-out variance along it clearly exceeds the mean held-out variance of the later components, which
-    hold no signal.
+    """Score of each cell on the axes found in the other folds: cells x axes, scaled so that the signal has variance 1. An axis is kept
+    if the held-out variance along it clearly exceeds the mean held-out variance of the later components, which hold no signal.
     """
     n_cells, n_genes = deviations.shape
     max_axes = min(max_axes, n_genes // 2)
@@ -113,18 +101,15 @@ def _cross_fitted_scores(deviations: np.ndarray, max_axes: int, rng: np.random.G
     return np.clip(scores, -limit, limit) / np.sqrt(signal)
 
 
-def _loadings(
-    counts: sp.csr_matrix, types: np.ndarray, library_size: np.ndarray, marginals: GeneMarginals, scores: np.ndarray
-) -> np.ndarray:
-    """Slope of each gene's log mean on the scores, shrunk: genes x axes.
+def _loadings(counts: sp.csr_matrix, types: np.ndarray, marginals: GeneMarginals, scores: np.ndarray) -> np.ndarray:
+    """Slope of each gene's log mean on the scores, shrunk: genes x axes. E[x s] = mu x slope, for scores s whose signal has variance 1.
 
-    E[x s] = mu x slope, for scores s with mean 0 whose signal has variance 1. The standard error of the slope is the larger of
-    the one expected from the model and the one observed in the cells (sandwich estimator): a rare gene counted once, in a cell
-    with an extreme score, has an error as large as its slope.
+    The standard error of the slope is the larger of the one expected from the model and the one observed in the cells (sandwich
+    estimator): a rare gene counted once, in a cell with an extreme score, has an error as large as its slope.
     """
     profiles, theta = marginals.profiles, np.exp(marginals.log_theta)
-    n_cell_types = len(profiles)
-    members = [types == k for k in range(n_cell_types)]
+    library_size = np.asarray(counts.sum(axis=1)).ravel()
+    members = [types == k for k in range(len(profiles))]
     total = sum(library_size[cells].sum() * profiles[k] for k, cells in enumerate(members))[:, None] + 1e-12
     slope = np.array(counts.T @ scores)
     expected, observed = 0.0, np.array(counts.power(2).T @ scores**2)
@@ -144,49 +129,36 @@ def _loadings(
 
 
 def _shrunken(estimate: np.ndarray, standard_error: np.ndarray) -> np.ndarray:
-    """Posterior means by adaptive shrinkage; both arrays: genes x axes.
-
-    The prior of each column is a mixture of normals with mean 0 and the standard deviations `STANDARD_DEVIATIONS`, its weights
-    fitted to the column by EM (Stephens 2017, "False discovery rates: a new deal").
+    """Posterior means by adaptive shrinkage (Stephens 2017, "False discovery rates: a new deal"); both arrays: genes x axes. The prior of
+    each column is a mixture of normals with mean 0 and the standard deviations `STANDARD_DEVIATIONS`.
     """
     shrunk = np.empty_like(estimate)
     for j in range(estimate.shape[1]):
         variance = standard_error[:, j, None] ** 2 + 1e-12 + STANDARD_DEVIATIONS**2
         log_density = -0.5 * (np.log(variance) + estimate[:, j, None] ** 2 / variance)
-        density = np.exp(log_density - log_density.max(axis=1, keepdims=True))
-        weights = np.full(len(STANDARD_DEVIATIONS), 1 / len(STANDARD_DEVIATIONS))
-        for _ in range(100):
-            posterior = weights * density
-            posterior /= posterior.sum(axis=1, keepdims=True)
-            weights = posterior.mean(axis=0)
+        posterior = mixture_posterior(np.exp(log_density - log_density.max(axis=1, keepdims=True)))
         shrunk[:, j] = (posterior * STANDARD_DEVIATIONS**2 / variance).sum(axis=1) * estimate[:, j]
     return shrunk
 
 
 @torch.no_grad()
 def initialise(model: GMVAE, dataset: CellDataset, marginals: GeneMarginals, axes: Axes) -> None:
-    """Set the parameters that can be estimated without gradients, from train cells, and profiles and dispersions of their genes.
-
-    q(z|x,y) and p(x|z,y,l) start on the axes, p(z|y) on a standard normal distribution.
-    """
-    cell_type_idx, library_size = dataset.cell_type_idx, dataset.library_size
-    model.library_median.fill_(float(np.median(library_size)))
-    model.n_train_cells.fill_(len(library_size))
-    n_per_type = np.bincount(cell_type_idx[cell_type_idx >= 0], minlength=model.n_cell_types)
-    model.type_frequency.copy_(torch.from_numpy((n_per_type + 1) / (n_per_type + 1).sum()))
-    mean_profile = model.type_frequency.cpu().double().numpy() @ marginals.profiles
-    model.log_profiles.copy_(torch.from_numpy(np.log(marginals.profiles)))
-    nn.init.zeros_(model.p_x_zyl_log_mean.bias)
-    model.p_x_zyl_log_mean.weight.copy_(torch.from_numpy(axes.loadings))
-    model.q_z_xy_axes.weight.copy_(torch.from_numpy(axes.projection))
-    for layer in (model.q_z_xy_mean, model.q_z_xy_log_var, model.p_l_zy_mean):
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    model.q_z_xy_mean.weight[:, :-1] = torch.from_numpy(axes.offset.T)
-    model.q_z_xy_log_var.bias.copy_(torch.from_numpy(np.log(axes.variance)))
-    model.log_theta.copy_(torch.from_numpy(marginals.log_theta))
-    model.log_theta_mean.fill_(float(mean_profile @ marginals.log_theta))
+    """Set the parameters that can be estimated without gradients: q(z|x,y) and p(x|z,y,l) on the axes, p(z|y) standard normal."""
+    types, library_size = dataset.cell_type_idx, dataset.library_size
+    n_cells = np.bincount(types[types >= 0], minlength=model.n_cell_types) + 1
+    frequency = (n_cells / n_cells.sum()).astype(np.float32)
+    start = {
+        "library_median": np.median(library_size), "n_train_cells": len(library_size), "type_frequency": frequency,
+        "log_profiles": np.log(marginals.profiles), "log_theta": marginals.log_theta,
+        "log_theta_mean": frequency.astype(np.float64) @ marginals.profiles @ marginals.log_theta,
+        "p_x_zyl_log_mean.weight": axes.loadings, "p_x_zyl_log_mean.bias": 0.0,
+        "p_l_zy_mean.weight": 0.0, "p_l_zy_mean.bias": 0.0, "p_l_zy_log_scale": np.log(np.log(library_size).std() + 1e-2),
+        "q_z_xy_axes.weight": axes.projection, "q_z_xy_mean.bias": 0.0,
+        "q_z_xy_mean.weight": np.column_stack([axes.offset.T, np.zeros(model.n_latent)]),  # of the types and of log l
+        "q_z_xy_log_var.weight": 0.0, "q_z_xy_log_var.bias": np.log(axes.variance),
+    }  # fmt: skip
     if model.p_x_zyl_zi_logits is not None:
-        nn.init.zeros_(model.p_x_zyl_zi_logits.weight)
-        nn.init.constant_(model.p_x_zyl_zi_logits.bias, -4.0)
-    model.p_l_zy_log_scale.fill_(float(np.log(np.log(library_size).std() + 1e-2)))
+        start |= {"p_x_zyl_zi_logits.weight": 0.0, "p_x_zyl_zi_logits.bias": -4.0}
+    state = model.state_dict()
+    for name, value in start.items():
+        state[name].copy_(torch.as_tensor(value))

@@ -13,7 +13,6 @@ from lib.models.likelihoods import (
     gaussian_kl,
     gaussian_log_prob,
     importance_sample,
-    nb_log_prob,
     sample_counts,
     sample_positive_nb,
     standard_normal_kl,
@@ -25,10 +24,11 @@ def batch_of(counts: np.ndarray):
     return dataset.in_memory_cells.batch(np.arange(len(counts)))
 
 
-def mean(mu) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and log library sizes that give these means."""
-    log_mu = torch.as_tensor(mu).float().log()
-    return log_mu, log_mu.logsumexp(dim=1)
+def log_prob(counts, mu, theta, zi_logits=None) -> torch.Tensor:
+    """Of counts, cells x genes, by their means, of which the logits and the library sizes are computed."""
+    log_mu, log_theta = (torch.as_tensor(value).float().log() for value in (mu, theta))
+    zi_logits = None if zi_logits is None else torch.as_tensor(zi_logits).float()
+    return Likelihood(log_mu, log_mu.logsumexp(dim=1), log_theta, zi_logits).log_prob(batch_of(counts))
 
 
 def nb(mu, theta):
@@ -48,21 +48,14 @@ def cells():
 def test_nb_equals_scipy_over_the_whole_range_of_theta(cells, theta):
     counts, mu = cells
     theta = np.random.default_rng(2).lognormal(0, 1, mu.shape) if isinstance(theta, str) else np.full(50, theta)
-    ours = nb_log_prob(batch_of(counts), *mean(mu), torch.tensor(theta).float().log())
+    ours = log_prob(counts, mu, theta)
     # the error of float32 inputs alone: theta and mu are precise to 1e-7, and the log-likelihood depends on them
     np.testing.assert_allclose(ours, nb(mu, theta).logpmf(counts).sum(axis=1), rtol=2e-6, atol=2e-3)
 
 
 def test_nb_per_entry_error_is_small_at_large_theta():
-    x, mu, theta = 3.0, 2.5, 1e6
-    ours = nb_log_prob(batch_of(np.array([[x]])), *mean([[mu]]), torch.tensor([theta]).log())
-    assert abs(ours.item() - nb(mu, theta).logpmf(x)) < 1e-5
-
-
-def test_nb_tends_to_poisson(cells):
-    counts, mu = (np.minimum(x, 50) for x in cells)
-    ours = nb_log_prob(batch_of(counts), *mean(mu), torch.full((50,), np.log(1e6), dtype=torch.float32))
-    np.testing.assert_allclose(ours, scipy.stats.poisson.logpmf(counts, mu).sum(axis=1), rtol=1e-4)
+    x, mu, theta = np.array([[3.0]]), np.array([[2.5]]), np.array([1e6])
+    assert log_prob(x, mu, theta).item() == pytest.approx(nb(mu, theta).logpmf(x).item(), abs=1e-5)
 
 
 def test_zinb_equals_the_mixture_formula_and_without_inflation_the_nb(cells):
@@ -72,35 +65,33 @@ def test_zinb_equals_the_mixture_formula_and_without_inflation_the_nb(cells):
     pi = 1 / (1 + np.exp(-logits))
     zero = np.log(pi + (1 - pi) * nb(mu, theta).pmf(counts))
     expected = np.where(counts == 0, zero, np.log1p(-pi) + nb(mu, theta).logpmf(counts)).sum(axis=1)
-    arguments = batch_of(counts), *mean(mu), torch.tensor(theta).float().log()
-    np.testing.assert_allclose(nb_log_prob(*arguments, torch.tensor(logits).float()), expected, rtol=2e-6)
-    without = nb_log_prob(*arguments, torch.full(mu.shape, -40.0))
-    np.testing.assert_allclose(without, nb_log_prob(*arguments), rtol=1e-6)
+    np.testing.assert_allclose(log_prob(counts, mu, theta, logits), expected, rtol=2e-6)
+    without = log_prob(counts, mu, theta, np.full(mu.shape, -40.0))
+    np.testing.assert_allclose(without, log_prob(counts, mu, theta), rtol=1e-6)
 
 
 @pytest.mark.parametrize("zero_inflated", [False, True])
 @pytest.mark.parametrize("theta_shape", [(3,), (2, 3)])
 def test_gradients_equal_finite_differences(zero_inflated, theta_shape):
     batch, generator = batch_of(np.array([[0, 2, 7], [1, 0, 0]])), torch.Generator().manual_seed(0)
-    shapes = [(2, 3), (2,), theta_shape] + [
-        (2, 3)
-    ] * zero_inflated  # logits, log library, log theta, logits of extra zeros
+    shapes = [(2, 3), (2,), theta_shape, (2, 3)]  # logits, log library, log theta, logits of extra zeros
     inputs = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
-    assert torch.autograd.gradcheck(lambda *p: nb_log_prob(batch, *p), inputs)
+
+    def log_likelihood(*parameters):
+        return Likelihood(*parameters[:3], parameters[3] if zero_inflated else None).log_prob(batch)
+
+    assert torch.autograd.gradcheck(log_likelihood, inputs[: 3 + zero_inflated])
 
 
-def test_gaussian_kl_by_hand_and_by_torch():
-    # q = N(1, 4), p = N(0, 1): log(1/2) + (4 + 1)/2 - 1/2
-    one = gaussian_kl(torch.tensor([[1.0]]), torch.tensor([[4.0]]).log(), torch.zeros(1, 1), torch.zeros(1, 1))
-    assert one.item() == pytest.approx(np.log(0.5) + 2.0, rel=1e-6)
+def test_gaussians_are_those_of_torch():
     q_mean, q_log_var, p_mean, p_log_var = torch.randn((4, 5, 7), generator=torch.Generator().manual_seed(0))
-    q, p = (torch.distributions.Normal(m, (v / 2).exp()) for m, v in ((q_mean, q_log_var), (p_mean, p_log_var)))
-    expected = torch.distributions.kl_divergence(q, p).sum(dim=1)
-    torch.testing.assert_close(gaussian_kl(q_mean, q_log_var, p_mean, p_log_var), expected)
-    torch.testing.assert_close(gaussian_log_prob(q_mean, p_mean, p_log_var), p.log_prob(q_mean))
-    standard = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum(dim=1)
-    torch.testing.assert_close(standard_normal_kl(q_mean, q_log_var), standard)
-    z, log_ratio = importance_sample((q_mean, q_log_var), (p_mean, p_log_var), torch.Generator().manual_seed(1))
+    ours = (q_mean, q_log_var), (p_mean, p_log_var)
+    q, p = (torch.distributions.Normal(m, (v / 2).exp()) for m, v in ours)
+    kl, standard = (torch.distributions.kl_divergence(q, x) for x in (p, torch.distributions.Normal(0.0, 1.0)))
+    torch.testing.assert_close(gaussian_kl(*ours), kl.sum(dim=1))
+    torch.testing.assert_close(standard_normal_kl(*ours[0]), standard.sum(dim=1))
+    torch.testing.assert_close(gaussian_log_prob(q_mean, *ours[1]), p.log_prob(q_mean))
+    z, log_ratio = importance_sample(*ours, torch.Generator().manual_seed(1))
     torch.testing.assert_close(log_ratio, (p.log_prob(z) - q.log_prob(z)).sum(dim=1), rtol=1e-4, atol=1e-4)
 
 
@@ -109,18 +100,13 @@ def test_gaussian_kl_by_hand_and_by_torch():
 def test_sampled_counts_have_the_zeros_means_and_variances_of_the_distribution(extra_zeros, of_cell):
     """Two likelihoods, one after the other, with thetas and extra zeros of their own genes, or of each cell and gene."""
     n, shares, theta = 20_000, np.array([0.001, 0.02, 0.179, 0.8]), np.array([0.1, 5.0, 1.0, 1e4])
-    log_theta = torch.tensor(theta).float().log()
-    likelihoods = [
-        Likelihood(
-            torch.tensor(shares).float().log().expand(n, 4),
-            torch.full((n,), np.log(library)),
-            log_theta.expand(n, 4) if of_cell else log_theta,
-            torch.full((n, 4), np.log(extra_zeros / (1 - extra_zeros))) if extra_zeros else None,
-        )
-        for library in (2.0, 60.0)
-    ]
+    logits, log_theta = (torch.tensor(value).float().log() for value in (shares, theta))
+    zi_logits = torch.full((n, 4), np.log(extra_zeros / (1 - extra_zeros))) if extra_zeros else None
+    log_theta, libraries = log_theta.expand(n, 4) if of_cell else log_theta, (2.0, 60.0)
+    log_libraries = [torch.full((n,), np.log(library)) for library in libraries]
+    likelihoods = [Likelihood(logits.expand(n, 4), log_l, log_theta, zi_logits) for log_l in log_libraries]
     x = sample_counts(likelihoods, torch.Generator().manual_seed(3)).toarray()
-    for library, part in ((2.0, x[:n]), (60.0, x[n:])):
+    for library, part in zip(libraries, (x[:n], x[n:])):
         mu = library * shares
         zeros = extra_zeros + (1 - extra_zeros) * nb(mu, theta).pmf(0)
         np.testing.assert_allclose((part == 0).mean(axis=0), zeros, atol=4 * 0.5 / np.sqrt(n))

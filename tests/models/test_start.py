@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from helpers import CPU
 
 from lib.data.batches import CellDataset
 from lib.models.gmvae import GMVAE
 from lib.models.profiles import gene_marginals
-from lib.models.start import _shrunken, initialise, within_type_axes
+from lib.models.start import initialise, within_type_axes
 
 N_CELLS, N_GENES = 1500, 400
 
@@ -27,7 +28,7 @@ def cells(n_programmes: int, seed: int = 0):
 
 
 def axes_of(counts, types, max_axes: int = 8):
-    dataset = CellDataset(counts, types, torch.device("cpu"))
+    dataset = CellDataset(counts, types, CPU)
     return within_type_axes(dataset, gene_marginals(dataset, types.max() + 1), max_axes, 0)
 
 
@@ -59,30 +60,15 @@ def test_loadings_and_scores_have_the_scale_of_z():
     np.testing.assert_allclose((estimate.var(axis=0) + axes.variance)[:3], 1, atol=0.25)
 
 
-def test_cells_without_programmes_have_no_axes():
-    """One axis is kept, because z needs at least one dimension; its loadings are about 0."""
+def test_cells_without_programmes_have_one_axis_whose_loadings_are_about_0():
     counts, types, *_ = cells(0)
     axes = axes_of(counts, types)
     assert axes.loadings.shape == (N_GENES, 1) and np.sqrt((axes.loadings**2).mean()) < 0.05
 
 
-def test_shrinkage_is_that_of_a_known_prior():
-    """Half of the values are 0, half normal: precise estimates stay, imprecise ones are shrunk towards 0."""
-    rng = np.random.default_rng(0)
-    true = np.where(rng.random(4000) < 0.5, 0, rng.normal(0, 0.4, 4000))
-    error = np.full(4000, 0.2)
-    error[:2000] = 0.02
-    estimate = true + error * rng.normal(size=4000)
-    shrunk = _shrunken(estimate[:, None], error[:, None])[:, 0]
-    assert np.mean((shrunk[2000:] - true[2000:]) ** 2) < 0.75 * np.mean((estimate[2000:] - true[2000:]) ** 2)
-    np.testing.assert_allclose(
-        shrunk[:2000][np.abs(true[:2000]) > 0.3], estimate[:2000][np.abs(true[:2000]) > 0.3], rtol=0.05
-    )
-
-
 def test_the_model_starts_at_the_profiles_and_scores():
     counts, types, *_ = cells(2)
-    dataset = CellDataset(counts, types, torch.device("cpu"))
+    dataset = CellDataset(counts, types, CPU)
     marginals, axes = gene_marginals(dataset, 2), axes_of(counts, types)
     model = GMVAE(N_GENES, 2, axes.loadings.shape[1])
     initialise(model, dataset, marginals, axes)
