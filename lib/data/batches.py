@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -75,11 +76,8 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        batch = copy.copy(self)
-        for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor):
-                setattr(batch, name, value.to(device, non_blocking=True))
-        return batch
+        tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
 
 def _csr(indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -97,9 +95,7 @@ def transposed(x: torch.Tensor) -> torch.Tensor:
         return _csr(starts, rows, torch.from_numpy(columns.data), x.shape[::-1])
     by_column = indices.argsort(stable=True)
     rows = torch.repeat_interleave(indptr.diff(), output_size=len(indices))[by_column]
-    n_entries = torch.zeros(x.shape[1], dtype=torch.int64, device=x.device).index_add_(
-        0, indices, torch.ones_like(indices)
-    )
+    n_entries = indptr.new_zeros(x.shape[1]).index_add_(0, indices, torch.ones_like(indices))
     return _csr(F.pad(n_entries.cumsum(0), (1, 0)), rows, values[by_column], x.shape[::-1])
 
 
@@ -158,9 +154,9 @@ class InMemoryCells:
 class CellDataset:
     """Counts and types of cells, as batches on a device.
 
-    counts: all rows of a matrix in memory (CSR), or of a file (`X` of a backed AnnData); cell_type_idx: type of each row, -1 where
-    unknown; cells: rows of this data set, ascending (None: all); in_memory: whether counts on disk are read into memory at once,
-    otherwise about `WINDOW_CELLS` at a time. `rows` are the rows of these cells in the attribute `counts`.
+    counts: a CSR matrix in memory, or `X` of a backed AnnData; cell_type_idx: type of each of its rows, -1 where unknown; cells: rows
+    of this data set, ascending (None: all); in_memory: whether counts on disk are read into memory at once, otherwise about
+    `WINDOW_CELLS` at a time. `rows` are the rows of these cells in the attribute `counts`.
     """
 
     def __init__(
@@ -182,6 +178,11 @@ class CellDataset:
     def __len__(self) -> int:
         return len(self.cells)
 
+    def _copy(self) -> "CellDataset":
+        other = copy.copy(self)
+        other.__dict__.pop("library_size", None)
+        return other
+
     @functools.cached_property
     def library_size(self) -> np.ndarray:
         """Sum of each cell's counts, (n_cells,)."""
@@ -189,16 +190,14 @@ class CellDataset:
 
     def subset(self, places: np.ndarray) -> "CellDataset":
         """Some of the cells, read block by block. places: their numbers in this data set, ascending."""
-        part = copy.copy(self)
-        part.__dict__.pop("library_size", None)
+        part = self._copy()
         part.cells, part.rows, part.cell_type_idx = self.cells[places], self.rows[places], self.cell_type_idx[places]
         part.in_memory_cells = None
         return part
 
     def corrected(self, correct: Callable[[sp.csr_matrix, np.ndarray], sp.csr_matrix]) -> "CellDataset":
         """The same cells with other counts. correct: of counts and types of some cells, their other counts."""
-        other = copy.copy(self)
-        other.__dict__.pop("library_size", None)
+        other = self._copy()
         if self.in_memory_cells is None:
             other.correct = correct  # whenever cells are read
         else:
@@ -228,10 +227,9 @@ class CellDataset:
     ) -> Iterator[Batch]:
         """Every cell once, in random order, in batches of about `batch_size` cells.
 
-        Cells on disk are shuffled in windows: random blocks of consecutive cells are read, and the cells of these blocks are
-        shuffled. Of `n_ranks` processes each reads all windows and gets its share of every batch, at least one cell: if there are fewer
-        cells than processes, some are repeated. `balanced` samples as many cells with replacement instead: every type of the window
-        equally often, no cell of unknown type.
+        Cells on disk are shuffled in windows of random blocks of consecutive cells. Of `n_ranks` processes each reads all windows and
+        gets its share of every batch, at least one cell (some repeat if there are too few). `balanced` samples as many cells with
+        replacement: every type of the window equally often, no cell of unknown type.
         """
         for part in self._windows(generator) if self.in_memory_cells is None else [self.in_memory_cells]:
             types = part.cell_type_idx.to(generator.device)

@@ -27,9 +27,8 @@ import scanpy as sc
 import scipy.io
 import scipy.sparse as sp
 
-from lib.data.counts import read_h5ad
 from lib.data.labels import clean_labels, read_labels
-from lib.data.readers import CellStream, check_foreign, open_10x, open_mtx, read_count_table
+from lib.data.readers import CellStream, open_10x, open_mtx, read_count_table
 from lib.run import reading
 
 URLS = {
@@ -40,10 +39,7 @@ URLS = {
     "geo": "https://ftp.ncbi.nlm.nih.gov/geo/series/GSE74nnn/GSE74985/suppl",
     "ebi": "https://www.ebi.ac.uk/gxa/sc/experiment",
 }
-EBI_LABELS = tuple(
-    f"Factor Value[{name}]"
-    for name in ("inferred cell type - authors labels", "inferred cell type - ontology labels", "cell type")
-)
+EBI_LABELS = ["inferred cell type - authors labels", "inferred cell type - ontology labels", "cell type"]
 RETRIES = 5  # of a download, after 1, 2, ... seconds
 
 
@@ -59,8 +55,8 @@ class Source(NamedTuple):
 def load(name: str, raw: Path, geo_url: str, gene_length_url: str | None) -> Source:
     """Open a data set of `NAMES`, whose downloads are kept in the folder `raw`; its counts are checked when they are read.
 
-    The addresses are those of GSE130148: the folder of its two files, and its table of gene lengths (None: without). ValueError if
-    the files have another number of cells than the source states.
+    geo_url, gene_length_url: of the folder of GSE130148, and of its gene lengths (None: without). ValueError if the number of cells is
+    not that of the source.
     """
     reader, n_cells = SETS[name]
     source = gse130148(raw, geo_url, gene_length_url) if name == "GSE130148" else reader(raw)
@@ -75,12 +71,7 @@ def load(name: str, raw: Path, geo_url: str, gene_length_url: str | None) -> Sou
 def fetch(url: str, path: Path) -> Path:
     """Download `url` to `path`, unless the file exists. The file has its name only when it is complete.
 
-    Raises
-    ------
-    ConnectionError
-        If the download fails; the message says which file to save where by hand.
-    ValueError
-        If the file is a web page, empty, or an incomplete gzip file.
+    ConnectionError, which says what to save where by hand, if this fails; ValueError for what is no data (`check_download`).
     """
     if path.exists():
         check_download(path, path)
@@ -88,21 +79,15 @@ def fetch(url: str, path: Path) -> Path:
         return path
 
     def download(url: str, temporary: str, cache: Any) -> None:
-        try:
-            pooch.HTTPDownloader(progressbar=True, headers={"Accept-Encoding": "identity"})(url, temporary, cache)
-        except requests.HTTPError as error:
-            assert error.response is not None
-            if error.response.status_code in (429, *range(500, 600)):
-                raise  # pooch tries again
-            raise ConnectionError(str(error)) from error
+        pooch.HTTPDownloader(progressbar=True, headers={"Accept-Encoding": "identity"})(url, temporary, cache)
         check_download(Path(temporary), path)
 
-    cache = pooch.create(
+    files = pooch.create(
         path.parent, base_url="", registry={path.name: None}, urls={path.name: url}, retry_if_failed=RETRIES
     )
     try:
-        cache.fetch(path.name, downloader=download)
-    except (requests.RequestException, ConnectionError) as error:
+        files.fetch(path.name, downloader=download)
+    except requests.RequestException as error:
         raise ConnectionError(
             f"{url} could not be downloaded ({error}). Without a network: download it elsewhere, save it as {path}, and run this again"
         ) from error
@@ -114,9 +99,8 @@ def check_download(file: Path, named: Path) -> None:
     with open(file, "rb") as stream:
         head = stream.read(512).lstrip().lower()
     if not head or head.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise ValueError(
-            f"{named} is {'a web page, not data' if head else 'empty'}; expected the data file: download it elsewhere and save it there"
-        )
+        content = "a web page, not data" if head else "empty"
+        raise ValueError(f"{named} is {content}; expected the data file: download it elsewhere and save it there")
     if named.suffix == ".gz":
         with reading(named, "a complete gzip file"), gzip.open(file) as stream:
             while stream.read(1 << 22):
@@ -125,10 +109,8 @@ def check_download(file: Path, named: Path) -> None:
 
 def gse130148(raw: Path, geo_url: str, gene_length_url: str | None) -> Source:
     """Human lung, Drop-seq (Vieira Braga et al., Nature Medicine 2019, doi 10.1038/s41591-019-0468-5)."""
-    count_file = fetch(f"{geo_url}/GSE130148%5Fraw%5Fcounts.csv.gz", raw / "GSE130148_raw_counts.csv.gz")
-    label_file = fetch(
-        f"{geo_url}/GSE130148%5Fbarcodes%5Fcell%5Ftypes.txt.gz", raw / "GSE130148_barcodes_cell_types.txt.gz"
-    )
+    files = ("GSE130148_raw_counts.csv.gz", "GSE130148_barcodes_cell_types.txt.gz")
+    count_file, label_file = (fetch(f"{geo_url}/{file.replace('_', '%5F')}", raw / file) for file in files)
     length_file = None
     if gene_length_url is not None:
         try:
@@ -163,10 +145,8 @@ def pbmc1k(raw: Path) -> Source:
 
 
 def pbmc3k(raw: Path) -> Source:
-    """Blood of a healthy donor, 10x v1, with the labels of scanpy's tutorial (`scanpy.datasets.pbmc3k_processed`).
-
-    The labels are not the authors': the tutorial names its eight Louvain clusters by marker genes. 62 of the 2,700 cells fail its
-    quality control and have no type. Without the file of labels the cells have no types, with a warning.
+    """Blood of a healthy donor, 10x v1; the types are the eight Louvain clusters of scanpy's tutorial (`pbmc3k_processed`), named by
+    marker genes. 62 of the 2,700 cells fail its quality control and have none. Without the file of types, a warning says so.
     """
     cells, url = cell_ranger_archive("pbmc3k/pbmc3k", raw)
     try:
@@ -174,13 +154,10 @@ def pbmc3k(raw: Path) -> Source:
     except ConnectionError as error:  # stage 1 can cluster the cells
         print(f"WARNING: no cell types of pbmc3k, so stage 1 will cluster the cells: {error}")
         return Source(cells, url)
-    with reading(label_file, "scanpy's pbmc3k_processed, with the cell types in obs['louvain']"):
-        check_foreign(label_file, ("obs",), indices=False)
-        louvain = read_h5ad(label_file).obs["louvain"].reindex(cells.obs.index)
-    if louvain.isna().all():
-        raise ValueError(
-            f"{label_file} has none of these cells, such as {louvain.index[0]}: delete it and run this again"
-        )
+    with reading(label_file, "scanpy's pbmc3k_processed, with the types of these cells in obs['louvain']"):
+        louvain = ad.read_h5ad(label_file).obs["louvain"].reindex(cells.obs.index)
+        if louvain.isna().all():
+            raise ValueError(f"it has no type of the cells, such as {louvain.index[0]}")
     cells.obs["cell_type"] = clean_labels(louvain)
     print(f"{louvain.notna().sum():,} of {len(louvain):,} cells have a label in {label_file.name}")
     return Source(cells, url)
@@ -205,30 +182,24 @@ def cell_ranger_archive(name: str, raw: Path) -> tuple[CellStream, str]:
 
 
 def dentate_gyrus(raw: Path) -> Source:
-    """Mouse dentate gyrus: the spliced counts of scVelo's copy of GSE95753, and the bulk GSE74985."""
+    """Mouse dentate gyrus: the spliced counts of scVelo's copy of GSE95753, and the bulk GSE74985, by gene symbol."""
     url = f"{URLS['scvelo']}/10X43_1.h5ad"
     file = fetch(url, raw / "dentate_gyrus_10X43_1.h5ad")
-    check_foreign(file, ("obs", "layers"))
-    source = read_h5ad(file)
-    obs = pd.DataFrame({"cell_type": clean_labels(source.obs["clusters"])})
-    adata = ad.AnnData(source.layers["spliced"], obs=obs, var=source.var[[]])
-    counts, names = (
-        fetch(f"{URLS['geo']}/GSE74985%5F{file}", raw / f"GSE74985_{file}")
-        for file in ("mergedCount.txt.gz", "genes.fpkm_tracking.gz")
-    )
-    return Source(CellStream.of(adata, "dentate_gyrus"), url, bulk=read_gse74985(counts, names))
-
-
-def read_gse74985(counts: Path, names: Path) -> pd.DataFrame:
-    """Samples x gene symbols, read counts: Ensembl genes are renamed by the series' own table, duplicate genes are summed."""
+    with reading(file, "scVelo's DentateGyrus/10X43_1.h5ad"):
+        source = ad.read_h5ad(file)
+        obs = pd.DataFrame({"cell_type": clean_labels(source.obs["clusters"])})
+        adata = ad.AnnData(source.layers["spliced"], obs=obs, var=source.var[[]])
+    counts, names = (raw / f"GSE74985_{file}" for file in ("mergedCount.txt.gz", "genes.fpkm_tracking.gz"))
+    for path in (counts, names):
+        fetch(f"{URLS['geo']}/{path.name.replace('_', '%5F', 1)}", path)
     with reading(counts, "a table of counts"):
-        table = pd.read_csv(counts, sep="\t", index_col=0)
+        bulk = pd.read_csv(counts, sep="\t", index_col=0)
     with reading(names, "a table with the columns gene_id and gene_short_name"):
-        genes = pd.read_csv(names, sep="\t", usecols=["gene_id", "gene_short_name"]).drop_duplicates("gene_id")
-    symbols = genes.set_index("gene_id")["gene_short_name"]
-    known = pd.Series(table.index.map(symbols), index=table.index)
-    print(f"{counts.name}: {known.notna().sum():,} of {len(table):,} genes have a symbol")
-    return table[known.notna()].groupby(known.dropna()).sum().T.rename_axis(index="sample", columns=None)
+        genes = pd.read_csv(names, sep="\t").drop_duplicates("gene_id").set_index("gene_id")["gene_short_name"]
+    symbols = bulk.index.map(genes)
+    print(f"{counts.name}: {symbols.notna().sum():,} of {len(bulk):,} genes have a symbol")
+    bulk = bulk.groupby(symbols).sum().T.rename_axis(index="sample", columns=None)
+    return Source(CellStream.of(adata, "dentate_gyrus"), url, bulk=bulk)
 
 
 def e_annd_5(raw: Path) -> Source:
@@ -245,15 +216,10 @@ def e_annd_5(raw: Path) -> Source:
         counts = sp.csr_matrix(scipy.io.mmread(archive.open(parts[".mtx"])).T)
         obs = pd.DataFrame(index=barcodes[0].to_numpy())
         adata = ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=genes[1].to_numpy()))
-    with reading(design, "a table of cells"):
+    with reading(design, f"a table of cells with a Factor Value of {' or '.join(EBI_LABELS)}"):
         table = pd.read_csv(design, sep="\t", index_col=0, dtype=str)
-    columns = [column for column in EBI_LABELS if column in table]
-    if not columns:
-        raise ValueError(
-            f"{design} has no column of cell types; it has {', '.join(table)}; expected one of {', '.join(EBI_LABELS)}: "
-            "delete it and run this again"
-        )
-    adata.obs["cell_type"] = clean_labels(table[columns[0]].reindex(adata.obs_names))
+        labels = table.filter(items=[f"Factor Value[{name}]" for name in EBI_LABELS]).iloc[:, 0]
+    adata.obs["cell_type"] = clean_labels(labels.reindex(adata.obs_names))
     return Source(CellStream.of(adata, "E-ANND-5"), url)
 
 

@@ -27,8 +27,9 @@ def lazy(adata: ad.AnnData, rows: np.ndarray | None = None) -> ad.AnnData:
 
 @contextlib.contextmanager
 def scheduler(address: str | None) -> Iterator[None]:
-    """Compute the dask arrays of this block in this process (None), in one process per processor ("local"), or by the workers of a
-    running scheduler, which need the same packages and the same path of the data.
+    """Compute dask arrays in this process (None), in one per processor ("local"), or by the workers of a running scheduler.
+
+    These need the same packages and the same path of the data. ValueError if the scheduler does not answer.
     """
     if address is None:
         yield
@@ -39,9 +40,9 @@ def scheduler(address: str | None) -> Iterator[None]:
         local = {"processes": True, "threads_per_worker": 1, "dashboard_address": None}
         client = Client(**local) if address == "local" else Client(address, timeout=CONNECT_S)
     except (ImportError, OSError, ValueError) as error:
+        expected = "the address of a running dask scheduler, local or none, and the package distributed"
         raise ValueError(
-            f"DASK_SCHEDULER is {address!r}, but it does not answer ({error}); "
-            "expected the address of a running dask scheduler, local or none, and the package dask[distributed]"
+            f"DASK_SCHEDULER is {address!r}, but does not answer ({error}); expected {expected}"
         ) from error
     with client:
         yield
@@ -66,7 +67,7 @@ def quality_metrics(adata: ad.AnnData) -> pd.DataFrame:
 def principal_components(counts: ad.AnnData, n_top_genes: int | None, n_pcs: int) -> np.ndarray:
     """Normalise to the median library size, log1p, select highly variable genes (None: all), PCA (scanpy): cells x components, float32.
 
-    counts: cells x genes, raw, sparse, in memory or as a dask array; a ValueError says if there are fewer than `MIN_CELLS` cells.
+    counts: cells x genes, raw, sparse, in memory or as a dask array; ValueError for fewer than `MIN_CELLS` cells.
     """
     if counts.n_obs < MIN_CELLS:
         raise ValueError(f"{counts.n_obs} cells are too few for an embedding; expected at least {MIN_CELLS}")
@@ -108,9 +109,8 @@ def load_pymde() -> ModuleType:
     try:
         import pymde
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another build than torch
-        raise ImportError(
-            f"MDE needs pymde and a torchvision that fits torch ({error}); pip install pymde, or set MDE to False"
-        ) from error
+        needs = f"pymde and a torchvision that fits torch ({error})"
+        raise ImportError(f"MDE needs {needs}; pip install pymde, or set MDE to False") from error
     return pymde
 
 
@@ -142,20 +142,18 @@ def labels_of_neighbours(pcs: np.ndarray, known: np.ndarray, labels: np.ndarray,
 def in_large_clusters(
     cells: ad.AnnData, min_cells: int, n_top_genes: int, n_pcs: int, n_neighbors: int, resolution: float, seed: int
 ) -> np.ndarray:
-    """Small-cluster filter of Bulk2Single: mask of the generated cells whose Leiden cluster has at least `min_cells` cells.
+    """Small-cluster filter of Bulk2Single: mask of the generated cells (raw counts) whose Leiden cluster has at least `min_cells` cells.
 
-    cells: raw counts; the other settings are those of the clusters. A ValueError says if no cluster is large enough.
+    ValueError if no cluster is large enough.
     """
     graph = neighbour_graph(principal_components(cells, n_top_genes, n_pcs), n_neighbors, seed)
     clusters = leiden(graph, resolution, seed)
     sizes = pd.Series(clusters).value_counts()
-    kept = sizes[clusters].to_numpy() >= min_cells
-    if not kept.any():
+    n, largest = len(sizes), sizes.max()
+    if largest < min_cells:
         raise ValueError(
-            f"all {len(sizes)} clusters have fewer than {min_cells} cells (the largest: {sizes.max()}); lower MIN_CLUSTER_CELLS"
+            f"all {n} clusters have fewer than {min_cells} cells (the largest: {largest}); lower MIN_CLUSTER_CELLS"
         )
-    n_small = np.sum(sizes < min_cells)
-    print(
-        f"small-cluster filter: {np.sum(~kept):,} of {len(kept):,} cells dropped, in {n_small} of {len(sizes)} clusters"
-    )
+    kept, n_small = sizes[clusters].to_numpy() >= min_cells, np.sum(sizes < min_cells)
+    print(f"small-cluster filter: {np.sum(~kept):,} of {len(kept):,} cells dropped, in {n_small} of {n} clusters")
     return kept

@@ -20,10 +20,10 @@ from lib.data.tables import read_table
 
 BARCODE_COLUMNS = ("cell.barcode", "barcode", "barcodes", "cell", "cell_id", "cellid", "index", "")
 NO_LABEL = ("", "nan", "na", "none", "unknown", "unassigned", "unlabelled", "unlabeled", "1_unicorns and artifacts")
-MARKER_COLUMNS = (
+MARKER_COLUMNS = [
     ("cellName", "geneSymbolmore1", "geneSymbolmore2"),
     ("cell_type", "positive", "negative"),
-)  # scType's, ours
+]  # scType's, ours
 TISSUE_COLUMN = "tissueType"  # of scType's database
 MIN_SCORE = 0.25  # mean score of a cluster's cells; below it the cluster has no type (scType)
 
@@ -41,9 +41,8 @@ def take_labels(obs: pd.DataFrame, key: str | None) -> pd.DataFrame:
         return obs
     column = alike[0] if key is None else key
     if column not in obs:
-        raise ValueError(
-            f"obs has no column {key!r}; it has {', '.join(obs) or 'none'}: set CELL_TYPE_KEY or LABELS_FILE"
-        )
+        columns = ", ".join(obs) or "none"
+        raise ValueError(f"obs has no column {key!r}; it has {columns}: set CELL_TYPE_KEY or LABELS_FILE")
     labels = clean_labels(obs[column])
     if labels.notna().any():
         return obs.assign(cell_type=labels)
@@ -69,33 +68,24 @@ def read_labels(path: Path, barcodes: pd.Index, key: str | None = None) -> pd.Da
         if len(repeated):
             raise ValueError(f"{path} has two different rows for {len(repeated):,} cells (such as {repeated[0]})")
         table = table[~table.index.duplicated()]
+    elif len(table) == len(barcodes):
+        print(f"WARNING: {path.name} has no barcode of the counts: its rows are taken in the order of the cells")
+        table = table[[name for name in table if name.lower() not in BARCODE_COLUMNS]].set_axis(barcodes)
     else:
-        table = _in_order(table, path, barcodes)
-    key = key or _label_column(table, path)
-    if key not in table:
-        raise ValueError(f"{path} has no column {key!r}; it has {', '.join(table)}: set CELL_TYPE_KEY to one of them")
-    labels = clean_labels(table[key].reindex(barcodes))
-    if labels.isna().all():
-        raise ValueError(
-            f"{path} labels no cell: no value of {key!r} means a type; set CELL_TYPE_KEY to another column"
-        )
-    print(f"{labels.notna().sum():,} of {len(barcodes):,} cells have a label in {path.name}")
-    rest = table.reindex(barcodes).drop(columns=[key, "cell_type", ""], errors="ignore")
-    return rest.assign(cell_type=labels).rename_axis(None)
-
-
-def _in_order(table: pd.DataFrame, path: Path, barcodes: pd.Index) -> pd.DataFrame:
-    """A table of labels without barcodes, as one row for each cell."""
-    if len(table) != len(barcodes):
         raise ValueError(
             f"{path} labels other cells: none of its {len(table):,} rows has one of the {len(barcodes):,} barcodes "
             f"(such as {barcodes[0]}; its first row is {', '.join(table.iloc[0])}); "
             "expected a column of barcodes, or one row for each cell in the order of the counts"
         )
-    print(
-        f"WARNING: {path.name} has no barcode of the counts: its {len(table):,} rows are taken in the order of the cells"
-    )
-    return table[[column for column in table if column.lower() not in BARCODE_COLUMNS]].set_axis(barcodes)
+    key = key or _label_column(table, path)
+    if key not in table:
+        raise ValueError(f"{path} has no column {key!r}; it has {', '.join(table)}: set CELL_TYPE_KEY to one of them")
+    labels = clean_labels(table[key].reindex(barcodes))
+    if labels.isna().all():
+        raise ValueError(f"{path} labels no cell: {key!r} names no type; set CELL_TYPE_KEY to another column")
+    print(f"{labels.notna().sum():,} of {len(barcodes):,} cells have a label in {path.name}")
+    rest = table.reindex(barcodes).drop(columns=[key, "cell_type", ""], errors="ignore")
+    return rest.assign(cell_type=labels).rename_axis(None)
 
 
 def _label_column(table: pd.DataFrame, path: Path) -> str:
@@ -105,7 +95,7 @@ def _label_column(table: pd.DataFrame, path: Path) -> str:
         if len(columns) == 1:
             return columns[0]
     raise ValueError(
-        f"{path}: cannot tell which column holds the cell types; it has {', '.join(table)}: set CELL_TYPE_KEY to one of them"
+        f"{path}: cannot tell which column holds the cell types; it has {', '.join(table)}: set CELL_TYPE_KEY"
     )
 
 
@@ -128,10 +118,8 @@ def read_markers(path: Path, tissue: str | None = None) -> dict[str, Markers]:
     table = table[(table != "").any(axis=1)]
     listed = table[TISSUE_COLUMN].str.strip() if TISSUE_COLUMN in table else pd.Series("", table.index)
     if tissue not in set(listed) and not (tissue is None and listed.nunique() < 2):
-        tissues = ", ".join(sorted(set(listed)))
-        raise ValueError(
-            f"{path} has markers of {tissues or 'no tissue'}; set MARKERS_TISSUE, now {tissue!r}, to one tissue"
-        )
+        tissues = ", ".join(sorted(set(listed))) or "no tissue"
+        raise ValueError(f"{path} has markers of {tissues}; set MARKERS_TISSUE, now {tissue!r}, to one tissue")
     if tissue is not None:
         table = table[listed == tissue]
     name, *signs = columns[0]
@@ -140,9 +128,7 @@ def read_markers(path: Path, tissue: str | None = None) -> dict[str, Markers]:
         fields = [re.split(r"[\s,;/]+", row.get(column, "")) for column in signs]
         genes = Markers(*([gene for gene in field if gene not in ("", "NA")] for field in fields))
         if row[name].strip() in markers or not genes.positive:
-            raise ValueError(
-                f"{path}: {row[name]!r} has two rows or no positive marker; expected one row for each type, with some"
-            )
+            raise ValueError(f"{path}: {row[name]!r} has two rows or no positive marker; expected one row, with some")
         markers[row[name].strip()] = genes
     return markers
 
@@ -158,13 +144,11 @@ def cluster_types(adata: ad.AnnData, rows: np.ndarray, clusters: np.ndarray, mar
         print(f"WARNING: types without a positive marker among the genes of the data, left out: {', '.join(absent)}")
     markers = {name: marker for name, marker in markers.items() if name not in absent}
     if not markers:
-        raise ValueError(
-            f"the data have no positive marker of any type; expected gene names such as {', '.join(names[:3])}"
-        )
+        raise ValueError(f"the data have no positive marker of any type; expected genes such as {', '.join(names[:3])}")
     used = {gene.upper() for marker in markers.values() for gene in (*marker.positive, *marker.negative)}
-    genes = np.flatnonzero(names.isin(used) & ~names.duplicated())
-    values = sp.vstack([log_normalize(block, 1e4)[:, genes] for block, _ in selected_blocks(adata.X, rows)]).toarray()
-    scores = pd.DataFrame(cell_scores(values, list(names[genes]), markers), columns=list(markers))
+    columns = np.flatnonzero(names.isin(used) & ~names.duplicated())
+    values = sp.vstack([log_normalize(block, 1e4)[:, columns] for block, _ in selected_blocks(adata.X, rows)]).toarray()
+    scores = pd.DataFrame(cell_scores(values, list(names[columns]), markers), columns=list(markers))
     mean = scores.groupby(clusters).mean()
     best = mean.idxmax(axis=1).where(mean.max(axis=1) >= MIN_SCORE, None).astype(object)
     table = mean.assign(type=best.fillna("none")).rename_axis("cluster").to_string(float_format="{:.2f}".format)

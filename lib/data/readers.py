@@ -21,25 +21,35 @@ import pandas as pd
 import scanpy as sc
 import scipy.io
 import scipy.sparse as sp
-from anndata.abc import CSCDataset, CSRDataset
+import zarr
+from anndata.abc import CSRDataset
 
-from lib.data.counts import (
-    BLOCK_CELLS,
-    check_orientation,
-    check_values,
-    clean,
-    count_known_genes,
-    row_blocks,
-    sum_duplicate_genes,
-)
-from lib.data.labels import BARCODE_COLUMNS, read_labels, take_labels
+from lib.data.counts import BLOCK_CELLS, row_blocks
+from lib.data.labels import read_labels, take_labels
 from lib.data.tables import EXPECTED, open_text, read_rows, read_table, separator
 from lib.run import reading
 
 CSV_BLOCK_ROWS = 500  # of a csv in memory at a time: 18,000 genes x 10,000 cells are 1.5 GB when dense, a block 0.04 GB
 TABLE_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".txt", ".txt.gz")
+PLACES = {
+    "layers['counts']": ("layers/counts", "var"),
+    "raw.X": ("raw/X", "raw/var"),
+    "X": ("X", "var"),
+}  # with their genes
+MTX_FILES = {  # beside an .mtx, by the first pattern that fits the name
+    "counts": r"\.mtx(\.gz)?$",
+    "cell types": "cluster|cell.?type|label|annot|partition",
+    "genes": "gene|feature",
+    "barcodes": "barcode|cell",
+}
 CHECK_S = 60  # seconds that the check of an HDF5 file may take
 SMALL = 1 << 20  # values of an HDF5 array that the check reads
+# Nearly every human or mouse table has these genes; they show whether genes are in rows or in columns.
+COMMON_GENES = frozenset(
+    "ACTB ACTG1 B2M CALM1 CD74 EEF1A1 EEF2 FAU FTH1 FTL GAPDH HSP90AB1 HSPA8 LDHA MALAT1 NEAT1 PABPC1 PTMA TMSB10 TMSB4X "
+    "TPT1 TUBA1B UBA52 UBB UBC VIM".split()
+)
+TRANSCRIPT_COLUMNS = ["Gene name", "Transcript start (bp)", "Transcript end (bp)"]  # of the original's GeneLength.txt
 
 
 @dataclass
@@ -66,53 +76,68 @@ class CellStream:
     def tidy(self) -> "CellStream":
         """The same cells with unique barcodes and genes; ValueError if there are none.
 
-        The counts are checked when the blocks are read: ValueError for values that are not counts, and for zeros only.
+        The counts are checked when the blocks are read: ValueError for values that are not counts.
         """
-        obs, n_genes = self.obs.set_axis(self.obs.index.astype(str)), len(self.gene_names)
-        if not len(obs) or not n_genes:
-            raise ValueError(
-                f"{self.name} is empty: got {len(obs)} cells x {n_genes} genes, expected at least one of each"
-            )
+        obs, genes = self.obs.set_axis(self.obs.index.astype(str)), pd.Index(self.gene_names.astype(str))
+        if not len(obs) or not len(genes):
+            raise ValueError(f"{self.name} is empty: got {len(obs)} cells x {len(genes)} genes, expected one or more")
         repeated = obs.index[obs.index.duplicated()].unique()
         if len(repeated):
-            print(
-                f"{len(repeated):,} duplicate barcodes (such as {repeated[0]}): -1, -2, ... is added to all but the first"
-            )
+            print(f"{len(repeated):,} duplicate barcodes (such as {repeated[0]}): all but the first get -1, -2, ...")
             obs.index = ad.utils.make_index_unique(obs.index)
-        merge, gene_names = sum_duplicate_genes(pd.Index(self.gene_names.astype(str)))
-        return CellStream(obs, gene_names, self._checked(merge), self.name)
+        merge = None
+        if not genes.is_unique:
+            repeated = genes[genes.duplicated()].unique()
+            print(f"{len(repeated):,} duplicate gene names (such as {repeated[0]}): their counts are summed")
+            codes, genes = pd.factorize(genes)
+            merge = sp.identity(len(genes), np.float32, "csr")[codes]
+        return CellStream(obs, genes, self._checked(merge), self.name)
 
     def _checked(self, merge: sp.csr_matrix | None) -> Iterator[sp.csr_matrix]:
-        """The blocks as float32 CSR of counts, with duplicate genes summed."""
-        start, any_count = 0, False
+        """The blocks as float32 CSR of counts, sorted and without zeros; `merge` (genes x unique genes) sums duplicate genes."""
+        n_cells = 0
         for block in self.blocks:
-            stop = start + block.shape[0]
-            counts = sp.csr_matrix(block, dtype=np.float32)
-            check_values(counts.data, f"{self.name}, cells {start + 1:,} to {stop:,},")
-            counts = clean(counts)
-            any_count |= counts.nnz > 0
-            yield counts if merge is None else clean(counts @ merge)
-            start = stop
-        if start != len(self.obs):
-            raise ValueError(f"{self.name} is damaged: it has counts of {start:,} cells, expected {len(self.obs):,}")
-        if not any_count:
-            raise ValueError(f"{self.name} holds zeros only; expected raw counts")
+            counts, start = sp.csr_matrix(block, dtype=np.float32), n_cells + 1
+            n_cells += block.shape[0]
+            check_values(counts.data, f"{self.name}, cells {start:,} to {n_cells:,},")
+            if merge is not None:
+                counts = counts @ merge
+            counts.sum_duplicates()
+            counts.eliminate_zeros()
+            yield counts
+
+
+def check_values(values: np.ndarray, what: str) -> None:
+    """Refuse values that are not raw counts: NaN, negative, fractional or too large; `what` names the matrix in messages."""
+    n_bad = np.sum(~np.isfinite(values))
+    if n_bad:
+        raise ValueError(f"{what} holds {n_bad:,} values that are NaN or infinite; expected raw counts")
+    low, high = values.min(initial=0), values.max(initial=0)
+    if low < 0:
+        raise ValueError(f"{what} holds negative values (lowest {low:g}): scaled or corrected; expected raw counts")
+    fractional = np.sum(values != np.rint(values))
+    if fractional:
+        scale = "log-normalised" if high < 25 else "normalised or corrected"
+        raise ValueError(
+            f"{what} looks {scale}: {fractional / np.count_nonzero(values):.0%} of its non-zero values are fractions "
+            f"(largest {high:g}); expected raw counts, as before scanpy's normalize_total and log1p"
+        )
+    if high >= 2**24:
+        raise ValueError(f"{what} holds counts up to {high:,.0f}; expected less than 16,777,216 of a gene in a cell")
+
+
+def count_known_genes(names: pd.Index) -> int:
+    """Number of names that are `COMMON_GENES` or Ensembl gene IDs."""
+    upper = pd.Index(names).astype(str).str.upper()
+    return int((upper.isin(COMMON_GENES) | upper.str.match(r"ENS[A-Z]*G\d{6,}")).sum())
 
 
 def open_dataset(path: Path, orientation: str = "auto", cell_type_key: str | None = None) -> CellStream:
     """Open raw counts: `.h5ad`, `.zarr`, 10x `.h5`, an `.mtx(.gz)` or a folder with one, or a table (csv, tsv), as the name says.
 
-    Parameters
-    ----------
-    orientation
-        Of a table: "genes_in_rows", "cells_in_rows", or "auto" to recognise it by common gene names.
-    cell_type_key
-        Column with the cell types, in `obs` or in the file of labels beside an `.mtx`; None takes a column named like cell_type.
-
-    Raises
-    ------
-    ValueError
-        For other formats, damaged files, and values that are not counts, some of them only when the blocks are read.
+    orientation: of a table, "genes_in_rows", "cells_in_rows", or "auto", by common gene names. cell_type_key: column with the cell
+    types, in `obs` or in the file of labels beside an `.mtx`; None takes a column named like cell_type. ValueError for other formats,
+    damaged files, and values that are not counts, some of them only when the blocks are read.
     """
     name = path.name.lower()
     if name.endswith((".mtx", ".mtx.gz")) or (path.is_dir() and not name.endswith(".zarr")):
@@ -125,27 +150,30 @@ def open_dataset(path: Path, orientation: str = "auto", cell_type_key: str | Non
         elif name.endswith(TABLE_SUFFIXES):
             cells = CellStream.of(read_count_table(path, orientation), str(path))
         else:
-            raise ValueError(
-                f"{path} has an unknown format; expected .h5ad, 10x .h5, .zarr, a 10x or MTX folder, "
-                f"or one of {', '.join(TABLE_SUFFIXES)}"
-            )
+            expected = f".h5ad, 10x .h5, .zarr, a 10x or MTX folder, or one of {', '.join(TABLE_SUFFIXES)}"
+            raise ValueError(f"{path} has an unknown format; expected {expected}")
         cells.obs = take_labels(cells.obs, cell_type_key)
-    check_orientation(cells.obs.index, cells.gene_names, str(path))
+    if count_known_genes(cells.obs.index) > count_known_genes(cells.gene_names):
+        rows, columns = ", ".join(cells.obs.index[:3]), ", ".join(cells.gene_names[:3])
+        names = f"its rows have gene names ({rows}), its columns do not ({columns})"
+        raise ValueError(f"{path} looks transposed: {names}; expected cells in rows: save its transpose (adata.T)")
     return cells.tidy()
 
 
 def open_anndata(path: Path) -> CellStream:
     """Open the first of `layers["counts"]`, `raw.X` and `X` whose first cells hold counts, in an .h5ad file or a .zarr folder."""
     refused = []
-    with reading(path, "an AnnData in h5ad or zarr format"):
-        for where, stored, obs, gene_names in _matrices(path):
-            name, expected = f"{where} of {path}", (len(obs), len(gene_names))
-            if stored.shape != expected:
-                raise ValueError(
-                    f"{name} is damaged: it has the shape {stored.shape}, expected {expected}: save it again"
-                )
-            counts = _by_cell(stored)
-            first = next(_blocks(counts, path), sp.csr_matrix(expected))
+    with reading(path, "an AnnData in h5ad or zarr format, with counts in X, raw.X or layers['counts']"):
+        file = _open_group(path)
+        obs = ad.io.read_elem(file["obs"])
+        for where, (key, var) in PLACES.items():
+            if key not in file:
+                continue
+            counts, genes = _by_cell(file[key]), ad.io.read_elem(file[var]).index
+            name, expected = f"{where} of {path}", (len(obs), len(genes))
+            if counts.shape != expected:
+                raise ValueError(f"{name} is damaged: it has the shape {counts.shape}, expected {expected}")
+            _, first = next(row_blocks(counts), (None, sp.csr_matrix(expected)))
             try:
                 check_values(first.data.astype(np.float32), name)
             except ValueError as error:
@@ -153,55 +181,33 @@ def open_anndata(path: Path) -> CellStream:
                 continue
             if where != "X":
                 print(f"counts are taken from {where}")
-            return CellStream(obs, gene_names, _blocks(counts, path), name)
-    raise ValueError(
-        "; ".join(refused) or f"{path} holds no matrix; expected raw counts in X, raw.X or layers['counts']"
-    )
+            return CellStream(obs, genes, (block for _, block in row_blocks(counts)), name)
+        raise ValueError("; ".join(refused) or "it holds no matrix")
 
 
-def _matrices(path: Path) -> Iterator[tuple[str, Any, pd.DataFrame, pd.Index]]:
-    """Where each matrix of an AnnData is, the matrix (that of an .h5ad file is not read yet), its cells and its genes."""
+def _open_group(path: Path) -> h5py.Group | zarr.Group:
+    """The open file; one that anndata wrote before 0.7 as a copy in memory, in today's form."""
     if path.suffix.lower() == ".zarr":
-        adata = ad.read_zarr(path)
-    else:
-        check_foreign(path, ("obs", "var"), indices=False)
-        file = h5py.File(path)
-        if isinstance(file["obs"], h5py.Group):
-            obs = ad.io.read_elem(file["obs"])
-            places = {"layers['counts']": ("layers/counts", "var"), "raw.X": ("raw/X", "raw/var"), "X": ("X", "var")}
-            for where, (key, var) in places.items():
-                if key in file:
-                    stored = ad.io.sparse_dataset(file[key]) if isinstance(file[key], h5py.Group) else file[key]
-                    yield where, stored, obs, ad.io.read_elem(file[var]).index
-            return
-        adata = ad.read_h5ad(path)  # written by anndata before 0.7
-    if "counts" in adata.layers:
-        yield "layers['counts']", adata.layers["counts"], adata.obs, adata.var_names
-    if adata.raw is not None:
-        yield "raw.X", adata.raw.X, adata.obs, adata.raw.var_names
-    if adata.X is not None:
-        yield "X", adata.X, adata.obs, adata.var_names
+        return zarr.open_group(path, mode="r")
+    check_foreign(path, ("obs", "var"), indices=False)
+    file = h5py.File(path)
+    if isinstance(file["obs"], h5py.Dataset):
+        file = h5py.File.in_memory()
+        ad.io.write_elem(file, "/", ad.read_h5ad(path))
+    return file
 
 
 def _by_cell(stored: Any) -> sp.csr_matrix | CSRDataset:
     """A valid CSR matrix: on disk if it is stored like that in an .h5ad file, otherwise in memory."""
-    if isinstance(stored, CSRDataset):
-        return stored
-    if isinstance(stored, h5py.Dataset):
-        starts = range(0, max(1, len(stored)), BLOCK_CELLS)
+    if isinstance(stored, (h5py.Dataset, zarr.Array)):
+        starts = range(0, max(1, stored.shape[0]), BLOCK_CELLS)
         return sp.vstack([sp.csr_matrix(stored[start : start + BLOCK_CELLS]) for start in starts], format="csr")
-    matrix = stored.to_memory() if isinstance(stored, CSCDataset) else stored
-    if sp.issparse(matrix):
-        matrix.check_format(full_check=True)
-    return sp.csr_matrix(matrix)
-
-
-def _blocks(counts: sp.csr_matrix | CSRDataset, path: Path) -> Iterator[sp.csr_matrix]:
-    """Blocks of cells, after a check of their indices."""
-    with reading(path, "valid sparse counts"):
-        for _, block in row_blocks(counts):
-            block.check_format(full_check=True)
-            yield block
+    matrix = ad.io.sparse_dataset(stored)
+    if isinstance(matrix, CSRDataset) and isinstance(stored, h5py.Group):
+        return matrix
+    in_memory = matrix.to_memory()
+    in_memory.check_format(full_check=True)
+    return sp.csr_matrix(in_memory)
 
 
 def check_foreign(path: Path, needs: tuple[str, ...] = (), indices: bool = True) -> None:
@@ -221,18 +227,15 @@ def check_foreign(path: Path, needs: tuple[str, ...] = (), indices: bool = True)
         if status != 0:
             problem = f"does not finish reading it in {CHECK_S} s" if status is None else "crashes when it reads it"
             raise ValueError(f"{path} is damaged: HDF5 {problem}: save or download it again")
-    with reading(path, "an HDF5 file"), h5py.File(path) as file:
-        missing = [name for name in needs if name not in file]
-        if missing:
-            raise ValueError(f"{path} lacks {' and '.join(missing)}: save it again with AnnData.write_h5ad")
+    with reading(path, "an HDF5 file with valid matrices"), h5py.File(path) as file:
+        if missing := [name for name in needs if name not in file]:
+            raise ValueError(f"it lacks {' and '.join(missing)}")
         items: list[h5py.Group | h5py.Dataset] = []
         file.visititems(lambda _, item: items.append(item))  # returns None, so that the visit goes on
         for item in items:
             if isinstance(item, h5py.Group) and "indptr" in item:
                 if (item["indptr"][0], item["indptr"][-1]) != (0, len(item["data"])):  # scipy would leave values out
-                    raise ValueError(
-                        f"{path} is damaged: the index pointers of {item.name} do not fit: download it again"
-                    )
+                    raise ValueError(f"the index pointers of {item.name} do not fit")
                 if indices:
                     ad.io.sparse_dataset(item).to_memory().check_format(full_check=True)
 
@@ -266,47 +269,41 @@ def open_10x(path: Path) -> CellStream:
 
 
 def open_mtx(path: Path, cell_type_key: str | None = None) -> CellStream:
-    """Open an MTX table of genes x cells, or a folder with one; files beside it with such names list genes, barcodes, cell types.
+    """Open an MTX table of genes x cells, or a folder with one; the files beside it are told by their names (`MTX_FILES`).
 
-    These are the files of Cell Ranger 2 and 3, and of the paper's code; ValueError if one is missing or does not fit the table.
+    These are the files of Cell Ranger 2 and 3, of the paper's code and of stage 5. ValueError if one is missing or does not fit; cells
+    without barcodes are numbered; with two or more files of cell types, none is used.
     """
-    files = sorted(f for f in (path if path.is_dir() else path.parent).iterdir() if f.is_file() and f.name[0] != ".")
-    tables = [f for f in files if f.name.lower().endswith((".mtx", ".mtx.gz"))] if path.is_dir() else [path]
-    if len(tables) != 1:
-        raise ValueError(
-            f"{path} holds {len(tables)} .mtx files ({', '.join(f.name for f in tables)}), expected one; set DATASET to the file itself"
-        )
-    with reading(tables[0], "a complete MatrixMarket file"):
-        n_genes, n_cells = scipy.io.mminfo(tables[0])[:2]
+    files: dict[str, list[Path]] = {part: [] for part in MTX_FILES}
+    for file in sorted((path if path.is_dir() else path.parent).glob("[!.]*")):
+        parts = [part for part, pattern in MTX_FILES.items() if re.search(pattern, file.name.lower())]
+        if parts and file.is_file():
+            files[parts[0]].append(file)
+    if path.is_file():
+        files["counts"] = [path]
+    for part in ("counts", "genes", "barcodes"):
+        if len(files[part]) > 1 or (part != "barcodes" and not files[part]):
+            names = ", ".join(file.name for file in files[part]) or "no file"
+            raise ValueError(f"{path} holds {names} of {part}, expected one; DATASET may be the .mtx file itself")
 
-    def named(pattern: str) -> list[Path]:
-        return [f for f in files if re.search(pattern, f.name.lower()) and ".mtx" not in f.name.lower()]
-
-    label_files = named("cluster|cell.?type|label|annot|partition")
-    files = [f for f in files if f not in label_files]
-    genes = _read_list(named("gene|feature"), n_genes, "gene names, one for each row", tables[0])
-    barcode_files = named("barcode|cell")
-    barcodes = [f"cell_{i + 1}" for i in range(n_cells)]
-    if barcode_files:
-        barcodes = list(_read_list(barcode_files, n_cells, "barcodes, one for each column", tables[0])[0])
+    (table,), (gene_file,), label_files = files["counts"], files["genes"], files["cell types"]
+    with reading(table, "a complete MatrixMarket file"):
+        counts = sp.csr_matrix(scipy.io.mmread(table).T)
+    n_cells, n_genes = counts.shape
+    genes, barcodes = _read_list(gene_file, n_genes), [f"cell_{i + 1}" for i in range(n_cells)]
+    if files["barcodes"]:
+        barcodes = list(_read_list(files["barcodes"][0], n_cells)[0])
     elif len(label_files) == 1:
-        labels = read_table(label_files[0])
-        if len(labels) != n_cells:
-            raise ValueError(f"{label_files[0]} has {len(labels):,} rows, expected one for each of {n_cells:,} cells")
-        columns = [c for c in labels if c.lower() in BARCODE_COLUMNS and labels[c].is_unique]
-        barcodes = list(labels[columns[0]]) if columns else barcodes
+        barcodes = list(read_table(label_files[0]).get("barcode", barcodes))
     if len(label_files) == 1:
         obs = read_labels(label_files[0], pd.Index(barcodes), cell_type_key)
     else:
-        unused = f"{len(label_files)} files beside {tables[0].name} look like labels, expected one: set LABELS_FILE"
-        if cell_type_key is not None:
-            raise ValueError(f"CELL_TYPE_KEY is {cell_type_key!r}, but {unused}")
-        if label_files:
-            print(f"WARNING: {unused}")
-        obs = pd.DataFrame(index=barcodes)
-
-    with reading(tables[0], "a complete MatrixMarket file"):
-        counts = sp.csr_matrix(scipy.io.mmread(tables[0]).T)
+        obs = take_labels(pd.DataFrame(index=barcodes), cell_type_key)
+    if len(label_files) > 1:
+        print(f"WARNING: {len(label_files)} files in {path} look like cell types, expected one: set LABELS_FILE")
+    if counts.shape != (len(obs), len(genes)):
+        named = f"the files beside it name {len(genes):,} genes and {len(obs):,} cells"
+        raise ValueError(f"{table} has {n_genes:,} rows and {n_cells:,} columns, but {named}; expected genes x cells")
     symbols = genes.iloc[:, min(1, genes.shape[1] - 1)]  # Cell Ranger: gene ID, symbol, type of feature
     adata = ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=symbols.to_numpy()))
     if genes.shape[1] > 2 and (genes[2] == "Gene Expression").any():  # the list may hold antibodies too
@@ -314,50 +311,37 @@ def open_mtx(path: Path, cell_type_key: str | None = None) -> CellStream:
     return CellStream.of(adata, str(path))
 
 
-def _read_list(files: list[Path], length: int, what: str, table: Path) -> pd.DataFrame:
+def _read_list(path: Path, length: int) -> pd.DataFrame:
     """Read a list of genes or cells, without a header such as that of R's write.csv."""
-    if len(files) != 1:
-        raise ValueError(f"{table} has {len(files)} files of {what} beside it, expected one (genes.tsv, barcodes.tsv)")
-    rows = read_rows(files[0])
-    rows = rows[1:] if len(rows) == length + 1 else rows
-    if len(rows) != length:
-        raise ValueError(
-            f"{files[0]} has {len(rows):,} lines, expected {length:,} {what} of {table.name} (genes x cells)"
-        )
-    return pd.DataFrame(rows, dtype=object)
+    rows = read_rows(path)
+    return pd.DataFrame(rows[1:] if len(rows) == length + 1 else rows, dtype=object)
 
 
 def read_count_table(path: Path, orientation: str = "auto") -> ad.AnnData:
     """Read a csv or tsv of counts, never all of it dense; ValueError for columns of text, or where genes and cells look alike."""
     blocks, row_names, delimiter = [], [], separator(path)
-    with reading(path, EXPECTED), open_text(path) as file:
+    with reading(path, f"{EXPECTED}, with names in its first row and column"), open_text(path) as file:
         header = next(csv.reader(file, delimiter=delimiter), [])  # pandas would rename duplicate columns
         file.seek(0)
         options = dict(sep=delimiter, index_col=0, low_memory=False, keep_default_na=False, na_values=[""])
-        for block in pd.read_csv(file, chunksize=CSV_BLOCK_ROWS, **options) if header else []:
+        for block in pd.read_csv(file, chunksize=CSV_BLOCK_ROWS, **options):
             text = block.select_dtypes(exclude="number").columns
             if len(block) and len(text):
-                raise ValueError(
-                    f"{path} has columns that are not numbers ({', '.join(map(repr, text[:3]))}); "
-                    "expected names in the first column and counts in all others"
-                )
+                raise ValueError(f"column {text[0]!r} does not hold numbers alone")
             blocks.append(sp.csr_matrix(block.to_numpy(dtype=np.float32)))
             row_names += block.index.astype(str).tolist()
-    if not row_names:
-        raise ValueError(f"{path} is empty: it has no rows; expected a table of counts")
-    if any("\n" in name for name in (*header, *row_names)):
-        raise ValueError(
-            f"{path} has a line break inside a name; expected one row per line: is a quotation mark not closed?"
-        )
-    matrix, rows = sp.vstack(blocks, format="csr"), pd.Index(row_names)
-    columns = pd.Index(header[len(header) - matrix.shape[1] :])
+        matrix = sp.vstack(blocks, format="csr")
+        if not row_names or len(header) < matrix.shape[1]:
+            raise ValueError("it has no rows, or no header")
+        if any("\n" in name for name in (*header, *row_names)):
+            raise ValueError("a name holds a line break: is a quotation mark not closed?")
+    rows, columns = pd.Index(row_names), pd.Index(header[len(header) - matrix.shape[1] :])
     if orientation == "auto":
         in_rows, in_columns = count_known_genes(rows), count_known_genes(columns)
         if in_rows == in_columns:
-            raise ValueError(
-                f"{path}: cannot tell genes from cells: {in_rows:,} known gene names in rows, {in_columns:,} in columns (rows: "
-                f"{', '.join(rows[:3])}; columns: {', '.join(columns[:3])}); set ORIENTATION to genes_in_rows or cells_in_rows"
-            )
+            some = f"rows: {', '.join(rows[:3])}; columns: {', '.join(columns[:3])}"
+            known = f"{in_rows:,} known gene names in rows, {in_columns:,} in columns ({some})"
+            raise ValueError(f"{path}: cannot tell genes from cells: {known}; set ORIENTATION")
         orientation = "genes_in_rows" if in_rows > in_columns else "cells_in_rows"
     if orientation == "genes_in_rows":
         matrix, rows, columns = matrix.T.tocsr(), columns, rows
@@ -365,27 +349,20 @@ def read_count_table(path: Path, orientation: str = "auto") -> ad.AnnData:
 
 
 def read_gene_lengths(path: Path) -> pd.Series:
-    """Read gene lengths in base pairs, by gene name.
+    """Read gene lengths in base pairs, by gene name; ValueError if the file is no such table.
 
-    Either the original's GeneLength.txt (Gene name, Transcript start, Transcript end: the length is end - start, a genomic span with
-    introns) or a table of two columns, gene and length (exonic lengths); ValueError if it is neither. A duplicate gene gets its
-    largest length.
+    Either the original's GeneLength.txt (`TRANSCRIPT_COLUMNS`: the length is end - start, a genomic span with introns) or a table of
+    two columns, gene and length (exonic lengths). A duplicate gene gets its largest length.
     """
     table = read_table(path)
     if table.shape[1] == 2 and re.fullmatch(r"[0-9.]+", str(table.columns[1])):  # no header
         table = pd.DataFrame(read_rows(path), dtype=object)
-    sides = ["Transcript start (bp)", "Transcript end (bp)"]
-    if {"Gene name", *sides} <= set(table.columns):
-        names, numbers = table["Gene name"], table[sides]
-    elif table.shape[1] == 2 and len(table):
-        names, numbers = table.iloc[:, 0], table.iloc[:, [1]]
-    else:
-        raise ValueError(
-            f"{path} is not a table of gene lengths: it has the columns {', '.join(map(str, table.columns))}; "
-            "expected gene and length, or the columns of GeneLength.txt"
-        )
-    with reading(path, "numbers of base pairs, NA where there is none"):
-        numbers = numbers.replace({"": np.nan, "NA": np.nan}).astype(float)
-    lengths = numbers.iloc[:, 0] if numbers.shape[1] == 1 else numbers[sides[1]] - numbers[sides[0]]
-    lengths = pd.Series(lengths.to_numpy(), index=names.astype(str)).groupby(level=0).max()
+    with reading(path, "gene and length in base pairs, NA where there is none, or the columns of GeneLength.txt"):
+        if {*TRANSCRIPT_COLUMNS} <= {*table}:
+            table = table[TRANSCRIPT_COLUMNS]
+        elif table.shape[1] != 2 or table.empty:
+            raise ValueError(f"it has the columns {', '.join(map(str, table))}")
+        numbers = table.iloc[:, 1:].replace({"": np.nan, "NA": np.nan}).astype(float).to_numpy()
+    lengths = pd.Series(numbers[:, -1] - (numbers[:, 0] if numbers.shape[1] == 2 else 0), index=table.iloc[:, 0])
+    lengths = lengths.groupby(level=0).max()
     return lengths[(lengths > 0) & np.isfinite(lengths)].rename("gene_length_bp")

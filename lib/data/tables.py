@@ -23,15 +23,12 @@ def open_text(path: Path) -> TextIO:
 
 
 def separator(path: Path) -> str:
-    """Comma or tab, whichever is more frequent in the first line.
-
-    ValueError if the file, which is read to its end, holds NUL bytes: pandas would end a number at the first one.
-    """
+    """Comma or tab, whichever is more frequent in the first line; ValueError if the file holds NUL bytes, where pandas ends a number."""
     with reading(path, EXPECTED), open_text(path) as file:
         part = header = file.readline()
         while part:
             if "\0" in part:
-                raise ValueError(f"{path} holds bytes that are no text; expected {EXPECTED}: save it again")
+                raise ValueError("it holds bytes that are no text")
             part = file.read(1 << 20)
     return "\t" if header.count("\t") > header.count(",") else ","
 
@@ -69,9 +66,7 @@ def read_table(path: Path) -> pd.DataFrame:
     header = [name.strip() for name in header]
     if rows and len(header) == len(rows[0]) - 1:
         header = ["", *header]
-    repeated = sorted({name for name in header if header.count(name) > 1})
-    if repeated:
-        raise ValueError(
-            f"{path} has two columns called {repeated[0]!r}; expected names of their own: rename one of them"
-        )
+    for name in header:
+        if header.count(name) > 1:
+            raise ValueError(f"{path} has two columns called {name!r}; expected names of their own: rename one of them")
     return pd.DataFrame(rows, columns=header, dtype=object)

@@ -8,23 +8,15 @@ import pytest
 import scipy.sparse as sp
 from helpers import simulated_dataset
 
-from lib.data.counts import read_counts, write_h5ad
-from lib.data.embedding import (
-    embed,
-    in_large_clusters,
-    labels_of_neighbours,
-    lazy,
-    load_pymde,
-    neighbour_graph,
-    principal_components,
-)
+from lib.data import embedding
+from lib.data.embedding import in_large_clusters, labels_of_neighbours, principal_components
 
 
 @pytest.mark.parametrize("n_cells", [60, pytest.param(8300, marks=pytest.mark.slow)])  # neighbours: exact, approximate
 def test_cells_of_one_type_lie_together(n_cells):
     adata = simulated_dataset(n_cells=n_cells, n_genes=80)
     pcs = principal_components(adata, n_top_genes=60, n_pcs=10)
-    graph = (embed if n_cells < 100 else neighbour_graph)(pcs, n_neighbors=10, seed=0)
+    graph = (embedding.embed if n_cells < 100 else embedding.neighbour_graph)(pcs, n_neighbors=10, seed=0)
     assert n_cells > 100 or np.isfinite(graph.obsm["X_umap"]).all()
     rows, columns = graph.obsp["connectivities"].nonzero()
     types = adata.obs["cell_type"].to_numpy()
@@ -37,17 +29,6 @@ def test_too_few_cells_are_refused():
         principal_components(simulated_dataset(n_cells=9), 60, 10)
 
 
-def test_components_of_cells_on_disk_are_those_in_memory(tmp_path):
-    adata = simulated_dataset(n_cells=5000, n_genes=80)  # three blocks on disk
-    adata.uns["dataset"] = "simulated"
-    write_h5ad(adata, tmp_path / "cells.h5ad")
-    rows = np.flatnonzero(np.arange(5000) % 3 > 0)
-    from_disk = principal_components(lazy(read_counts(tmp_path / "cells.h5ad", "-"), rows), 60, 5)
-    in_memory = principal_components(adata[rows].copy(), 60, 5)
-    for a, b in zip(from_disk.T, in_memory.T):
-        assert abs(np.corrcoef(a, b)[0, 1]) > 0.999  # a component's sign is free
-
-
 def test_labels_spread_to_the_nearest_cells():
     pcs = np.array([[0.0], [0.1], [0.2], [5.0], [5.1], [5.2], [0.05], [5.05]])
     labels = labels_of_neighbours(pcs, np.arange(6), np.array(list("aaabbb")), 3)
@@ -57,33 +38,20 @@ def test_labels_spread_to_the_nearest_cells():
 def test_without_pymde_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pymde", None)
     with pytest.raises(
-        ImportError, match="MDE needs pymde and a torchvision that fits torch .* pip install pymde, or set MDE to False"
+        ImportError, match="MDE needs pymde and a torchvision .* pip install pymde, or set MDE to False"
     ):
-        load_pymde()
+        embedding.load_pymde()
 
 
-# The small-cluster filter
-
-
-@pytest.fixture(scope="module")
-def odd_cells():
-    """300 cells of three types and eight odd cells, and which are odd."""
+def test_the_small_cluster_filter_drops_odd_cells_and_no_others(capsys):
     adata = simulated_dataset(n_cells=300)
     odd = np.zeros((8, 60), np.float32)
     odd[:, 50:] = np.random.default_rng(0).poisson(60, (8, 10))
-    counts = sp.vstack([adata.X, sp.csr_matrix(odd)], format="csr")
     order = np.random.default_rng(1).permutation(308)
-    return ad.AnnData(counts[order]), order >= 300
-
-
-def test_the_small_cluster_filter_drops_the_odd_cells_and_no_other(odd_cells, capsys):
-    adata, is_odd = odd_cells
-    kept = in_large_clusters(adata, 15, 2000, 20, 6, 0.3, seed=0)
-    np.testing.assert_array_equal(kept, ~is_odd)
+    adata = ad.AnnData(sp.vstack([adata.X, sp.csr_matrix(odd)], format="csr")[order])
+    settings = {"n_top_genes": 2000, "n_pcs": 20, "n_neighbors": 6, "resolution": 0.3, "seed": 0}
+    np.testing.assert_array_equal(in_large_clusters(adata, 15, **settings), order < 300)
     assert "small-cluster filter: 8 of 308 cells dropped, in 1 of " in capsys.readouterr().out
-    assert in_large_clusters(adata, 1, 2000, 20, 6, 0.3, seed=0).all()
-
-
-def test_a_small_cluster_filter_that_leaves_nothing_is_refused(odd_cells):
+    assert in_large_clusters(adata, 1, **settings).all()
     with pytest.raises(ValueError, match=r"fewer than 500 cells \(the largest: \d+\); lower MIN_CLUSTER_CELLS"):
-        in_large_clusters(odd_cells[0], 500, 2000, 20, 6, 0.3, seed=0)
+        in_large_clusters(adata, 500, **settings)

@@ -1,5 +1,7 @@
 """scType's score, by hand and on real cells."""
 
+import shutil
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -8,14 +10,6 @@ import scipy.sparse as sp
 from helpers import STAGES, Workplace
 
 from lib.data.labels import Markers, cell_scores, cluster_types, read_markers
-
-PBMC = {
-    "B": "CD79A MS4A1 CD79B",
-    "T": "CD3D CD3E IL32 CD2",
-    "Mono": "LYZ S100A9 CST3",
-    "NK": "GNLY NKG7 KLRD1",
-    "DC": "FCER1A CLEC10A",
-}
 
 
 def test_scores_by_hand():
@@ -30,33 +24,32 @@ def test_scores_by_hand():
 
 
 B_AND_T = {"B": Markers(["CD79A", "MS4A1"], ["CD3D"]), "T": Markers(["CD3D", "CD3E"], [])}
-SCTYPE = pd.DataFrame(
-    {
-        "tissueType": ["Immune system", "Immune system", "Liver", "Immune system"],
-        "cellName": ["B", "T", "B", "Unicorns"],
-        "geneSymbolmore1": ["CD79A, MS4A1", "CD3D///CD3E", "ALB", "HORN1"],
-        "geneSymbolmore2": ["CD3D", "NA", None, None],
-        "shortName": ["B", "T", "B", "U"],
-    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('cell_type,positive,negative\nB,CD79A;MS4A1,CD3D\nT,"CD3D,CD3E",\n', None),
+        ("type,genes\nB,CD79A\n", "columns type, genes; expected cellName, .* or cell_type, positive, negative"),
+        ("cell_type,positive\nB,CD79A\nB,MS4A1\n", "'B' has two rows or no positive marker"),
+    ],
 )
+def test_a_table_of_markers(tmp_path, text, message):
+    (tmp_path / "a.csv").write_text(text)
+    if message is None:
+        assert read_markers(tmp_path / "a.csv") == B_AND_T
+    else:
+        with pytest.raises(ValueError, match=message):
+            read_markers(tmp_path / "a.csv")
 
 
-def test_a_table_of_markers(tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_text('cell_type,positive,negative\nB,CD79A;MS4A1,CD3D\nT,"CD3D,CD3E",\n')
-    assert read_markers(path) == B_AND_T
-    path.write_text("type,genes\nB,CD79A\n")
-    with pytest.raises(ValueError, match="columns type, genes; expected cellName, .* or cell_type, positive, negative"):
-        read_markers(path)
-    path.write_text("cell_type,positive\nB,CD79A\nB,MS4A1\n")
-    with pytest.raises(ValueError, match="'B' has two rows or no positive marker"):
-        read_markers(path)
-
-
-@pytest.mark.parametrize("suffix", ["xlsx", "csv"])
-def test_sctypes_database_is_filtered_by_tissue(tmp_path, suffix):
-    path = tmp_path / f"ScTypeDB_full.{suffix}"
-    SCTYPE.to_excel(path, index=False) if suffix == "xlsx" else SCTYPE.to_csv(path, index=False)
+def test_sctypes_database_is_filtered_by_tissue(tmp_path):
+    path, columns = tmp_path / "ScTypeDB_full.xlsx", ["tissueType", "cellName", "geneSymbolmore1", "geneSymbolmore2"]
+    rows = [
+        ("Immune system", "B", "CD79A, MS4A1", "CD3D"), ("Immune system", "T", "CD3D///CD3E", "NA"),
+        ("Liver", "B", "ALB", None), ("Immune system", "Unicorns", "HORN1", None),
+    ]  # fmt: skip
+    pd.DataFrame(rows, columns=columns).assign(shortName="B").to_excel(path, index=False)
     assert read_markers(path, "Immune system") == B_AND_T | {"Unicorns": Markers(["HORN1"], [])}
     assert read_markers(path, "Liver") == {"B": Markers(["ALB"], [])}
     for tissue in (None, "Lung"):
@@ -71,17 +64,18 @@ def test_clusters_get_the_type_of_their_markers(capsys):
     types = cluster_types(cells, np.arange(10, 90), clusters[10:], B_AND_T | {"absent": Markers(["HORN1"], [])})
     assert types.tolist() == ["B"] * 30 + ["T"] * 30 + [None] * 20
     assert "left out: absent" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no positive marker of any type; expected gene names such as CD79A"):
+    with pytest.raises(ValueError, match="no positive marker of any type; expected genes such as CD79A"):
         cluster_types(cells, np.arange(90), clusters, {"absent": Markers(["HORN1"], [])})
 
 
 @pytest.mark.slow
 def test_clusters_of_blood_cells_get_their_names(pipeline, tmp_path):
     """On real cells, the types by markers agree with the labels of the source."""
+    markers = "B,CD79A MS4A1 CD79B\nT,CD3D CD3E IL32 CD2\nMono,LYZ S100A9 CST3\nNK,GNLY NKG7 KLRD1\nDC,FCER1A CLEC10A\n"
+    (tmp_path / "markers.csv").write_text(f"cell_type,positive\n{markers}")
     place = Workplace(tmp_path)
     place.data.mkdir()
-    (place.data / "counts.h5ad").write_bytes((pipeline.data / "counts.h5ad").read_bytes())
-    pd.DataFrame({"cell_type": PBMC.keys(), "positive": PBMC.values()}).to_csv(tmp_path / "markers.csv", index=False)
+    shutil.copy(pipeline.data / "counts.h5ad", place.data)
     place.main(STAGES[1], LABELS="markers", MARKERS_FILE=str(tmp_path / "markers.csv"))
     cells = ad.concat([ad.read_h5ad(place.data / f"{part}.h5ad") for part in ("train", "test")])
     truth = ad.read_h5ad(place.data / "counts.h5ad").obs["cell_type"][cells.obs_names].astype(str)
