@@ -109,8 +109,6 @@ def main() -> None:
         return
     if of_bulk is not None:
         written = deconvolution.write(of_bulk.estimate, data) + written
-        if of_bulk.method == "bulk_encoder":
-            written.append(bulk_encoder.write_states(of_bulk.checkpoint, of_bulk.bulk, data / "predicted_states.csv"))
     then = f"open the cells: scanpy.read_h5ad({str(output)!r})"
     if EVALUATE:
         written += evaluate(checkpoint, model, of_bulk, cells, output, written, device)
@@ -120,9 +118,8 @@ def main() -> None:
 
 def paper_preset() -> dict[str, tuple[Any, Any]]:
     """Constants that PRESET changes: default above, value in the paper."""
-    return {
-        "GENERATOR": ("gmvae", "paper_gmvae"), "DECONVOLUTION": ("regression", "sctape"), "RNA_PER_CELL": ("auto", "reference"),
-    }  # fmt: skip
+    deconvolution = {"DECONVOLUTION": ("regression", "sctape"), "RNA_PER_CELL": ("auto", "reference")}
+    return {"GENERATOR": ("gmvae", "paper_gmvae")} | deconvolution
 
 
 def check_options() -> None:
@@ -131,9 +128,7 @@ def check_options() -> None:
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} are both set; expected one source of the cell numbers")
     if (REPLICATES or BULK_GROUP) and not BULK_FILE:
-        raise ValueError(
-            "REPLICATES or BULK_GROUP is set, but BULK_FILE is none; expected a bulk whose samples can be grouped"
-        )
+        raise ValueError("REPLICATES or BULK_GROUP is set, but BULK_FILE is none; expected a bulk to be grouped")
     if RNA_PER_CELL not in SETTINGS:
         table_path(RNA_PER_CELL)
     if MDE:
@@ -237,15 +232,14 @@ def generate(
         arguments["condition_idx"] = obs[column].cat.codes.to_numpy()
     elif GENERATE_CONDITION is not None:
         raise ValueError(
-            f"GENERATE_CONDITION is {GENERATE_CONDITION}, but the model was trained without: set it to none"
+            f"GENERATE_CONDITION is {GENERATE_CONDITION}, but the model was trained without; set it to none"
         )
     if of_bulk is not None and of_bulk.method == "bulk_encoder":
-        shares = of_bulk.estimate.proportions.to_numpy()
-        own, genes = of_bulk.checkpoint, checkpoint["gene_names"]
-        shift = bulk_encoder.shift_of_cells(own, model, genes, shares, of_bulk.bulk, SEED)
+        shares, genes = of_bulk.estimate.proportions.to_numpy(), checkpoint["gene_names"]
+        shift = bulk_encoder.shift_of_cells(of_bulk.checkpoint, model, genes, shares, of_bulk.bulk, SEED)
         arguments |= {"shift": shift, "groups": groups}
-    uns = {"dataset": checkpoint["dataset"], "split_id": checkpoint["split_id"], "seed": SEED}
-    uns |= {"latent_spread": LATENT_SPREAD, "generator": GENERATOR}
+    uns = {"seed": SEED, "latent_spread": LATENT_SPREAD, "generator": GENERATOR}
+    uns |= {name: checkpoint[name] for name in ("dataset", "split_id")}
     cells = ad.AnnData(obs=obs, var=pd.DataFrame(index=checkpoint["gene_names"]), uns=uns)
     numbers = range(parallel.RANK, n_blocks(len(types)), parallel.N_RANKS)  # blocks of this process
     own_blocks = registry.sample(model, types, SEED, LATENT_SPREAD, numbers, **arguments)

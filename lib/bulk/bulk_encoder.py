@@ -12,7 +12,6 @@ and proportion of each component of a Gaussian mixture: layer sizes and Adam at 
 the training mixtures, axes in place of single dimensions of z, and `with_genes`.
 """
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import anndata as ad
@@ -30,7 +29,6 @@ from lib.data.embedding import variable_genes
 from lib.models.gmvae import GMVAE, mlp
 from lib.models.profiles import type_means
 from lib.models.sampling import Shift, generate
-from lib.run import replacing
 
 INPUT_NOISE = 2.0  # standard deviations of Gaussian noise on each gene in training, so that no gene decides alone
 MIN_CELLS = 60  # train cells that a type needs to be shifted; the states of rarer types are not known well enough
@@ -123,18 +121,15 @@ def predict(checkpoint: dict[str, Any], bulk: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(read(checkpoint, bulk)[0].numpy(), index=bulk.index, columns=checkpoint["cell_types"])
 
 
-def write_states(checkpoint: dict[str, Any], bulk: pd.DataFrame, path: Path) -> Path:
-    """Write the states of the cells as csv to `path`, which is returned: one row for each sample, cell type and state axis.
+def states(checkpoint: dict[str, Any], bulk: pd.DataFrame) -> pd.DataFrame:
+    """States of the cells, one row for each sample, cell type and axis of state: mean and spread of the type's cells on the axis.
 
-    axis: 1, 2, ...; the first varies most between train cells; mean, spread: of the type's cells, 0 and 1 for its train cells.
+    axis: 1, 2, ...; the first varies most between train cells, whose mean and spread are 0 and 1 for each type.
     """
     _, mean, log_scale = read(checkpoint, bulk)
     levels = bulk.index, checkpoint["cell_types"], range(1, mean.shape[2] + 1)
     rows = pd.MultiIndex.from_product(levels, names=["sample", "cell_type", "axis"])
-    table = pd.DataFrame({"mean": mean.ravel(), "spread": log_scale.exp().ravel()}, rows)
-    with replacing(path) as temporary:
-        table.to_csv(temporary, float_format="%.6f")
-    return path
+    return pd.DataFrame({"mean": mean.ravel(), "spread": log_scale.exp().ravel()}, rows)
 
 
 def shift_of_cells(

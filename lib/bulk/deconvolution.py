@@ -46,6 +46,7 @@ class Estimate(NamedTuple):
     signature: pd.DataFrame | None  # types x genes: counts per cell, times the mean platform factors
     expression: np.ndarray | None  # samples x types x genes, of the methods "...-per-sample"
     n_members: int = 0  # size of the ensemble that gives the spread
+    states: pd.DataFrame | None = None  # of the cells, as in `bulk_encoder.states`
 
     def interval(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Lower and upper ends of the 95 % intervals of `proportions`."""
@@ -83,7 +84,8 @@ def estimate(
     if method == "bulk_encoder":
         shares = bulk_encoder.predict(checkpoint, bulk)
         unknown, samples = shares * np.nan, pd.DataFrame(index=bulk.index)
-        return Estimate(shares, unknown, unknown, unknown, pd.DataFrame(), samples, None, None)
+        of_cells = bulk_encoder.states(checkpoint, bulk)
+        return Estimate(shares, unknown, unknown, unknown, pd.DataFrame(), samples, None, None, states=of_cells)
     reference, coverage = scaled_reference(checkpoint), checkpoint["constants"]["MIN_GENE_COVERAGE"]
     if method in MODES:
         return deconvolve(reference, bulk, method, n_members, seed, coverage, content)
@@ -302,6 +304,8 @@ def write(result: Estimate, data: Path) -> list[Path]:
             "signature_matrix": result.signature,
         }
         _print_estimate(result, merged, samples)
+    if result.states is not None:
+        tables["predicted_states"] = result.states
     for name, table in tables.items():
         with replacing(data / f"{name}.csv") as temporary:
             table.to_csv(temporary, float_format="%.6f" if name.startswith("predicted") else "%.6g")
