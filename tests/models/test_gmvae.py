@@ -152,7 +152,6 @@ def test_every_variant_learns_and_float32_gives_losses_and_gradients_of_float64(
         assert error <= 1e-3 * theirs.grad.norm() + 1e-7, name
 
 
-@pytest.mark.slow
 def test_dispersion_and_loadings_are_those_of_each_type():
     """In type 0, thirty genes are erratic, and thirty others stand still, which follow a programme in the other types."""
     rng = np.random.default_rng(0)
