@@ -209,8 +209,8 @@ def read_bulk_samples(gene_names: list[str], test: ad.AnnData | None, gene_lengt
     counts = sum(np.asarray(block.sum(axis=0), dtype=np.float64).reshape(1, -1) for _, block in row_blocks(test.X))
     total = pd.DataFrame(counts, ["test_cells"], gene_names)
     if gene_length_bp is not None:
-        total = total[gene_length_bp.index]
-    return pd.DataFrame(tpm(total.to_numpy(), gene_length_bp), total.index, total.columns)
+        total = total[gene_length_bp.index] / gene_length_bp
+    return pd.DataFrame(tpm(total.to_numpy()), total.index, total.columns)
 
 
 def generate(
