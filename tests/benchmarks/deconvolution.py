@@ -87,7 +87,6 @@ class Case:
     bulk: pd.DataFrame  # samples x genes
     truth: pd.DataFrame  # samples x types
     of_rna: bool = False
-    by_library_size: pd.DataFrame | None = None  # samples x types: true RNA divided by the train cells' library sizes
 
 
 def reference_of(cells: ad.AnnData) -> Reference:
@@ -114,17 +113,14 @@ def mixtures(data: str, seed: int, distorted: bool) -> Case:
     cells = pseudobulk.sample_cells_per_type(N_MIXTURES, CELLS_PER_MIXTURE, composition, SHARES, rng)
     mixing = pseudobulk.sample_cells(cells, types, rng)
     values = pseudobulk.mix(mixing, test.X).astype(np.float64)
-    library = np.asarray(test.X.sum(axis=1)).ravel()
-    rna = np.stack([mixing[:, types == k] @ library[types == k] for k in range(len(names))], axis=1)
     if distorted:
         values *= np.exp(rng.normal(0, PLATFORM_SD, values.shape[1]))
         depth = DEPTH * np.exp(rng.normal(0, DEPTH_SD, (len(values), 1)))
         values = rng.poisson(values / values.sum(axis=1, keepdims=True) * depth).astype(np.float64)
         values[:, rng.random(values.shape[1]) < LOST] = 0
         values[rng.random(values.shape) < LOST] = 0
-    bulk, truth = pd.DataFrame(values, columns=test.var_names), pd.DataFrame(cells / CELLS_PER_MIXTURE, columns=names)
-    by_library_size = to_cells(rna, reference_of(train).mean.sum(axis=1))
-    return Case(train, bulk, truth, by_library_size=pd.DataFrame(by_library_size, columns=names))
+    truth = pd.DataFrame(cells / CELLS_PER_MIXTURE, columns=names)
+    return Case(train, pd.DataFrame(values, columns=test.var_names), truth)
 
 
 def lung(folder: Path, pooled: bool) -> Case:
@@ -193,19 +189,16 @@ METHODS |= {
     "sctape-published": functools.partial(our_network, preset="paper"),
     "nnls": lambda case, _: nnls_on_markers(case.bulk, reference_of(case.train)),
     "constant": constant,
-    "true-rna": lambda case, _: case.by_library_size,
     "released-sctape": released_sctape,
 }
 SLOW = ("sctape-per-sample", "sctape-published", "released-sctape")  # not in the default of --only
 
 
-def scored(case: Case, method: str, seed: int) -> pd.DataFrame | None:
-    """MAE, CCC and r: rows are the types, and all together; None if the case has no by_library_size."""
+def scored(case: Case, method: str, seed: int) -> pd.DataFrame:
+    """MAE, CCC and r: rows are the types, and all together."""
     started = time.perf_counter()
     estimate = METHODS[method](case, seed)
     seconds = time.perf_counter() - started
-    if estimate is None:
-        return None
     if case.of_rna and method != "constant":
         estimate = estimate * 0 + to_rna(estimate.to_numpy(), reference_of(case.train).mean.sum(axis=1))
     estimate = estimate[case.truth.columns].astype(np.float64)
@@ -283,10 +276,9 @@ def main() -> None:
     options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     options.add_argument("--only", nargs="+", choices=METHODS, default=[name for name in METHODS if name not in SLOW])
-    options.add_argument("--save", help="csv for the figures of (a) to (c), by type and seed")
     arguments = options.parse_args()
     if "d" in arguments.cases:
-        methods = [method for method in arguments.only if method not in ("true-rna", "released-sctape")]
+        methods = [method for method in arguments.only if method != "released-sctape"]
         for table in (table for name in BLOOD_GROUPS for table in blood(arguments.folder, name, methods)):
             print("\n" + table.to_string(index=False, float_format="{:.2f}".format, na_rep=""), flush=True)
     rows = []
@@ -295,17 +287,13 @@ def main() -> None:
             is_lung = key.startswith("c")
             case = lung(arguments.folder, key == "c-pooled") if is_lung else mixtures(arguments.data, seed, key == "b")
             for method in arguments.only:
-                table = scored(case, method, seed)
-                if table is not None:
-                    rows.append(table.assign(case=key))
-                    print(rows[-1].tail(1).round(4).to_string(index=False, header=len(rows) == 1), flush=True)
+                rows.append(scored(case, method, seed).assign(case=key))
+                print(rows[-1].tail(1).round(4).to_string(index=False, header=len(rows) == 1), flush=True)
     if rows:
         table = pd.concat(rows)
         groups = table[table["cells"] == "all types"].groupby(["case", "method"], sort=False)
         shown = mean_and_half_range(groups[["MAE", "CCC", "r", "seconds"]], "{:.4f}")
         print(f"\nall types together; mean of the seeds +- half their range\n{shown.to_string()}")
-        if arguments.save:
-            table.to_csv(arguments.save, index=False)
 
 
 if __name__ == "__main__":
