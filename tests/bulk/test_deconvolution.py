@@ -1,9 +1,11 @@
 """The regression on simulated bulks: exact mixtures, another platform, one sample, spread and intervals, warnings, refused input."""
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from helpers import ROOT
 
 from lib.bulk import deconvolution
 from lib.bulk.deconvolution import MODES, PLATFORM_TYPE_SD, Estimate, deconvolve, merged_proportions, spread
@@ -11,6 +13,7 @@ from lib.bulk.regression import fit_regression, reference_profiles, signature_ge
 from lib.bulk.rna_content import to_rna
 from lib.evaluation.metrics import mae
 
+DATA = ROOT.parent / "shared" / "data"
 N_TYPES, N_GENES = 4, 400
 
 
@@ -195,3 +198,14 @@ def test_cell_type_expression_divides_the_deviation_among_types_that_express_the
     estimate = deconvolve(world[0], bulk_of(world), "regression-per-sample", n_members=0)
     for k in range(N_TYPES):
         assert np.corrcoef(np.log1p(estimate.expression[:, k].mean(axis=0)), np.log1p(world[1][k]))[0, 1] > 0.95
+
+
+@pytest.mark.skipif(not (DATA / "lung_cell_lines.h5ad").exists(), reason="needs the lung lines in ../shared/data")
+def test_real_mixtures_of_rna():
+    cells = ad.read_h5ad(DATA / "lung_cell_lines.h5ad")
+    bulk = pd.read_csv(DATA / "lung_rnamix_bulk_counts.csv.gz", index_col=0).astype(float)
+    types = cells.obs["cell_type"].astype("category").cat
+    true = pd.read_csv(DATA / "lung_rnamix_proportions.csv", index_col=0).loc[bulk.index, list(types.categories)]
+    reference = reference_profiles(cells.X, types.codes.to_numpy(), list(cells.var_names), list(types.categories))
+    estimate = to_rna(deconvolve(reference, bulk, n_members=0).proportions.to_numpy(), reference.mean.sum(axis=1))
+    assert mae(true, estimate) < 0.08  # a constant: 0.27
