@@ -200,6 +200,7 @@ def test_cell_type_expression_divides_the_deviation_among_types_that_express_the
         assert np.corrcoef(np.log1p(estimate.expression[:, k].mean(axis=0)), np.log1p(world[1][k]))[0, 1] > 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (DATA / "lung_cell_lines.h5ad").exists(), reason="needs the lung lines in ../shared/data")
 def test_real_mixtures_of_rna():
     cells = ad.read_h5ad(DATA / "lung_cell_lines.h5ad")
