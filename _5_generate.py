@@ -32,7 +32,7 @@ from lib.bulk.deconvolution import Deconvolution
 from lib.bulk.pseudobulk import largest_remainder, require_test_mixtures, tpm
 from lib.bulk.rna_content import SETTINGS, print_rna_per_cell, rna_per_cell, table_path
 from lib.bulk.tables import holds_cells, read_bulk, read_cell_numbers, read_gene_ids, read_proportions, to_tpm
-from lib.data.counts import read_h5ad, read_split, row_blocks, write_blocks, write_h5ad, write_mtx
+from lib.data.counts import read_h5ad, read_split, row_blocks, select_cells, write_blocks, write_h5ad, write_mtx
 from lib.data.embedding import in_large_clusters, load_pymde
 from lib.evaluation import evaluate as evaluation
 from lib.models import conditions
@@ -168,8 +168,7 @@ def load_generator(
     name: str, models: Path, test: ad.AnnData | None, device: torch.device
 ) -> tuple[dict[str, Any], torch.nn.Module]:
     """The checkpoint and the model of a generator that stage 3 has trained, refused if it was trained on other cells."""
-    stage = "_3_train_gmvae.py" + f" --generator {name}" * (name != "gmvae")
-    path = models / f"{name}.pt"
+    stage, path = "_3_train_gmvae.py" + f" --generator {name}" * (name != "gmvae"), models / f"{name}.pt"
     checkpoint = load_checkpoint(path, stage)
     if test is not None:
         types, source = list(test.obs["cell_type"].cat.categories), folder(DATA_DIR) / "test.h5ad"
@@ -260,8 +259,8 @@ def generate(
     print(f"generated and written in {seconds:.1f} s: {len(types) / seconds:,.0f} cells/s")
     if MIN_CLUSTER_CELLS is not None:
         written = ad.read_h5ad(output)
-        settings = N_TOP_GENES, N_PCS, N_NEIGHBORS, LEIDEN_RESOLUTION, SEED
-        write_h5ad(written[in_large_clusters(written, MIN_CLUSTER_CELLS, *settings)].copy(), output)
+        kept = in_large_clusters(written, MIN_CLUSTER_CELLS, N_TOP_GENES, N_PCS, N_NEIGHBORS, LEIDEN_RESOLUTION, SEED)
+        write_h5ad(select_cells(written, np.flatnonzero(kept)), output)
     return [output, *([write_mtx(ad.read_h5ad(output), output.with_suffix(""))] if WRITE_MTX else [])]
 
 

@@ -362,7 +362,7 @@ def read_gene_lengths(path: Path) -> pd.Series:
             table = table[TRANSCRIPT_COLUMNS]
         elif table.shape[1] != 2 or table.empty:
             raise ValueError(f"it has the columns {', '.join(map(str, table))}")
-        numbers = table.iloc[:, 1:].replace({"": np.nan, "NA": np.nan}).astype(float).to_numpy()
+        numbers = table.iloc[:, 1:].replace({"": "nan", "NA": "nan"}).astype(float).to_numpy()
     lengths = pd.Series(numbers[:, -1] - (numbers[:, 0] if numbers.shape[1] == 2 else 0), index=table.iloc[:, 0])
     lengths = lengths.groupby(level=0).max()
     return lengths[(lengths > 0) & np.isfinite(lengths)].rename("gene_length_bp")

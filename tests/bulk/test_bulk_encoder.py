@@ -133,7 +133,7 @@ def test_a_shift_changes_z_on_the_axes_as_the_table_of_states_says(fitted):
     """Cells shifted with the table, by hand, are those of `shift`; without a change of states nothing is shifted."""
     model, checkpoint, _, data = fitted
     bulk = bulk_of(two_state_cells(300, 0, 5), two_state_cells(300, 1, 6)).set_axis(["rest", "response"])
-    table = bulk_encoder.states(checkpoint, bulk)
+    table = bulk_encoder.states(checkpoint, bulk).sort_index()
     assert (table["mean"].abs() > 0.2).any() and (table["spread"] > 0).all()
     states = table.loc[("response", "c")]
     # some axes of more dimensions than axes: what is orthogonal to them stays
