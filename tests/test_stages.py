@@ -426,6 +426,9 @@ def test_options_of_stage_5_that_do_not_fit_are_refused(pipeline):
         pipeline.main(STAGES[5], OUTPUT="train.h5ad")
     with pytest.raises(ValueError, match="BULK_FILE and CELL_COUNTS are both set"):
         pipeline.main(STAGES[5], BULK_FILE="bulk.csv", CELL_COUNTS="test")
+    for option in ({"FOUR_STAGES": True}, {"DECONVOLUTION": "bulk_encoder"}):
+        with pytest.raises(ValueError, match="need the GMVAE, but GENERATOR is pca_cvae"):
+            pipeline.main(STAGES[5], GENERATOR="pca_cvae", **option)
 
 
 def test_a_type_too_small_to_split_is_an_error_or_dropped(tmp_path):

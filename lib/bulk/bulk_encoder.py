@@ -170,7 +170,8 @@ def with_genes(
     groups = np.arange(n_samples * n_types).repeat(n_cells.ravel())
     counts = generate(model, groups % n_types, seed, shift=moved, groups=groups)
     summed = sp.csr_matrix((np.ones(len(groups)), (groups // n_types, np.arange(len(groups))))) @ counts
-    shared = np.isin(gene_names, bulk.columns) & (gene_length_bp is None or np.isin(gene_names, list(gene_length_bp)))
+    names = pd.Index(gene_names)
+    shared = names.isin(bulk.columns) & (gene_length_bp is None or names.isin(list(gene_length_bp)))
     genes = np.asarray(gene_names)[shared]
     lengths = None if gene_length_bp is None else pd.Series(gene_length_bp)[genes].to_numpy()
     observed = tpm(bulk[genes].to_numpy()) + PSEUDO_TPM

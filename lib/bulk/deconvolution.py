@@ -142,7 +142,7 @@ def deconvolve(
     """
     per_sample, adaptive = MODES[mode]
     coverage = signature_coverage(reference, bulk, min_coverage)
-    shared = reference.of_genes(np.flatnonzero(np.isin(reference.gene_names, bulk.columns)))
+    shared = reference.of_genes(np.flatnonzero(pd.Index(reference.gene_names).isin(bulk.columns)))
     values = bulk[shared.gene_names].to_numpy(dtype=np.float64)
     genes = signature_genes(shared)
     used, of_used = values[:, genes], shared.of_genes(genes)
@@ -179,7 +179,7 @@ def deconvolve(
 def signature_coverage(reference: Reference, bulk: pd.DataFrame, min_coverage: float) -> float:
     """Share of the signature genes that the bulk has; ValueError below `min_coverage`."""
     wanted = reference.of_genes(signature_genes(reference)).gene_names
-    coverage = np.isin(wanted, bulk.columns).mean()
+    coverage = pd.Index(wanted).isin(bulk.columns).mean()
     if coverage < min_coverage:
         raise ValueError(
             f"the bulk has {coverage:.0%} of the {len(wanted):,} signature genes, such as {', '.join(wanted[:3])}; expected at least "

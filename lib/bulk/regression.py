@@ -64,7 +64,7 @@ class Reference(NamedTuple):
 
     def per_length(self, gene_length_bp: pd.Series) -> "Reference":
         """Counts per base pair instead of counts, for TPM by gene length. Genes without a length are removed."""
-        known = self.of_genes(np.flatnonzero(np.isin(self.gene_names, gene_length_bp.index)))
+        known = self.of_genes(np.flatnonzero(pd.Index(self.gene_names).isin(gene_length_bp.index)))
         per_bp = 1 / gene_length_bp[known.gene_names].to_numpy(dtype=np.float64)
         return known.times(per_bp * (known.mean.sum() / (known.mean * per_bp).sum()))  # on the scale of counts
 
@@ -133,7 +133,7 @@ def nnls_on_markers(bulk: pd.DataFrame, reference: Reference) -> pd.DataFrame:
     """Baseline: non-negative least squares on the `N_MARKERS` genes of largest fold change of each type; samples x types, rows sum to 1."""
     share = reference.mean / reference.mean.sum(axis=1, keepdims=True) * 1e4
     genes = np.unique(top_genes(log_fold_changes(share), N_MARKERS))
-    markers = reference.of_genes(genes[np.isin(reference.gene_names, bulk.columns)[genes]])
+    markers = reference.of_genes(genes[pd.Index(reference.gene_names).isin(bulk.columns)[genes]])
     y = bulk[markers.gene_names].to_numpy(dtype=np.float64)
     y = y / np.maximum(y.sum(axis=1, keepdims=True), 1e-12)
     x = np.array([scipy.optimize.nnls(markers.mean.T, sample)[0] for sample in y])

@@ -210,7 +210,7 @@ def bulk_profiles(checkpoint: dict[str, Any], bulk: pd.DataFrame, network: str, 
     smaller share of the network's genes than MIN_GENE_COVERAGE of stage 4.
     """
     genes, least = checkpoint["gene_names"], checkpoint["constants"]["MIN_GENE_COVERAGE"]
-    missing = ~np.isin(genes, bulk.columns)
+    missing = ~pd.Index(genes).isin(bulk.columns)
     coverage, all_genes = 1 - missing.mean(), f"the {len(genes):,} genes that {network} was trained on"
     if coverage < least:
         raise ValueError(

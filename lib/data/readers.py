@@ -25,7 +25,7 @@ import zarr
 from anndata.abc import CSRDataset
 
 from lib.data.counts import BLOCK_CELLS, row_blocks
-from lib.data.labels import read_labels, take_labels
+from lib.data.labels import BARCODE_COLUMNS, read_labels, take_labels
 from lib.data.tables import EXPECTED, open_text, read_rows, read_table, separator
 from lib.run import reading
 
@@ -95,7 +95,7 @@ class CellStream:
 
     def _checked(self, merge: sp.csr_matrix | None) -> Iterator[sp.csr_matrix]:
         """The blocks as float32 CSR of counts, sorted and without zeros; `merge` (genes x unique genes) sums duplicate genes."""
-        n_cells = 0
+        n_cells, n_counts = 0, 0
         for block in self.blocks:
             counts, start = sp.csr_matrix(block, dtype=np.float32), n_cells + 1
             n_cells += block.shape[0]
@@ -104,7 +104,12 @@ class CellStream:
                 counts = counts @ merge
             counts.sum_duplicates()
             counts.eliminate_zeros()
+            n_counts += counts.nnz
             yield counts
+        if n_cells != len(self.obs) or not n_counts:
+            raise ValueError(
+                f"{self.name} has counts of {n_cells:,} cells, {n_counts:,} above 0; expected {len(self.obs):,} cells"
+            )
 
 
 def check_values(values: np.ndarray, what: str) -> None:
@@ -294,7 +299,9 @@ def open_mtx(path: Path, cell_type_key: str | None = None) -> CellStream:
     if files["barcodes"]:
         barcodes = list(_read_list(files["barcodes"][0], n_cells)[0])
     elif len(label_files) == 1:
-        barcodes = list(read_table(label_files[0]).get("barcode", barcodes))
+        table_of_cells = read_table(label_files[0])
+        columns = [key for key in table_of_cells if key.lower() in BARCODE_COLUMNS and table_of_cells[key].is_unique]
+        barcodes = list(table_of_cells[columns[0]]) if columns else barcodes
     if len(label_files) == 1:
         obs = read_labels(label_files[0], pd.Index(barcodes), cell_type_key)
     else:

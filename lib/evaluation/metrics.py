@@ -316,7 +316,7 @@ def fidelity_and_membership(evaluation: EvaluationCells, generated: ad.AnnData, 
 
 
 def fidelity_table(evaluation: EvaluationCells, generated: ad.AnnData, more: ad.AnnData) -> pd.DataFrame:
-    """All metrics of generated cells and of the real reference, each compared with the same test cells. Arguments as above.
+    """All metrics of generated cells and of the real reference, each compared with the same test cells. more: for `membership`.
 
     One row per metric, of all cells and of each type with `MIN_CELLS_PER_TYPE` cells; columns: cells ("all" or the type), figure
     (the metric), generated, real (the reference; NaN for `membership`), n_cells (test cells that were compared).

@@ -213,6 +213,7 @@ def test_counts_up_to_the_largest_that_float32_holds_exactly_are_accepted(tmp_pa
          r"layers\['counts'\] of .* negative .*raw.X of .* log-normalised.*; X of .* log-normalised"),
         (cells()[:0], None, "is empty: got 0 cells x 8 genes"),
         (cells()[:, :0], None, "is empty: got 12 cells x 0 genes"),
+        (cells(COUNTS * 0), None, "has counts of 12 cells, 0 above 0"),
         (cells().T, None, r"cells.h5ad looks transposed: its rows have gene names \(ACTB, GAPDH, MALAT1\)"),
     ],
 )  # fmt: skip
@@ -366,6 +367,10 @@ def test_without_barcodes_labels_follow_the_order_of_the_cells(tmp_path, capsys,
     (tmp_path / "barcodes_lung_train.tsv").unlink()
     write_lines(tmp_path / "cluster_lung_train.csv", clusters)
     assert read_dataset(tmp_path).obs["cell_type"].tolist() == TYPES
+    for column in ("Barcode", "", "cell"):  # barcodes of the cells, where no other file has them
+        lines = [f"{column},cluster", *(f"{b},{t}" for b, t in zip(BARCODES, TYPES))]
+        write_lines(tmp_path / "cluster_lung_train.csv", lines)
+        assert list(read_dataset(tmp_path).obs_names) == BARCODES
     write_lines(tmp_path / "cluster_lung_train.csv", clusters[:-1])
     with pytest.raises(ValueError, match="none of its 11 rows has one of the 12 barcodes|name 8 genes and 11 cells"):
         read_dataset(tmp_path)
