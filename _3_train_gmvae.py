@@ -29,7 +29,7 @@ from lib.models.sampling import fit_prior
 from lib.models.start import initialise, within_type_axes
 from lib.options import Count, NotNegative, Part, Positive, Seed
 from lib.run import folder, print_written
-from lib.training import Minibatch, Trainer, cell_batches, keep_freed_memory
+from lib.training import Minibatch, Trainer, cell_batches, held_out_batches, keep_freed_memory
 
 # Generator
 PRESET: Literal["ours", "paper"] = "ours"  # paper: the settings of the paper, except constants that you set yourself
@@ -173,11 +173,8 @@ def train_generator(
     def gmvae_batches(epoch: int) -> Iterable[Minibatch]:
         return cell_batches(train, model, BATCH_SIZE, generator)
 
-    def gmvae_held_out() -> Iterable[Minibatch]:
-        return cell_batches(held_out, model, 2 * BATCH_SIZE, torch.Generator(train.device).manual_seed(SEED))
-
     batches: Callable[[int], Iterable[Minibatch]] = gmvae_batches
-    validation: Callable[[], Iterable[Minibatch]] | None = gmvae_held_out
+    validation: Callable[[], Iterable[Minibatch]] | None = None
     if GENERATOR == "gmvae":
         assert held_out is not None  # `split_train`
         outliers = find_outliers(train, n_cell_types, SEED)
@@ -187,12 +184,14 @@ def train_generator(
         for name in ("group", "rate", "sizes"):
             getattr(model, f"outlier_{name}").copy_(torch.from_numpy(getattr(outliers, name)))
         optimizer: torch.optim.Optimizer = torch.optim.Adam(parameter_groups(model), lr=LEARNING_RATE, fused=True)
+        validation = held_out_batches(held_out, model, 2 * BATCH_SIZE, SEED)
     else:
         model = registry.make(GENERATOR, train.n_genes, n_cell_types, arguments)
         model.initialise(train)
         optimizer = registry.make_optimizer(model.to(train.device), settings)
         batches = registry.train_batches(train, model, optimizer, settings, generator)
-        validation = None if held_out is None else registry.held_out_batches(held_out, model, settings, SEED)
+        if held_out is not None:
+            validation = registry.held_out_batches(held_out, model, settings, SEED)
     print(f"{GENERATOR}: {sum(p.numel() for p in model.parameters()):,} parameters")
     # while the weight of the KL rises, the held-out loss at full weight need not improve
     patience = None if PATIENCE is None else PATIENCE + settings.get("kl_warmup_epochs", 0)

@@ -57,6 +57,11 @@ def cell_batches(
         yield Minibatch((batch, epsilon, *extra), batch.n_cells, batch.n_global)
 
 
+def held_out_batches(dataset: Any, model: Any, batch_size: int, seed: int) -> Callable[[], Iterable[Minibatch]]:
+    """`held_out` of `Trainer.fit`: batches of cells, in the same order and with the same epsilon in every epoch."""
+    return lambda: cell_batches(dataset, model, batch_size, torch.Generator(dataset.device).manual_seed(seed))
+
+
 def tensor_batches(data: tuple[torch.Tensor, ...], batch_size: int, generator: torch.Generator) -> Iterator[Minibatch]:
     """Rows of tensors in random order, each batch divided among the processes."""
     order = torch.randperm(len(data[0]), generator=generator).to(data[0].device)

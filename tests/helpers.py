@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 import lib.options
 from lib.data.batches import CellDataset
+from lib.data.counts import Fingerprint
 from lib.data.readers import open_dataset
 from lib.models.gmvae import GMVAE
 from lib.models.paper_gmvae import PaperGMVAE
@@ -108,6 +109,13 @@ def simulated_cells(n_cells: int = 300, n_genes: int = 60, n_types: int = 3, see
     counts = rng.poisson(rng.gamma(5.0, mu / 5.0)).astype(np.float32)
     counts[counts.sum(axis=1) == 0, 0] = 1
     return sp.csr_matrix(counts), cell_type_idx
+
+
+def fingerprint(adata: ad.AnnData) -> str:
+    """`Fingerprint` of all cells as one block."""
+    whole = Fingerprint(adata.obs, adata.var_names)
+    whole.add(adata.X)
+    return str(whole)
 
 
 def simulated_dataset(**arguments) -> ad.AnnData:

@@ -8,15 +8,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, STAGES
 
-LEVELS = {
-    "": 0,
-    "data": 1,
-    "models": 2,
-    "baselines": 3,
-    "bulk": 3,
-    "evaluation": 4,
-    "report": 5,
-}  # "": files directly in lib
+# "": files directly in lib
+LEVELS = {"": 0, "data": 1, "models": 2, "baselines": 3, "bulk": 3, "evaluation": 4, "report": 5}
 FOLDERS = list(LEVELS)[1:]
 
 

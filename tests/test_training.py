@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import STAGES, Workplace, simulated_dataset
+from helpers import STAGES, Workplace, fingerprint, simulated_dataset
 
 from lib.baselines import registry
-from lib.data.counts import fingerprint, write_h5ad
+from lib.data.counts import write_h5ad
 from lib.parallel import start
 from lib.training import Trainer, clip_gradients, load_checkpoint
 

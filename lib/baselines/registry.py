@@ -18,6 +18,7 @@ import scipy.sparse as sp
 import torch
 from torch import nn
 
+from lib import training
 from lib.baselines import beta_vae, conv_cvae, pca_cvae
 from lib.data.batches import CellDataset
 from lib.models import paper_gmvae, sampling
@@ -109,9 +110,8 @@ def train_batches(
 def held_out_batches(
     held_out: CellDataset, model: Any, settings: dict[str, Any], seed: int
 ) -> Callable[[], Iterable[Minibatch]]:
-    """`held_out` for `Trainer.fit`: the labelled held-out cells, with the same epsilon in every epoch, at full KL weight."""
-    cells, size = labelled(held_out), 2 * settings["batch_size"]
-    return lambda: cell_batches(cells, model, size, torch.Generator(cells.device).manual_seed(seed))
+    """`training.held_out_batches` of the labelled held-out cells, at full KL weight."""
+    return training.held_out_batches(labelled(held_out), model, 2 * settings["batch_size"], seed)
 
 
 def labelled(cells: CellDataset) -> CellDataset:

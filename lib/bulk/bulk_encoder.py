@@ -116,20 +116,17 @@ def read(checkpoint: dict[str, Any], bulk: pd.DataFrame) -> tuple[torch.Tensor, 
     return model.eval().encode(profiles)
 
 
-def predict(checkpoint: dict[str, Any], bulk: pd.DataFrame) -> pd.DataFrame:
-    """Predict cell-type proportions: samples x cell types, rows sum to 1. bulk: samples x genes, TPM."""
-    return pd.DataFrame(read(checkpoint, bulk)[0].numpy(), index=bulk.index, columns=checkpoint["cell_types"])
+def predict(checkpoint: dict[str, Any], bulk: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Predict proportions, samples x cell types, rows sum to 1, and states of the cells. bulk: samples x genes, TPM.
 
-
-def states(checkpoint: dict[str, Any], bulk: pd.DataFrame) -> pd.DataFrame:
-    """States of the cells, one row for each sample, cell type and axis of state: mean and spread of the type's cells on the axis.
-
-    axis: 1, 2, ...; the first varies most between train cells, whose mean and spread are 0 and 1 for each type.
+    States: one row for each sample, cell type and axis of state, mean and spread of the type's cells on the axis. axis: 1, 2, ...; the
+    first varies most between train cells, whose mean and spread are 0 and 1 for each type.
     """
-    _, mean, log_scale = read(checkpoint, bulk)
+    shares, mean, log_scale = read(checkpoint, bulk)
     levels = bulk.index, checkpoint["cell_types"], range(1, mean.shape[2] + 1)
     rows = pd.MultiIndex.from_product(levels, names=["sample", "cell_type", "axis"])
-    return pd.DataFrame({"mean": mean.ravel(), "spread": log_scale.exp().ravel()}, rows)
+    states = pd.DataFrame({"mean": mean.ravel(), "spread": log_scale.exp().ravel()}, rows)
+    return pd.DataFrame(shares.numpy(), bulk.index, checkpoint["cell_types"]), states
 
 
 def shift_of_cells(

@@ -46,7 +46,7 @@ class Estimate(NamedTuple):
     signature: pd.DataFrame | None  # types x genes: counts per cell, times the mean platform factors
     expression: np.ndarray | None  # samples x types x genes, of the methods "...-per-sample"
     n_members: int = 0  # size of the ensemble that gives the spread
-    states: pd.DataFrame | None = None  # of the cells, as in `bulk_encoder.states`
+    states: pd.DataFrame | None = None  # of the cells, as in `bulk_encoder.predict`
 
     def interval(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Lower and upper ends of the 95 % intervals of `proportions`."""
@@ -82,20 +82,19 @@ def estimate(
     "sctape-per-sample": adapted to all samples, or to each; "bulk_encoder", which ignores `content`. The networks give no spread.
     """
     if method == "bulk_encoder":
-        shares = bulk_encoder.predict(checkpoint, bulk)
+        shares, states = bulk_encoder.predict(checkpoint, bulk)
         unknown, samples = shares * np.nan, pd.DataFrame(index=bulk.index)
-        of_cells = bulk_encoder.states(checkpoint, bulk)
-        return Estimate(shares, unknown, unknown, unknown, pd.DataFrame(), samples, None, None, states=of_cells)
+        return Estimate(shares, unknown, unknown, unknown, pd.DataFrame(), samples, None, None, states=states)
     reference, coverage = scaled_reference(checkpoint), checkpoint["constants"]["MIN_GENE_COVERAGE"]
     if method in MODES:
         return deconvolve(reference, bulk, method, n_members, seed, coverage, content)
     # how well the reference explains a sample is taken from a regression
     fitted = deconvolve(reference, bulk, "regression-unadapted", 0, seed, coverage, content)
     predicted = sctape.predict(checkpoint, bulk, ADAPTATION[method])
-    rna = to_rna(predicted.proportions.to_numpy(), rna_per_cell(reference, content_of_mixtures(checkpoint)))
+    rna = to_rna(predicted.proportions.to_numpy(), rna_of_types(reference, content_of_mixtures(checkpoint)))
     table = partial(pd.DataFrame, index=bulk.index, columns=reference.cell_types)
     return fitted._replace(
-        proportions=table(to_cells(rna, rna_per_cell(reference, content))),
+        proportions=table(to_cells(rna, rna_of_types(reference, content))),
         rna_proportions=table(rna),
         signature=pd.DataFrame(predicted.signatures.mean(axis=0), checkpoint["cell_types"], checkpoint["gene_names"]),
         expression=predicted.signatures if method == "sctape-per-sample" else None,
@@ -105,11 +104,11 @@ def estimate(
 def nnls(checkpoint: dict[str, Any], bulk: pd.DataFrame, content: pd.DataFrame | None) -> pd.DataFrame:
     """The baseline of `regression.nnls_on_markers`, shares of cells; arguments as in `estimate`."""
     reference = scaled_reference(checkpoint)
-    rna = to_rna(regression.nnls_on_markers(bulk, reference).to_numpy(), rna_per_cell(reference, None))
-    return pd.DataFrame(to_cells(rna, rna_per_cell(reference, content)), bulk.index, reference.cell_types)
+    rna = to_rna(regression.nnls_on_markers(bulk, reference).to_numpy(), rna_of_types(reference, None))
+    return pd.DataFrame(to_cells(rna, rna_of_types(reference, content)), bulk.index, reference.cell_types)
 
 
-def rna_per_cell(reference: Reference, content: pd.DataFrame | None) -> np.ndarray:
+def rna_of_types(reference: Reference, content: pd.DataFrame | None) -> np.ndarray:
     """(n_types,) RNA per cell: of the table, or the counts per cell of the reference."""
     return reference.mean.sum(axis=1) if content is None else content["rna_per_cell"].to_numpy()
 
@@ -155,8 +154,8 @@ def deconvolve(
         signature = shared.mean * factors[:, None]
 
     by_counts = ensemble(used, of_used, n_members, seed, per_sample, adaptive)
-    rna, rna_members = (to_rna(p, rna_per_cell(reference, None)) for p in (fit.proportions, by_counts))
-    cells, members = (to_cells(p, rna_per_cell(reference, content)) for p in (rna, rna_members))
+    rna, rna_members = (to_rna(p, rna_of_types(reference, None)) for p in (fit.proportions, by_counts))
+    cells, members = (to_cells(p, rna_of_types(reference, content)) for p in (rna, rna_members))
     scale_sd = rna_scale_sd = np.zeros(len(reference.cell_types))  # of cells measured by the reference's platform
     if content is not None:
         rna_scale_sd = scale_sd + PLATFORM_TYPE_SD

@@ -110,13 +110,6 @@ class Fingerprint:
         return digest([self.names, *(part.hexdigest() for part in self.parts)])
 
 
-def fingerprint(adata: ad.AnnData) -> str:
-    """`Fingerprint` of an AnnData in memory."""
-    whole = Fingerprint(adata.obs, adata.var_names)
-    whole.add(adata.X)
-    return str(whole)
-
-
 def digest(names: Iterable[str], *arrays: np.ndarray) -> str:
     """Twelve hexadecimal digits that change with any of these."""
     sha = hashlib.sha256()

@@ -20,10 +20,8 @@ from lib.data.tables import read_table
 
 BARCODE_COLUMNS = ("cell.barcode", "barcode", "barcodes", "cell", "cell_id", "cellid", "index", "")
 NO_LABEL = ("", "nan", "na", "none", "unknown", "unassigned", "unlabelled", "unlabeled", "1_unicorns and artifacts")
-MARKER_COLUMNS = [
-    ("cellName", "geneSymbolmore1", "geneSymbolmore2"),
-    ("cell_type", "positive", "negative"),
-]  # scType's, ours
+# Of scType's database, and ours
+MARKER_COLUMNS = [("cellName", "geneSymbolmore1", "geneSymbolmore2"), ("cell_type", "positive", "negative")]
 TISSUE_COLUMN = "tissueType"  # of scType's database
 MIN_SCORE = 0.25  # mean score of a cluster's cells; below it the cluster has no type (scType)
 

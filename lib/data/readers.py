@@ -31,11 +31,8 @@ from lib.run import reading
 
 CSV_BLOCK_ROWS = 500  # of a csv in memory at a time: 18,000 genes x 10,000 cells are 1.5 GB when dense, a block 0.04 GB
 TABLE_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".txt", ".txt.gz")
-PLACES = {
-    "layers['counts']": ("layers/counts", "var"),
-    "raw.X": ("raw/X", "raw/var"),
-    "X": ("X", "var"),
-}  # with their genes
+# Of counts in an AnnData, in the order of preference, and of the names of their genes
+PLACES = {"layers['counts']": ("layers/counts", "var"), "raw.X": ("raw/X", "raw/var"), "X": ("X", "var")}
 MTX_FILES = {  # beside an .mtx, by the first pattern that fits the name
     "counts": r"\.mtx(\.gz)?$",
     "cell types": "cluster|cell.?type|label|annot|partition",

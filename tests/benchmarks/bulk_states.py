@@ -64,7 +64,7 @@ def cells_for(cells: ad.AnnData, model: GMVAE, checkpoint: dict, seed: int) -> t
     types, genes = codes(cells), cells.var_names
     bulk = pd.DataFrame(tpm(np.asarray(cells.X.sum(axis=0)).reshape(1, -1)), index=["bulk"], columns=genes)
     shift = bulk_encoder.shift(checkpoint, bulk)
-    proportions = bulk_encoder.predict(checkpoint, bulk).to_numpy()
+    proportions = bulk_encoder.predict(checkpoint, bulk)[0].to_numpy()
     with_genes = bulk_encoder.with_genes(shift, model, list(genes), None, proportions, bulk, seed)
     counts = {
         "shifted by the bulk": generate(model, types, seed, shift=with_genes, groups=types),

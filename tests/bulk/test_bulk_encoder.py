@@ -99,7 +99,7 @@ def test_it_predicts_states_and_proportions_of_held_out_cells(fitted):
     assert (p - proportions).abs().mean() < 0.4 * (proportions - data.fit[1].mean(dim=0)).abs().mean()
     cells = two_state_cells(600, np.arange(600) >= 300, seed=9)
     bulk = bulk_of(cells[cells.obs["cell_type"] != "a"])
-    predicted = bulk_encoder.predict(checkpoint, bulk)
+    predicted, _ = bulk_encoder.predict(checkpoint, bulk)
     assert predicted.loc[0, "a"] < 0.15 and predicted.sum(axis=1)[0] == pytest.approx(1)
     with pytest.raises(
         ValueError, match="has 50% of the 60 genes that the bulk encoder was trained on, .* at least 70%"
@@ -133,7 +133,7 @@ def test_a_shift_changes_z_on_the_axes_as_the_table_of_states_says(fitted):
     """Cells shifted with the table, by hand, are those of `shift`; without a change of states nothing is shifted."""
     model, checkpoint, _, data = fitted
     bulk = bulk_of(two_state_cells(300, 0, 5), two_state_cells(300, 1, 6)).set_axis(["rest", "response"])
-    table = bulk_encoder.states(checkpoint, bulk).sort_index()
+    table = bulk_encoder.predict(checkpoint, bulk)[1].sort_index()
     assert (table["mean"].abs() > 0.2).any() and (table["spread"] > 0).all()
     states = table.loc[("response", "c")]
     # some axes of more dimensions than axes: what is orthogonal to them stays

@@ -7,10 +7,9 @@ import pandas as pd
 import pytest
 import scanpy as sc
 import scipy.sparse as sp
-from helpers import simulated_dataset
+from helpers import fingerprint, simulated_dataset
 
 from lib.data.counts import (
-    fingerprint,
     hold_out,
     log_normalize,
     n_entries,

@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 from formats import BARCODES, COUNTS, GENES, IDS, TYPES, cellranger_2, cellranger_h5, write_lines, write_mtx
-from helpers import Workplace, read_dataset, simulated_dataset
+from helpers import Workplace, fingerprint, read_dataset, simulated_dataset
 
 from lib.data import readers
-from lib.data.counts import BLOCK_CELLS, fingerprint
+from lib.data.counts import BLOCK_CELLS
 from lib.data.labels import read_labels
 from lib.data.readers import check_foreign, open_dataset, read_count_table, read_gene_lengths
 from lib.data.tables import read_table
